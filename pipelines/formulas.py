@@ -1,0 +1,203 @@
+"""The detection formulas as pure functions on tensors; every reduction is in float32.
+
+Symbols: x_t latents, e_p and e_0 the embeddings of the prompt and of "", eps(x_t, e) the noise prediction,
+d_t = eps(x_t, e_p) - eps(x_t, e_0) the noise difference (not scaled by guidance), m a mask over the latent grid.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FORMULA_VERSION = 1  # part of every fingerprint: raise it when a formula's value changes
+
+
+def noise_from_v(v: Tensor, latents: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Noise prediction of a v-prediction model: eps = sqrt(abar) v + sqrt(1 - abar) x_t (Salimans & Ho 2022).
+
+    Args:
+        v: model output, [B, C, H, W].
+        latents: x_t, [B, C, H, W].
+        alpha_bar: cumulative alpha of the timestep, scalar.
+    Returns:
+        [B, C, H, W], in v's dtype.
+    """
+    return alpha_bar.sqrt().to(v.dtype) * v + (1 - alpha_bar).sqrt().to(v.dtype) * latents
+
+
+def energy_map(noise_difference: Tensor) -> Tensor:
+    """E_t: the squared noise difference summed over channels.
+
+    Args:
+        noise_difference: d_t, [B, C, H, W].
+    Returns:
+        [B, H, W], float32.
+    """
+    return noise_difference.float().square().sum(1)
+
+
+def magnitude(energy: Tensor) -> Tensor:
+    """||d_t||_2 over C, H and W (Wen et al. 2024), from the energy map: sqrt(sum E_t).
+
+    Args:
+        energy: [..., H, W].
+    Returns:
+        [...], float32.
+    """
+    return energy.float().sum((-2, -1)).sqrt()
+
+
+def ld(energy: Tensor, mask: Tensor) -> Tensor:
+    """Localised detection score: ||d_t * m||_2 / mean(m) (Chen et al. 2025), from the energy map.
+
+    Equal to sqrt(sum m^2 E_t) / mean(m), since the mask is the same for every channel. Does not change when the
+    mask is scaled. NaN where the mask is zero everywhere, which is no mask.
+
+    Args:
+        energy: [..., H, W].
+        mask: [..., H, W], non-negative, broadcast against `energy`.
+    Returns:
+        [...], float32.
+    Raises:
+        ValueError: the grids of energy and mask differ.
+    """
+    if energy.shape[-2:] != mask.shape[-2:]:
+        raise ValueError(f"energy map {tuple(energy.shape)} and mask {tuple(mask.shape)} are on different grids")
+    m = mask.float()
+    return (m.square() * energy.float()).sum((-2, -1)).sqrt() / m.mean((-2, -1))
+
+
+def energy_mask(energy: Tensor, size: int = 3) -> Tensor:
+    """The energy map smoothed by a size x size mean, used as a mask: the noise difference localises itself.
+
+    At the edges only the cells inside the map are counted.
+
+    Args:
+        energy: [B, H, W].
+        size: odd width of the window; 1 leaves the map as it is.
+    Returns:
+        [B, H, W], float32.
+    Raises:
+        ValueError: an even size.
+    """
+    if size % 2 == 0:
+        raise ValueError(f"smoothing size {size} is even")
+    return F.avg_pool2d(energy.float()[:, None], size, stride=1, padding=size // 2, count_include_pad=False)[:, 0]
+
+
+def score_difference_map(energy: Tensor, alpha_bar: Tensor) -> Tensor:
+    """E_T / sigma_T^2 of the last step, sigma^2 = 1 - abar (Kim & Lee 2026): the difference of the scores, squared.
+
+    Args:
+        energy: energy map of the last step, [B, H, W].
+        alpha_bar: cumulative alpha of the last timestep, scalar.
+    Returns:
+        [B, H, W], float32.
+    """
+    return energy.float() / (1 - alpha_bar.float())
+
+
+def attention_probabilities(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """softmax(Q K^T scale) in float32.
+
+    Args:
+        query: [B, heads, HW, d]. key: [B, heads, L, d]. scale: 1 / sqrt(d) as the layer has it.
+    Returns:
+        [B, heads, HW, L], float32, rows summing to one.
+    """
+    return (query.float() @ key.float().transpose(-1, -2) * scale).softmax(-1)
+
+
+def webster(noise_uncond: Tensor, noise_difference: Tensor, guidance_scale: float, sigma_max: float) -> Tensor:
+    """Webster's white-box one-step score: sigma_max^2 * mean(eps_cfg^2) (Webster 2023).
+
+    The score is the mean square change of one Euler step; eps_cfg = eps(e_0) + g d. Taken at the first sampling
+    step (t = 981 for 50 steps of SD1), where Webster uses t = 999.
+
+    Args:
+        noise_uncond: eps(x_t, e_0), [B or 1, C, H, W].
+        noise_difference: d_t, [B, C, H, W].
+        guidance_scale: g.
+        sigma_max: sqrt((1 - abar) / abar) of the schedule's last training step.
+    Returns:
+        [B], float32.
+    """
+    guided = noise_uncond.float() + guidance_scale * noise_difference.float()
+    return sigma_max**2 * guided.square().mean((1, 2, 3))
+
+
+def cosine(noise_uncond: Tensor, noise_difference: Tensor) -> Tensor:
+    """Angle of eps(e_0) and d: cosine over channels at every latent pixel, averaged (Asthana & Belagiannis 2026).
+
+    Args:
+        noise_uncond: [B or 1, C, H, W]. noise_difference: [B, C, H, W].
+    Returns:
+        [B], float32, in [-1, 1].
+    """
+    return F.cosine_similarity(noise_uncond.float(), noise_difference.float(), dim=1).mean((-2, -1))
+
+
+def anisotropy(magnitude: Tensor, cosine_low: Tensor, gamma: tuple[float, float] = (1.0, 2.0)) -> Tensor:
+    """gamma_1 ||d_T|| + gamma_2 cos_t (Asthana & Belagiannis 2026), cos_t taken on pure noise at a low timestep.
+
+    Args:
+        magnitude: ||d|| at the first step, [B]. cosine_low: `cosine` at the third last timestep, fed x_T, [B].
+        gamma: weights; (1, 2) is the authors' choice for Stable Diffusion 1.4, (1, 0.1) for 2, (2, 1) for Realistic
+            Vision.
+    Returns:
+        [B], float32.
+    """
+    return gamma[0] * magnitude.float() + gamma[1] * cosine_low.float()
+
+
+def attention_entropy(probabilities: Tensor) -> Tensor:
+    """Entropy over the tokens of one layer's mean cross-attention (Ren et al. 2024, mode E at step 0).
+
+    Args:
+        probabilities: attention over tokens averaged over heads and pixels, [B, L].
+    Returns:
+        [B], float32, nats.
+    """
+    return torch.special.entr(probabilities.float()).sum(-1)
+
+
+def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring masks to another grid bilinearly.
+
+    Args:
+        mask: [B, h, w]. size: (H, W).
+    Returns:
+        [B, H, W], float32.
+    """
+    if mask.shape[-2:] == torch.Size(size):
+        return mask.float()
+    return F.interpolate(mask.float()[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def image_distance(generated: Tensor, reference: Tensor, mask: Tensor | None = None) -> Tensor:
+    """||(xhat - x) * m||_2 over channels and pixels; without a mask m = 1.
+
+    Args:
+        generated: xhat, [..., 3, H, W], pixels in [0, 1]. reference: x, the same shape or broadcast against it.
+        mask: [..., H, W] at pixel size.
+    Returns:
+        [...], float32.
+    """
+    difference = generated.float() - reference.float()
+    if mask is not None:
+        difference = difference * mask.float().unsqueeze(-3)
+    return difference.square().sum((-3, -2, -1)).sqrt()
+
+
+def gated(distance: Tensor, sscd: Tensor) -> Tensor:
+    """-1[sscd < 0.5] * distance: `s`, `ls` and their relatives from a distance (Chen et al. 2025).
+
+    The gate is strict as printed: at sscd = 0.5 exactly it is closed and the score is 0, its best value.
+
+    Args:
+        distance, sscd: the same shape.
+    Returns:
+        the same shape, float32, at most 0.
+    """
+    return torch.where(sscd < 0.5, -distance.float(), torch.zeros_like(distance, dtype=torch.float32))

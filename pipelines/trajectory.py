@@ -1,0 +1,180 @@
+"""Full DDIM sampling in one pass: images, BE masks, energy maps, and every score window without a second run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines import formulas
+from pipelines.attention import MaskSource, capture_attention, entropy_layer, paper_layers
+from pipelines.batching import AdaptiveBatches
+from pipelines.first_step import first_step_columns, token_entropy
+from pipelines.loading import DiffusionModel, Embeddings
+
+Array = NDArray[np.float32]
+WINDOW = 10  # "first 10 steps" of the paper
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """N sampled trajectories; float32 unless said.
+
+    Attributes:
+        images: [N, h, w, 3], uint8, or None when not decoded.
+        be_mask: EOS attention of the final step (BE mask), [N, H, W]. first_mask: the same of the first step.
+        energy_mask: smoothed energy map of the first step. score_map: E_T / sigma_T^2 of the last step.
+        magnitude_t, ld_t: scores of every step, [N, steps]; ld_t under the BE mask.
+        ld_first_mask, ld_energy, ld_score: first-step LD under the three other masks, [N].
+        webster, attention_entropy, cosine: first-step columns, [N].
+    """
+
+    images: NDArray[np.uint8] | None
+    be_mask: Array
+    first_mask: Array
+    energy_mask: Array
+    score_map: Array
+    magnitude_t: Array
+    ld_t: Array
+    ld_first_mask: Array
+    ld_energy: Array
+    ld_score: Array
+    webster: Array
+    attention_entropy: Array
+    cosine: Array
+
+    def __len__(self) -> int:
+        return len(self.be_mask)
+
+    def windows(self) -> dict[str, Array]:
+        """Means over the first step, the first 10 and all steps: `magnitude`, `ld_first`, `magnitude_10`, ..., [N]."""
+        return {
+            "magnitude": self.magnitude_t[:, 0],
+            "magnitude_10": self.magnitude_t[:, :WINDOW].mean(1),
+            "magnitude_all": self.magnitude_t.mean(1),
+            "ld_first": self.ld_t[:, 0],
+            "ld_10": self.ld_t[:, :WINDOW].mean(1),
+            "ld_all": self.ld_t.mean(1),
+        }
+
+
+class TrajectorySampler:
+    """Samples prompts from given noises with DDIM (eta 0) and classifier-free guidance.
+
+    The official code runs the trajectory twice, once for the mask and once for LD (BE-PRSS, local_sd_pipeline.py).
+    LD needs only the energy map of each step, so one pass is enough: ld_t = sqrt(sum m^2 E_t) / mean(m). Attention is
+    captured at the first and the last step; the steps between run the model's own attention alone.
+
+    Args:
+        model: a loaded model.
+        mask_source: layers and token of the masks; its step plays no part here, all of them are returned.
+        num_noises, seed: the noise bank, as in FirstStepScorer.
+        steps, guidance_scale: of the sampler.
+        batch_size: trajectories at a time (a U-Net call sees twice as many latents).
+
+    Raises:
+        ValueError: layers the U-Net does not have.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        mask_source: MaskSource | None = None,
+        num_noises: int = 1,
+        seed: int = 0,
+        steps: int = 50,
+        guidance_scale: float = 7.5,
+        batch_size: int = 16,
+    ) -> None:
+        self.model, self.steps, self.guidance_scale = model, steps, guidance_scale
+        source = mask_source or MaskSource()
+        self.token, self.layers = source.token, source.layers or paper_layers(model.unet)
+        self.entropy_layer = entropy_layer(model.unet)
+        self.batches = AdaptiveBatches(batch_size)
+        self.noises = model.noise_bank(num_noises, seed).to(model.device, model.dtype)
+        self.empty = model.encode_empty()
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        captions: list[str],
+        noise_indices: list[int] | None = None,
+        decode: bool = True,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> Trajectories:
+        """Sample one trajectory per caption.
+
+        Args:
+            captions: N prompts; repeat a prompt for several noises.
+            noise_indices: which noise of the bank each starts from, [N]; all 0 by default.
+            decode: also decode the images.
+            on_batch: called with the number of trajectories finished by each batch; may raise to stop.
+        """
+        indices = torch.tensor(noise_indices if noise_indices is not None else [0] * len(captions))
+        columns: dict[str, list[NDArray[Any]]] = {}
+
+        def sample(part: slice) -> dict[str, Tensor]:
+            return self.sample(self.model.encode(captions[part]), self.noises[indices[part]], decode)
+
+        for part, found in self.batches.run(len(captions), sample):
+            for name, value in found.items():
+                columns.setdefault(name, []).append(value.cpu().numpy())
+            if on_batch:
+                on_batch(part.stop - part.start)
+        joined: dict[str, Any] = {name: np.concatenate(values) for name, values in columns.items()}
+        return Trajectories(**{"images": None, **joined})
+
+    @torch.inference_mode()
+    def sample(self, prompts: Embeddings, latents: Tensor, decode: bool = True) -> dict[str, Tensor]:
+        """One batch: embeddings of B prompts and their initial latents [B, C, H, W]; columns of `Trajectories`."""
+        model, batch = self.model, len(latents)
+        timesteps = model.timesteps(self.steps)
+        both = Embeddings.concatenate([self.empty.expand(batch), prompts])
+        energies: list[Tensor] = []
+        masks: dict[int, Tensor] = {}
+        columns: dict[str, Tensor] = {}
+        for step, timestep in enumerate(timesteps):
+            last = len(timesteps) - 1
+            # 1. noise predictions of "" and of the prompt
+            if step in (0, last):
+                entropy = (self.entropy_layer,) if self.entropy_layer and step == 0 else ()
+                size = model.latent_shape[1:]
+                with capture_attention(model.unet, self.layers, both.eos_positions, size, self.token, entropy) as seen:
+                    output = model.predict(torch.cat([latents, latents]), timestep, both)
+                masks[step] = seen.mask(size)[batch:]
+            else:
+                output = model.predict(torch.cat([latents, latents]), timestep, both)
+            output_uncond, output_cond = output.chunk(2)
+            uncond = model.to_noise(output_uncond, latents, timestep)
+            difference = model.to_noise(output_cond, latents, timestep).float() - uncond.float()
+            # 2. what the scores need of this step
+            energies.append(formulas.energy_map(difference))
+            if step == 0:
+                first = first_step_columns(difference, uncond, self.guidance_scale, model.sigma_max)
+                columns |= {name: first[name] for name in ("webster", "cosine", "ld_energy")}
+                means = {name: value[batch:] for name, value in seen.token_means.items()}
+                columns["attention_entropy"] = token_entropy(means, batch)
+            # 3. guidance and the step to x_{t-1}
+            guided = output_uncond + self.guidance_scale * (output_cond - output_uncond)
+            latents = model.scheduler.step(guided, timestep, latents, eta=0.0, return_dict=False)[0]
+        energy = torch.stack(energies, 1)  # [B, steps, H, W]
+        score_map = formulas.score_difference_map(energy[:, -1], model.alpha_bar(timesteps[-1]))
+        columns |= {
+            "be_mask": masks[last],
+            "first_mask": masks[0],
+            "energy_mask": formulas.energy_mask(energy[:, 0]),
+            "score_map": score_map,
+            "magnitude_t": formulas.magnitude(energy),
+            "ld_t": formulas.ld(energy, masks[last][:, None]),
+            "ld_first_mask": formulas.ld(energy[:, 0], masks[0]),
+            "ld_score": formulas.ld(energy[:, 0], score_map),
+        }
+        if decode:
+            images = model.decode(latents).permute(0, 2, 3, 1)
+            columns["images"] = (images * 255).round().to(torch.uint8)
+        return columns
