@@ -1,0 +1,66 @@
+"""Captions in: any list of files, folders or data sets becomes shards of rows with equal captions found.
+
+files.py    which inputs there are, what is in them, whether they are whole
+streams.py  JSONL, CSV, Arrow streams and data sets, read front to back
+rows.py     Parquet and Arrow files, read by position
+plan.py     shards and duplicates, kept in the run folder
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from audit.captions.files import CAPTION_COLUMNS, CaptionFile, find_captions
+from audit.captions.plan import RESERVED, CaptionPlan, describe_captions, plan_captions
+from audit.captions.rows import Rows, is_empty, text
+from audit.storage import Folder
+
+__all__ = [
+    "CAPTION_COLUMNS",
+    "RESERVED",
+    "CaptionFile",
+    "CaptionPlan",
+    "describe_captions",
+    "find_captions",
+    "is_empty",
+    "plan_captions",
+    "read_shard",
+]
+
+
+def read_shard(plan: CaptionPlan, shard: int, staging: Folder, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of a shard: `caption` (string, null where there is none), then the columns that are carried through.
+
+    Bytes that are not UTF-8 are replaced by U+FFFD. Reading shards in order decodes every row once.
+
+    Args:
+        plan: the plan.
+        shard: shard_id.
+        staging: the folder given to `plan_captions`.
+        columns: some of `plan.keep_cols`; None for all.
+
+    Raises:
+        AuditError: the file is not the one that was planned.
+        OSError, pyarrow.ArrowException: it cannot be read.
+    """
+    fields = [plan.keep_schema.field(name) for name in (plan.keep_cols if columns is None else columns)]
+    row = plan.shards.slice(shard, 1).to_pylist()[0]
+    rows = _open(plan.files[row["file_index"]], staging.url, tuple(field.name for field in fields))
+    table = rows.read(row["row_start"], row["row_count"])
+    arrays = [text(table.column(0))]
+    for place in fields:
+        if place.name not in table.schema.names[1:]:
+            arrays.append(pa.nulls(table.num_rows, place.type))
+        elif pa.types.is_string(place.type):
+            arrays.append(text(table[place.name]))
+        else:
+            arrays.append(table[place.name].cast(place.type))
+    return pa.table(arrays, schema=pa.schema([("caption", pa.string()), *fields]))
+
+
+@functools.lru_cache(maxsize=4)
+def _open(file: CaptionFile, staging: str, columns: tuple[str, ...]) -> Rows:
+    return Rows(file, staging, columns)

@@ -1,0 +1,378 @@
+"""The plan of a run: its files, its shards, and which captions repeat an earlier one.
+
+Planning reads every caption once and keeps 64 bits of each; nothing else it holds grows with the rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from audit.captions.files import CaptionFile, describe, find_captions, is_text
+from audit.captions.rows import BATCH_ROWS, Rows, find_column, is_empty, text
+from audit.captions.streams import first_line, reading, stream
+from audit.errors import AuditError
+from audit.storage import Folder
+
+RESERVED = frozenset(
+    [
+        "row_id",
+        "caption",
+        "status",
+        "error",
+        "duplicate_of",
+        "num_tokens",
+        "truncated",
+        "magnitude",
+        "ld",
+        "ld_std",
+        "ld_energy",
+        "mask_source",
+        "mask",
+        "webster",
+        "attention_entropy",
+        "cosine",
+        "refined",
+        "ld_first",
+        "ld_10",
+        "ld_all",
+        "magnitude_10",
+        "magnitude_all",
+    ]
+)
+"""Columns a run writes itself: no input column may be kept under these names."""
+
+SHARDS = pa.schema(
+    [
+        ("shard_id", pa.int32()),
+        ("input_file", pa.string()),
+        ("file_index", pa.int32()),
+        ("row_start", pa.int64()),
+        ("row_count", pa.int32()),
+    ]
+)
+DUPLICATES = pa.schema([("row_id", pa.int64()), ("duplicate_of", pa.int64())])
+_KEPT = re.compile(r"(.*_)?(url|uri|key|id|uid|uuid|guid|hash|phash|md5|sha1|sha256|sha512)_*")
+_CHUNK = 1 << 18  # rows looked at together; bounds every temporary array of planning
+
+
+@dataclass(eq=False)
+class CaptionPlan:
+    """Which rows a run has: its files, its shards and which rows repeat an earlier caption.
+
+    Attributes:
+        files: the inputs in order.
+        shards: table SHARDS, a row a shard; a shard lies in one file.
+        keep_schema: the input columns that are carried through, with the one type they have in every shard.
+        num_rows, num_unique, num_empty: rows in all; distinct captions; rows null, empty or only whitespace.
+    """
+
+    files: list[CaptionFile]
+    shards: pa.Table
+    keep_schema: pa.Schema
+    num_rows: int
+    num_unique: int
+    num_empty: int
+    _first: np.ndarray | None = field(default=None, repr=False)  # uint64 [num_rows], until the plan is saved
+    _folder: Folder | None = field(default=None, repr=False)
+
+    @property
+    def keep_cols(self) -> list[str]:
+        """Names of the input columns that are carried through."""
+        return list(self.keep_schema.names)
+
+    def __len__(self) -> int:
+        return int(self.shards.num_rows)
+
+    def duplicates(self, shard: int) -> np.ndarray:
+        """row_id of the first row with the same caption, for each row of a shard; int64 [row_count], -1 where none.
+
+        The first occurrence itself and empty captions have -1.
+        """
+        if self._first is not None:
+            return self._duplicates_of(shard)
+        batch = _duplicate_batches(self._folder.url).get_batch(shard)  # type: ignore[union-attr]
+        count = self.shards["row_count"][shard].as_py()
+        found = np.full(count, -1, np.int64)
+        found[batch["row_id"].to_numpy() & 0xFFFFFFFF] = batch["duplicate_of"].to_numpy()
+        return found
+
+    @functools.cached_property
+    def _starts(self) -> np.ndarray:
+        counts = self.shards["row_count"].to_numpy().astype(np.int64)
+        return np.concatenate([[0], np.cumsum(counts)])
+
+    def _duplicates_of(self, shard: int) -> np.ndarray:
+        start, stop = self._starts[shard], self._starts[shard + 1]
+        first = self._first[start:stop].astype(np.int64)  # type: ignore[index]
+        of = np.searchsorted(self._starts, first, side="right") - 1
+        return np.where(first == np.arange(start, stop), -1, (of << 32) | (first - self._starts[of]))
+
+    def save(self, folder: Folder) -> None:
+        """Write `duplicates.arrow` (batch i holds shard i's duplicates) and then `plan.arrow` into a run folder."""
+        with tempfile.TemporaryDirectory() as temporary:
+            path = Path(temporary, "duplicates.arrow")
+            with pa.ipc.new_file(path, DUPLICATES) as writer:
+                for shard in range(len(self)):
+                    of = self.duplicates(shard)
+                    rows = np.flatnonzero(of >= 0)
+                    ids = [pa.array((shard << 32) | rows, pa.int64()), pa.array(of[rows], pa.int64())]
+                    writer.write_batch(pa.record_batch(ids, schema=DUPLICATES))
+            folder.put("duplicates.arrow", path)
+        facts = {
+            "files": [file.to_dict() for file in self.files],
+            "keep_schema": self.keep_schema.serialize().to_pybytes().hex(),
+            "counts": [self.num_rows, self.num_unique, self.num_empty],
+        }
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, SHARDS.with_metadata({"captions": json.dumps(facts)})) as writer:
+            writer.write_table(self.shards)
+        folder.write("plan.arrow", sink.getvalue().to_pybytes())
+
+    @classmethod
+    def load(cls, folder: Folder) -> CaptionPlan:
+        """Read `plan.arrow`; the duplicates of a shard are read when asked for.
+
+        Raises:
+            AuditError: there is no plan, or it cannot be read.
+        """
+        try:
+            shards = pa.ipc.open_file(pa.BufferReader(folder.read("plan.arrow"))).read_all()
+            facts = json.loads(shards.schema.metadata[b"captions"])
+        except FileNotFoundError as error:
+            raise AuditError(
+                f"{folder.url}: no plan.arrow here: not a run folder, or its planning did not end"
+            ) from error
+        except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError) as error:
+            raise AuditError(f"{folder.path('plan.arrow')}: cannot be read: {first_line(error)}") from error
+        files = [CaptionFile.from_dict(fields) for fields in facts["files"]]
+        keep = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(facts["keep_schema"])))
+        rows, unique, empty = facts["counts"]
+        return cls(files, shards.replace_schema_metadata(None), keep, rows, unique, empty, _folder=folder)
+
+
+@functools.lru_cache(maxsize=2)
+def _duplicate_batches(url: str) -> Any:
+    return pa.ipc.open_file(Folder(url).open("duplicates.arrow"))
+
+
+# --- planning ---------------------------------------------------------------------------------------------------
+
+
+def describe_captions(
+    inputs: Sequence[str], *, caption_col: str | None = None, known: Sequence[CaptionFile] = ()
+) -> list[CaptionFile]:
+    """The inputs as a plan records them, without reading their rows: equal to `plan.files` when nothing has changed.
+
+    Args:
+        inputs: see `find_captions`.
+        caption_col: the caption column; found by itself when None.
+        known: files of an existing plan, which know the rows and the staged copy of a source that is the same.
+
+    Raises:
+        AuditError: bad input, as `plan_captions`.
+    """
+    described = _describe_all(inputs, caption_col)
+    return [_recall(file, known) if streamed else file for file, _, streamed in described]
+
+
+def _recall(file: CaptionFile, known: Sequence[CaptionFile]) -> CaptionFile:
+    return next((old for old in known if replace(old, rows=file.rows, staged=None) == file), file)
+
+
+def _describe_all(inputs: Sequence[str], caption_col: str | None) -> list[tuple[CaptionFile, pa.Schema, bool]]:
+    sources = find_captions(inputs)
+    with ThreadPoolExecutor(16) as pool:
+        return list(pool.map(lambda source: describe(source, caption_col), sources))
+
+
+def plan_captions(
+    inputs: Sequence[str],
+    *,
+    caption_col: str | None,
+    keep_cols: Sequence[str] | None,
+    limit: int | None,
+    rows_per_shard: int,
+    staging: Folder,
+) -> CaptionPlan:
+    """Look at all inputs, cut them into shards and find equal captions.
+
+    Captions are compared exactly as they are, by their xxh3 64-bit hash: n distinct captions have n^2 / 2^65 pairs
+    of equal hashes to expect, 0.003 for 300 million.
+
+    Args:
+        inputs: files, folders, globs, URLs, data set names.
+        caption_col: the caption column; None finds it, see CAPTION_COLUMNS.
+        keep_cols: input columns to carry through; None takes those whose name says url, key, id or hash.
+        limit: the first so many rows over all inputs in order; None for all.
+        rows_per_shard: rows of a shard, the last of a file excepted.
+        staging: where inputs without random access are copied to, as `input/00000.arrow`.
+
+    Raises:
+        AuditError: whatever is wrong with the inputs, in one line.
+    """
+    if rows_per_shard < 1:
+        raise AuditError(f"--rows-per-shard {rows_per_shard}: at least 1")
+    if limit is not None and limit < 1:
+        raise AuditError(f"--limit {limit}: at least 1")
+    described = _describe_all(inputs, caption_col)
+    keep = _keep_schema([(file, schema) for file, schema, _ in described], keep_cols)
+    files, taken, left = [], [], limit
+    for index, (file, schema, streamed) in enumerate(described):
+        if streamed:
+            file = _stage(file, f"input/{index:05d}.arrow", schema, keep, left, staging)
+        rows = file.rows if left is None else min(file.rows, left)
+        left = None if left is None else left - rows
+        files.append(file)
+        taken.append(rows)
+    if not sum(taken):
+        raise AuditError(
+            f"{files[0].path}: no rows" + (f", nor in the other {len(files) - 1} files" if files[1:] else "")
+        )
+    first, empty = _hashes(files, taken, staging)
+    _resolve_first(first)
+    distinct = sum(int((block == np.arange(at, at + len(block))).sum()) for at, block in _blocks(first)) - empty
+    return CaptionPlan(files, _shards(files, taken, rows_per_shard), keep, sum(taken), distinct, empty, _first=first)
+
+
+def _keep_schema(described: list[tuple[CaptionFile, pa.Schema]], named: Sequence[str] | None) -> pa.Schema:
+    """The columns to carry through over all files, in order of appearance, one type each."""
+    if named is None:
+        wanted = {
+            column.name.lower(): column.name
+            for file, schema in reversed(described)
+            for column in reversed(list(schema))
+            if _KEPT.fullmatch(column.name.lower()) and column.name != file.caption_col and _is_plain(column.type)
+        }
+        names = [name for lower, name in reversed(wanted.items()) if lower not in RESERVED]
+    else:
+        names = list(dict.fromkeys(named))
+        for name in names:
+            if name.lower() in RESERVED:
+                raise AuditError(f"--keep-cols {name}: a run has a column of that name itself: rename the input's")
+    fields = []
+    for name in names:
+        found = [
+            (file.path, schema.field(at).type) for file, schema in described if (at := find_column(schema, name)) >= 0
+        ]
+        if not found:
+            has = ", ".join(described[0][1].names[:20])
+            raise AuditError(
+                f"--keep-cols {name}: no input has one column of that name; {described[0][0].path} has {has}"
+            )
+        fields.append(pa.field(name, _common_type(name, found)))
+    return pa.schema(fields)
+
+
+def _is_plain(kind: pa.DataType) -> bool:
+    return is_text(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
+def _common_type(name: str, found: list[tuple[str, pa.DataType]]) -> pa.DataType:
+    """string for text, int64 for integers of several widths, string for what differs otherwise: ids stay exact."""
+    kinds = {pa.string() if is_text(kind) else kind: path for path, kind in found if not pa.types.is_null(kind)}
+    if len(kinds) <= 1:
+        return next(iter(kinds), pa.string())
+    if all(pa.types.is_integer(kind) and kind != pa.uint64() for kind in kinds):
+        return pa.int64()
+    odd = next((kind for kind in kinds if not (_is_plain(kind) or pa.types.is_boolean(kind))), None)
+    if odd is not None:
+        other = next(kind for kind in kinds if kind != odd)
+        raise AuditError(f"{kinds[odd]}: column {name!r} is {odd}, in {kinds[other]} {other}: name other --keep-cols")
+    return pa.string()
+
+
+def _stage(
+    file: CaptionFile, name: str, schema: pa.Schema, keep: pa.Schema, left: int | None, staging: Folder
+) -> CaptionFile:
+    """Copy the columns a run needs of a source without random access, at most `left` rows, as an Arrow IPC file."""
+    if left == 0:
+        return replace(file, rows=0)
+    places = {column.name: find_column(schema, column.name) for column in keep}
+    columns = list(dict.fromkeys(schema.names[at] for at in places.values() if at >= 0))
+    rows = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary, "staged.arrow")
+        writer = None
+        for table in stream(file.path, file.format, file.caption_col, columns):
+            table = table if left is None else table.slice(0, left - rows)
+            writer = writer or pa.ipc.new_file(path, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd"))
+            writer.write_table(table.combine_chunks(), max_chunksize=BATCH_ROWS)
+            rows += table.num_rows
+            if rows == left:
+                break
+        if writer is None:
+            return replace(file, rows=0)
+        writer.close()
+        staging.put(name, path)
+    return replace(file, rows=rows, staged=name)
+
+
+def _shards(files: list[CaptionFile], taken: list[int], rows_per_shard: int) -> pa.Table:
+    starts = [np.arange(0, rows, rows_per_shard, dtype=np.int64) for rows in taken]
+    index = np.repeat(np.arange(len(files)), [len(part) for part in starts])
+    start = np.concatenate(starts)
+    count = np.minimum(np.asarray(taken)[index] - start, rows_per_shard)
+    paths = pa.array([file.path for file in files], pa.string()).take(pa.array(index))
+    return pa.table([np.arange(len(index)), paths, index, start, count], names=SHARDS.names).cast(SHARDS)
+
+
+# --- duplicates -------------------------------------------------------------------------------------------------
+
+
+def _hashes(files: list[CaptionFile], taken: list[int], staging: Folder) -> tuple[np.ndarray, int]:
+    """xxh3 of every caption, uint64 [rows], 0 for an empty one; and how many are empty."""
+    hashes = np.zeros(sum(taken), np.uint64)
+    empty = at = 0
+    for file, rows in zip(files, taken, strict=True):
+        stop = at + rows
+        with reading(file.path):
+            batches = Rows(file, staging.url, ()).batches(0) if rows else iter(())
+            for batch in batches:
+                captions = text(batch.column(0))[: stop - at]
+                blank = is_empty(captions)
+                values = captions.cast(pa.binary()).to_pylist()
+                for row, (value, skip) in enumerate(zip(values, blank.tolist(), strict=True), at):
+                    if not skip:
+                        hashes[row] = xxhash.xxh3_64_intdigest(value) or 1
+                empty += int(blank.sum())
+                at += len(values)
+                if at == stop:
+                    break
+        if at != stop:
+            raise AuditError(f"{file.path}: it has {rows - (stop - at)} rows where {rows} were announced: damaged")
+    return hashes, empty
+
+
+def _resolve_first(hashes: np.ndarray) -> None:
+    """Overwrite every hash by the index of the first row that has it (its own index where it is 0), in place.
+
+    The hashes are grouped by their top bits. An index has none of these set, so once group 0 is done what has been
+    overwritten cannot be taken for a hash of a later group, and no second array of this size is needed.
+    """
+    bits = min(max(len(hashes) // _CHUNK, 1).bit_length(), 8)
+    shift = np.uint64(64 - bits)
+    for group in range(1 << bits):
+        parts = [at + np.flatnonzero(block >> shift == group) for at, block in _blocks(hashes)]
+        rows = np.concatenate(parts) if parts else np.zeros(0, np.int64)
+        values = hashes[rows]
+        if group == 0:
+            hashes[rows[values == 0]] = rows[values == 0]
+            rows, values = rows[values != 0], values[values != 0]
+        _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+        hashes[rows] = rows[first][inverse]
+
+
+def _blocks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    return ((at, array[at : at + _CHUNK]) for at in range(0, len(array), _CHUNK))

@@ -1,0 +1,141 @@
+"""Rows of a caption file by position: Parquet and Arrow IPC files, in place or staged."""
+
+from __future__ import annotations
+
+import bisect
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from audit.captions.files import CaptionFile
+from audit.captions.streams import BATCH_ROWS, open_input
+from audit.errors import AuditError
+from audit.storage import join
+
+
+def find_column(schema: pa.Schema, name: str) -> int:
+    """Place of the one column of that name, in any case where no spelling is exact; -1 when there is not one."""
+    exact = [at for at, other in enumerate(schema.names) if other == name]
+    loose = [at for at, other in enumerate(schema.names) if other.lower() == name.lower()]
+    return (exact or loose)[0] if len(exact or loose) == 1 else -1
+
+
+def is_empty(captions: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Which captions are null, empty or only whitespace: bool [n]."""
+    blank = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(captions)), 0)
+    return np.asarray(pc.fill_null(blank, True).to_numpy(zero_copy_only=False), bool)
+
+
+def text(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """A column as one string array, whatever its width or encoding; bytes that are not UTF-8 become U+FFFD."""
+    column = column.cast(pa.string())
+    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        values = column.cast(pa.binary()).to_pylist()
+        column = pa.array([value if value is None else value.decode(errors="replace") for value in values], pa.string())
+    return column
+
+
+class Rows:
+    """The caption and some columns of one file; remembers where it is, so reading forward decodes every row once.
+
+    Parquet is decoded in batches from the row group asked for, so a giant row group is never held whole.
+
+    Args:
+        file: as planned.
+        staging: URL of the folder with the staged copies.
+        columns: columns to read beside the caption; those the file has not are left out.
+
+    Raises:
+        AuditError: the file has another size than it was planned with, or cannot be opened.
+    """
+
+    def __init__(self, file: CaptionFile, staging: str, columns: tuple[str, ...]) -> None:
+        self._lock = threading.Lock()
+        self._path = join(staging, file.staged) if file.staged else file.path
+        self._parquet = file.format == "parquet"
+        with open_input(self._path) as source:
+            size = source.seek(0, 2)
+        if not file.staged and size != file.size:
+            raise AuditError(f"{file.path}: changed since it was planned: {size} bytes where it had {file.size}")
+        caption = "caption" if file.staged else file.caption_col
+        schema = pq.read_schema(open_input(self._path)) if self._parquet else self._ipc().schema
+        places = [(name, find_column(schema, name)) for name in columns]
+        self._names = [("", caption), *((name, schema.names[at]) for name, at in places if at >= 0)]
+        needed = sorted({schema.get_field_index(name) for _, name in self._names})
+        self._needed = [schema.names[at] for at in needed]
+        self._starts = [0]  # of row groups; of record batches as far as they have been seen
+        if self._parquet:
+            # A bounded buffer: without it whole column chunks are fetched.
+            self._file = pq.ParquetFile(open_input(self._path), buffer_size=1 << 20)
+            for group in range(self._file.num_row_groups):
+                self._starts.append(self._starts[-1] + self._file.metadata.row_group(group).num_rows)
+        else:
+            self._file = self._ipc(needed)
+        self._seek(0)
+
+    def _ipc(self, fields: list[int] | None = None) -> Any:
+        fs, path = fsspec.core.url_to_fs(self._path)
+        source = pa.memory_map(path) if isinstance(fs, LocalFileSystem) else open_input(self._path)
+        return pa.ipc.open_file(source, options=pa.ipc.IpcReadOptions(included_fields=fields or []))
+
+    def _seek(self, group: int) -> None:
+        self._next = self._starts[group]  # the row that comes next
+        self._batches = self.batches(group)
+        self._rest: pa.RecordBatch | None = None
+
+    def batches(self, group: int = 0) -> Iterator[pa.RecordBatch]:
+        """From a row group or record batch on: the caption first, under an empty name, then the other columns."""
+        found = self._parquet_batches(group) if self._parquet else self._ipc_batches(group)
+        for batch in found:
+            yield pa.record_batch([batch[name] for _, name in self._names], names=[name for name, _ in self._names])
+
+    def _parquet_batches(self, group: int) -> Iterator[pa.RecordBatch]:
+        groups = list(range(group, self._file.num_row_groups))
+        return self._file.iter_batches(BATCH_ROWS, row_groups=groups, columns=self._needed)
+
+    def _ipc_batches(self, group: int) -> Iterator[pa.RecordBatch]:
+        for at in range(group, self._file.num_record_batches):
+            batch = self._file.get_batch(at)
+            if at + 1 == len(self._starts):
+                self._starts.append(self._starts[-1] + batch.num_rows)
+            for start in range(0, batch.num_rows, BATCH_ROWS):
+                yield batch.slice(start, BATCH_ROWS)
+
+    def read(self, start: int, count: int) -> pa.Table:
+        """`count` rows from row `start` on, columns as `batches` has them.
+
+        Raises:
+            OSError, pyarrow.ArrowException: the file ends before, or cannot be decoded.
+        """
+        with self._lock:
+            group = bisect.bisect_right(self._starts, start) - 1
+            if start < self._next or self._starts[group] > self._next:
+                self._seek(group)
+            found, missing = [], count
+            try:
+                while missing:
+                    batch = self._rest if self._rest is not None else next(self._batches, None)
+                    if batch is None:
+                        raise OSError(f"{self._path}: no row {start + count - missing}: changed since it was planned")
+                    skipped = min(max(start - self._next, 0), batch.num_rows)
+                    part = batch.slice(skipped, missing)
+                    used = skipped + part.num_rows
+                    self._rest = batch.slice(used) if used < batch.num_rows else None
+                    self._next += used
+                    missing -= part.num_rows
+                    found.append(part)
+            except BaseException:
+                self._next = sys.maxsize  # where the iterator stands is unknown: seek the next time
+                raise
+            return pa.Table.from_batches([part for part in found if part.num_rows])
