@@ -1,0 +1,372 @@
+"""`be-audit index build`: from pictures to their descriptors, where their pixels are, and a search index."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from audit.commits import Commit, Ledger, shard_name
+from audit.errors import AuditError
+from audit.fingerprint import diff_lines, digest
+from audit.index import ann
+from audit.index.descriptors import find_descriptor, open_descriptor
+from audit.index.sources import Columns, Item, Slice, Source, decode, find_sources, read_bytes
+from audit.storage import Folder
+
+if TYPE_CHECKING:
+    from pipelines.descriptor import Descriptor
+
+FORMAT = 1
+STAGE = "embed"
+FACTS, INFO, VECTORS, IDS, FAISS = "index.json", "index_info.json", "vectors.npy", "ids.npy", "index.faiss"
+ALL_FAILED = 10  # from this many rows on, a part without one readable picture is a wrong folder, not bad luck
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """What `be-audit index build` was asked for; its flags are made from these fields."""
+
+    images: tuple[str, ...] = field(
+        metadata={"help": "Image folders, .tar shards, parquet, a saved or hub data set, or embeddings."}
+    )
+    output: str = field(default="be-audit-index", metadata={"help": "Folder or URL of the index."})
+    sscd: str | None = field(
+        default=None, metadata={"help": "Copy descriptor: a TorchScript or ONNX file you trust, or `testbed`."}
+    )
+    preprocessing: str | None = field(
+        default=None,
+        metadata={"help": "small-edge-288 (default), square-320 (faster on GPUs), small-edge-N, square-N or none."},
+    )
+    type: str = field(
+        default="auto", metadata={"help": "auto (exact up to a million pictures), or any FAISS factory string."}
+    )
+    rows_per_part: int = field(default=10_000, metadata={"help": "Pictures a part; all that a kill can lose."})
+    batch_size: int = field(default=32, metadata={"help": "Pictures described at once."})
+    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, ..."})
+    seed: int = field(default=0, metadata={"help": "Seed of the training and recall samples."})
+    image_col: str | None = field(default=None, metadata={"help": "Column of pictures or embeddings; default: found."})
+    url_col: str | None = field(default=None, metadata={"help": "Column of URLs; default: found."})
+    caption_col: str | None = field(default=None, metadata={"help": "Column of captions; default: found."})
+    key_col: str | None = field(default=None, metadata={"help": "Column of keys; default: found."})
+
+
+@dataclass(frozen=True)
+class IndexSummary:
+    """What a build made.
+
+    Attributes:
+        rows: pictures seen; `ok` of them are in the index, `errors` could not be read.
+        error_examples: the first of those, one line each.
+        parts: units of work; `resumed` of them were there already.
+        info: what `index_info` returns.
+    """
+
+    index: str
+    rows: int
+    ok: int
+    errors: int
+    error_examples: list[str]
+    parts: int
+    resumed: int
+    info: dict[str, Any]
+
+
+def build_index(config: IndexConfig) -> IndexSummary:
+    """Describe every picture, part by part, then build the search index. A killed build goes on where it was.
+
+    Raises:
+        AuditError: bad input, no descriptor, or a folder that holds an index of other pictures or another descriptor.
+    """
+    if config.rows_per_part < 1 or config.batch_size < 1:
+        raise AuditError("--rows-per-part and --batch-size must be at least 1")
+    columns = Columns(config.image_col, config.url_col, config.caption_col, config.key_col)
+    sources = find_sources(config.images, columns)
+    weights = find_descriptor(config.sscd)
+    descriptor = open_descriptor(weights, config.device, config.preprocessing)
+    folder = Folder(config.output)
+    fingerprint = plan(folder, sources, descriptor, config)
+    ledger = Ledger(folder, STAGE, fingerprint)
+    work = [(source, part) for source in sources for part in source.parts(config.rows_per_part)]
+    if not work:
+        raise AuditError(f"{', '.join(config.images)}: holds no rows")
+    folder.sweep()
+    done = ledger.done(range(len(work)))
+    resumed = len(done)
+    with ThreadPoolExecutor(8) as pool, _bar(work, done) as bar:
+        for number, (source, part) in enumerate(work):
+            if number not in done:
+                done[number] = _embed_part(number, source, part, descriptor, config.batch_size, ledger, pool)
+                bar.update(done[number].rows)
+    info = _finish(folder, ledger, done, descriptor, weights, config)
+    return IndexSummary(
+        config.output, info["rows"], info["ok"], info["errors"], info["error_examples"], len(work), resumed, info
+    )
+
+
+def plan(folder: Folder, sources: list[Source], descriptor: Descriptor, config: IndexConfig) -> str:
+    """Write `index.json`, or check that what is there is this very index; returns the fingerprint.
+
+    Raises:
+        AuditError: the folder holds something else, with the difference field by field.
+    """
+    identity = {name: value for name, value in descriptor.facts().items() if name != "name"}
+    columns = {name: getattr(config, name) for name in ("image_col", "url_col", "caption_col", "key_col")}
+    facts: dict[str, Any] = {
+        "format": FORMAT,
+        "descriptor": identity,
+        "rows_per_part": config.rows_per_part,
+        "columns": columns,
+        "sources": [source.facts() for source in sources],
+    }
+    fingerprint = digest(facts)
+    if folder.exists(FACTS):
+        old = read_json(folder, FACTS)
+        if old.get("fingerprint") != fingerprint:
+            lines = "; ".join(diff_lines(old.get("facts", {}), facts))
+            raise AuditError(f"{folder.url}: holds another index ({lines}): name another folder with -o, or remove it")
+    else:
+        content = {"fingerprint": fingerprint, "descriptor_name": descriptor.name, "facts": facts}
+        folder.write(FACTS, json.dumps(content, indent=1).encode())
+    return fingerprint
+
+
+def read_json(folder: Folder, name: str) -> dict[str, Any]:
+    """A JSON object of the index. Raises AuditError when it is not there or is not one."""
+    try:
+        content = json.loads(folder.read(name))
+    except FileNotFoundError:
+        raise AuditError(f"{folder.url}: holds no index ({name} is missing): be-audit index build IMAGES...") from None
+    except ValueError as error:
+        raise AuditError(f"{folder.path(name)}: not readable as JSON: {error}") from error
+    return dict(content)
+
+
+def part_schema(dim: int) -> pa.Schema:
+    """Columns of `parts/000/00000.arrow`. `locator` is JSON: enough to read the pixels again."""
+    text = {name: pa.string() for name in ("key", "url", "caption", "source", "locator", "status", "error")}
+    return pa.schema({"id": pa.int64(), **text, "embedding": pa.list_(pa.float16(), dim)})
+
+
+def _embed_part(
+    number: int,
+    source: Source,
+    part: Slice,
+    descriptor: Descriptor,
+    batch_size: int,
+    ledger: Ledger,
+    pool: ThreadPoolExecutor,
+) -> Commit:
+    start = time.perf_counter()
+    items: list[Item] = []
+    vectors: list[np.ndarray] = []
+    given = source.vectors(part)
+    if given is not None:
+        items = list(source.items(part))
+        vectors.append(_checked(given, items, descriptor, source))
+    else:
+        for batch, prepared in _prepared(source.items(part), descriptor, batch_size, pool):
+            pictures = [picture for picture in prepared if picture is not None]
+            described = np.full((len(batch), descriptor.dim), np.nan, np.float32)
+            if pictures:
+                described[[picture is not None for picture in prepared]] = descriptor.embed(pictures).numpy()
+            items.extend(batch)
+            vectors.append(described)
+    embeddings = np.concatenate(vectors) if vectors else np.empty((0, descriptor.dim), np.float32)
+    for position in np.flatnonzero(~np.isfinite(embeddings).all(axis=1)):
+        if items[position].error is None:
+            items[position].error = "the descriptor is not a finite, non-zero vector"
+    errors = [item for item in items if item.error is not None]
+    if len(errors) == len(items) >= ALL_FAILED:
+        where = part.file or source.kind
+        raise AuditError(f"part {number} ({where}): not one picture could be read; the first: {errors[0].error}")
+    table = _table(number, source.kind, items, embeddings, descriptor.dim)
+    counts = {"ok": len(items) - len(errors), "error": len(errors)}
+    seconds = {"part": time.perf_counter() - start}
+    return ledger.commit(number, f"parts/{shard_name(number)}.arrow", table, counts, seconds)
+
+
+def _prepared(
+    items: Iterator[Item], descriptor: Descriptor, batch_size: int, pool: ThreadPoolExecutor
+) -> Iterator[tuple[list[Item], list[np.ndarray | None]]]:
+    """Batches decoded and resized by threads, one batch ahead of the network."""
+
+    def prepare(item: Item) -> np.ndarray | None:
+        try:
+            if item.error is not None:
+                return None
+            data = item.data if item.data is not None else read_bytes(item.locator or {})
+            return descriptor.prepare(decode(data))
+        except Exception as error:  # decoders raise anything on broken input: a row's error, never the job's
+            item.error = f"{type(error).__name__}: {error}".splitlines()[0]
+            return None
+        finally:
+            item.data = None
+
+    ahead: tuple[list[Item], list[Future[np.ndarray | None]]] | None = None
+    while batch := list(islice(items, batch_size)):
+        submitted = (batch, [pool.submit(prepare, item) for item in batch])
+        if ahead:
+            yield ahead[0], [future.result() for future in ahead[1]]
+        ahead = submitted
+    if ahead:
+        yield ahead[0], [future.result() for future in ahead[1]]
+
+
+def _checked(given: np.ndarray, items: list[Item], descriptor: Descriptor, source: Source) -> np.ndarray:
+    if given.shape[1] != descriptor.dim:
+        raise AuditError(
+            f"{source.kind}: vectors of {given.shape[1]} where {descriptor.name} gives {descriptor.dim}: "
+            "name the descriptor that made them with --sscd"
+        )
+    if len(items) != len(given):
+        raise AuditError(f"{source.kind}: {len(given)} embeddings but {len(items)} rows of metadata")
+    norms = np.linalg.norm(given, axis=1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return given / norms
+
+
+def _table(number: int, kind: str, items: list[Item], embeddings: np.ndarray, dim: int) -> pa.Table:
+    good = np.array([item.error is None for item in items], bool)
+    flat = pa.array(np.where(good[:, None], embeddings, 0).astype(np.float16).ravel())
+    columns = {
+        "id": (np.int64(number) << 32) + np.arange(len(items), dtype=np.int64),
+        "key": [item.key for item in items],
+        "url": [item.url for item in items],
+        "caption": [item.caption for item in items],
+        "source": [kind] * len(items),
+        "locator": [json.dumps(item.locator or {}) for item in items],
+        "status": ["ok" if item.error is None else "error" for item in items],
+        "error": [item.error for item in items],
+        "embedding": pa.FixedSizeListArray.from_arrays(flat, dim, mask=pa.array(~good)),
+    }
+    return pa.table(columns, schema=part_schema(dim))
+
+
+def _finish(
+    folder: Folder,
+    ledger: Ledger,
+    done: dict[int, Commit],
+    descriptor: Descriptor,
+    weights: Path,
+    config: IndexConfig,
+) -> dict[str, Any]:
+    """Gather the parts' vectors, build the search index, measure it; `index_info.json` last says that all is there."""
+    counts = Counter[str]()
+    for commit in done.values():
+        counts.update(commit.counts)
+    total = counts["ok"]
+    if total == 0:
+        raise AuditError(f"{', '.join(config.images)}: not one picture could be read")
+    key = ann.auto_key(total) if config.type == "auto" else config.type
+    wanted = {"fingerprint": ledger.fingerprint, "type": key, "seed": config.seed}
+    if folder.exists(INFO):
+        info = read_json(folder, INFO)
+        if wanted.items() <= info.items() and all(folder.exists(name) for name in info["files"]):
+            return info
+        folder.remove(INFO)
+    start = time.perf_counter()
+    scratch_root = folder.path() if folder.local else None
+    scratch = Path(tempfile.mkdtemp(prefix=".build-", dir=scratch_root))
+    try:
+        examples = _gather(folder, done, total, descriptor.dim, scratch)
+        vectors = np.load(scratch / VECTORS, mmap_mode="r")
+        facts: dict[str, Any] = {"training_rows": 0, "num_lists": None, "num_probe": None}
+        names = [VECTORS, IDS]
+        search = None
+        if key != "Flat":
+            facts = ann.build(vectors, key, config.seed, scratch / FAISS)
+            search = ann.load(str(scratch / FAISS), facts["num_probe"])
+            names.append(FAISS)
+        built = time.perf_counter() - start
+        recall = ann.recall(vectors, search, config.seed, trained=facts["training_rows"])
+        del vectors, search
+        for name in names:
+            folder.put(name, scratch / name)
+        if key == "Flat":
+            folder.remove(FAISS)
+        files = {name: {"bytes": (scratch / name).stat().st_size, "sha256": _sha256(scratch / name)} for name in names}
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    info = {
+        **wanted,
+        "descriptor": descriptor.facts(),
+        "weights": str(weights.resolve()),
+        "dim": descriptor.dim,
+        "parts": len(done),
+        "rows": total + counts["error"],
+        "ok": total,
+        "errors": counts["error"],
+        "error_examples": examples,
+        **facts,
+        **recall,
+        "seconds": {
+            "search_index": round(built, 2),
+            "describe": round(sum(c.seconds["part"] for c in done.values()), 2),
+        },
+        "files": files,
+    }
+    folder.write(INFO, json.dumps(info, indent=1).encode())
+    return info
+
+
+def _gather(folder: Folder, done: dict[int, Commit], total: int, dim: int, scratch: Path) -> list[str]:
+    """Write `vectors.npy` and `ids.npy` from the parts, in id order; returns the first unreadable pictures."""
+    vectors = np.lib.format.open_memmap(scratch / VECTORS, mode="w+", dtype=np.float16, shape=(total, dim))
+    ids = np.empty(total, np.int64)
+    examples: list[str] = []
+    position = 0
+    for number in sorted(done):
+        table = read_part(folder, number, ["id", "key", "status", "error", "embedding"])
+        good = table.filter(pa.compute.equal(table["status"], "ok"))
+        rows = good.num_rows
+        embedding = good["embedding"].combine_chunks()
+        vectors[position : position + rows] = np.asarray(embedding.flatten()).reshape(rows, dim)
+        ids[position : position + rows] = good["id"].to_numpy()
+        position += rows
+        if len(examples) < 20:
+            bad = table.filter(pa.compute.equal(table["status"], "error")).slice(0, 20 - len(examples))
+            examples += [f"{row['key']}: {row['error']}" for row in bad.select(["key", "error"]).to_pylist()]
+    vectors.flush()
+    np.save(scratch / IDS, ids)
+    return examples
+
+
+def read_part(folder: Folder, number: int, columns: list[str]) -> pa.Table:
+    """Some columns of a part; on a local disk the others are not even read."""
+    path = folder.path(f"parts/{shard_name(number)}.arrow")
+    source = pa.memory_map(path) if folder.local else pa.BufferReader(folder.read(f"parts/{shard_name(number)}.arrow"))
+    names = pa.ipc.open_file(source).schema.names
+    options = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in columns])
+    return pa.ipc.open_file(source, options=options).read_all().select(columns)
+
+
+def _sha256(path: Path) -> str:
+    import hashlib
+
+    digest_ = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            digest_.update(chunk)
+    return digest_.hexdigest()
+
+
+def _bar(work: list[tuple[Source, Slice]], done: dict[int, Commit]) -> Any:
+    """A bar over pictures; the total is unknown where tars are, whose members nobody has counted."""
+    from tqdm import tqdm
+
+    counts = [part.count for _, part in work]
+    total = sum(counts) if all(counts) else None
+    initial = sum(commit.rows for commit in done.values())
+    return tqdm(total=total, initial=initial, unit="picture", desc="describe", disable=None)

@@ -1,0 +1,254 @@
+"""An index to ask: nearest pictures by exact cosine, what is known of them, their pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from audit.commits import Ledger
+from audit.errors import AuditError
+from audit.fingerprint import diff_lines
+from audit.index import ann
+from audit.index.build import FACTS, FAISS, IDS, INFO, STAGE, VECTORS, read_json, read_part
+from audit.index.descriptors import find_descriptor, open_descriptor
+from audit.index.sources import decode, read_bytes
+from audit.storage import Folder
+
+if TYPE_CHECKING:
+    from pipelines.descriptor import Descriptor
+
+FACT_COLUMNS = ["id", "key", "url", "caption", "source", "locator"]
+
+
+class Index:
+    """A finished index, opened for reading. Vectors stay on the disk (memory-mapped).
+
+    Attributes:
+        folder: where it is.
+        fingerprint: of the pictures and the descriptor it was made from.
+        descriptor: name, sha256, dim and preprocessing of the descriptor.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        read_json(folder, FACTS)
+        if not folder.exists(INFO):
+            raise AuditError(f"{folder.url}: the index is not finished: give `be-audit index build` again, it goes on")
+        self._info = read_json(folder, INFO)
+        self.fingerprint: str = self._info["fingerprint"]
+        self.descriptor: dict[str, Any] = self._info["descriptor"]
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._ids = np.load(self._local(IDS), mmap_mode="r", allow_pickle=False)
+        self._vectors = np.load(self._local(VECTORS), mmap_mode="r", allow_pickle=False)
+        self._faiss: Any = None
+        self._facts = lru_cache(maxsize=64)(lambda part: read_part(self.folder, part, FACT_COLUMNS))
+
+    @classmethod
+    def open(cls, path: str) -> Index:
+        """Open by path or URL. Raises AuditError when there is no finished index."""
+        return cls(Folder(path))
+
+    def __len__(self) -> int:
+        """Pictures in the index (those that could be read)."""
+        return len(self._ids)
+
+    def info(self) -> dict[str, Any]:
+        """Type, sizes, counts, recall, descriptor: `index_info.json`."""
+        return dict(self._info)
+
+    def ids(self) -> np.ndarray:
+        """Every id, ascending, int64 [N]."""
+        return np.asarray(self._ids)
+
+    def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest pictures of each vector.
+
+        Args:
+            vectors: [Q, D], any length of vector.
+            k: how many.
+        Returns:
+            ids int64 [Q, k] (-1 where there are fewer) and exact cosines float32 [Q, k] (-inf there), best first.
+        """
+        if self._faiss is None and FAISS in self._info["files"]:
+            self._faiss = ann.load(self._local(FAISS), self._info["num_probe"])
+        positions, cosines = ann.nearest(self._vectors, vectors, k, self._faiss)
+        return np.where(positions >= 0, self._ids[np.maximum(positions, 0)], -1), cosines
+
+    def vectors(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Stored vectors, float32 [n, D], unit length. Raises KeyError on an id that is not in the index."""
+        wanted = np.asarray(ids, np.int64)
+        positions = np.minimum(np.searchsorted(self._ids, wanted), len(self._ids) - 1)
+        if missing := wanted[self._ids[positions] != wanted].tolist():
+            raise KeyError(f"{missing[0]} is not in the index {self.folder.url}")
+        return ann.normalised(self._vectors[positions])
+
+    def facts(self, ids: Sequence[int] | np.ndarray) -> pa.Table:
+        """What is known of pictures, in the order of `ids`: id, key, url, caption, source, locator (JSON)."""
+        wanted = np.asarray(ids, np.int64)
+        parts = wanted >> 32
+        order = np.argsort(parts, kind="stable")
+        tables = [
+            self._facts(int(part)).take(pa.array(wanted[parts == part] & 0xFFFFFFFF)) for part in np.unique(parts)
+        ]
+        if not tables:
+            return self._facts(0).slice(0, 0)
+        return pa.concat_tables(tables).take(pa.array(np.argsort(order)))
+
+    def picture(self, id: int) -> Image.Image | None:
+        """The picture itself, RGB, turned as its EXIF says; None where the index was made from embeddings alone.
+
+        Raises:
+            AuditError: the file it was read from is gone or has changed.
+        """
+        locator = json.loads(self.facts([id])["locator"][0].as_py())
+        if not locator:
+            return None
+        try:
+            return decode(read_bytes(locator))
+        except AuditError:
+            raise
+        except Exception as error:  # decoders raise anything on broken input
+            raise AuditError(f"{locator['file']}: the picture has changed and cannot be read: {error}") from error
+
+    def by_url(self, urls: Iterable[str]) -> dict[str, int]:
+        """The first picture of each URL that is known. One pass over the index: ask for many at once."""
+        return self._first("url", urls)
+
+    def by_key(self, keys: Iterable[str]) -> dict[str, int]:
+        """The first picture of each key that is known."""
+        return self._first("key", keys)
+
+    def by_caption(self, captions: Iterable[str]) -> dict[str, int]:
+        """The first picture of each caption that is known, compared exactly."""
+        return self._first("caption", captions)
+
+    def own(
+        self,
+        captions: Sequence[str | None],
+        urls: Sequence[str | None] | None = None,
+        keys: Sequence[str | None] | None = None,
+    ) -> list[int | None]:
+        """Each caption's own picture: by URL, else by key, else by the exact caption; None where it is not known."""
+        own: list[int | None] = [None] * len(captions)
+        for values, join in ((urls, self.by_url), (keys, self.by_key), (captions, self.by_caption)):
+            if values is not None and None in own:
+                pairs = list(zip(own, values, strict=True))
+                known = join(value for have, value in pairs if value and have is None)
+                own = [known.get(value or "") if have is None else have for have, value in pairs]
+        return own
+
+    def _first(self, column: str, values: Iterable[str]) -> dict[str, int]:
+        wanted = pa.array(list(dict.fromkeys(values)), pa.string())
+        found: dict[str, int] = {}
+        for part in range(self._info["parts"] if len(wanted) else 0):
+            table = read_part(self.folder, part, ["id", column, "status"])
+            hit = pc.and_(pc.is_in(table[column], value_set=wanted), pc.equal(table["status"], "ok"))
+            rows = table.filter(hit)
+            for value, id_ in zip(rows[column].to_pylist(), rows["id"].to_pylist(), strict=True):
+                found.setdefault(value, id_)
+        return found
+
+    def load_descriptor(self, sscd: str | None = None, device: str = "auto") -> Descriptor:
+        """The descriptor this index was made with, by flag, else the file it was made with, else as `find_descriptor`.
+
+        Raises:
+            AuditError: other weights or another preprocessing would be compared with this index.
+        """
+        recorded = Path(self._info["weights"])
+        path = recorded if sscd is None and recorded.is_file() else find_descriptor(sscd)
+        loaded = open_descriptor(path, device, self.descriptor["preprocessing"]["resize"])
+        old, new = ({k: v for k, v in facts.items() if k != "name"} for facts in (self.descriptor, loaded.facts()))
+        if old != new:
+            lines = "; ".join(diff_lines(old, new))
+            raise AuditError(
+                f"{path}: not the descriptor of the index {self.folder.url} ({self.descriptor['name']}; {lines}): "
+                "name that file with --sscd, or build an index with this one"
+            )
+        return loaded
+
+    def verify(self, deep: bool = False) -> list[str]:
+        """What is wrong with the index, one line each; [] when nothing is. `deep` reads and hashes everything."""
+        ledger = Ledger(self.folder, STAGE, self.fingerprint)
+        problems = []
+        for part in range(self._info["parts"]):
+            commit = ledger.read(part)
+            problem = ledger.problem(commit, deep) if commit else f"part {part}: no valid commit"
+            if problem:
+                problems.append(problem)
+        for name, facts in self._info["files"].items():
+            if not self.folder.exists(name):
+                problems.append(f"{name}: missing")
+            elif self.folder.size(name) != facts["bytes"]:
+                problems.append(f"{name}: {self.folder.size(name)} bytes where {INFO} says {facts['bytes']}")
+            elif deep and _hash(self.folder, name) != facts["sha256"]:
+                problems.append(f"{name}: contents do not match the sha256 in {INFO}")
+        return problems
+
+    def _local(self, name: str) -> str:
+        """A file of the index on this machine: itself, or a copy that lives as long as the Index."""
+        if not self.folder.exists(name):
+            raise AuditError(f"{self.folder.path(name)}: missing: give `be-audit index build` again, it restores it")
+        if self.folder.local:
+            return self.folder.path(name)
+        if self._scratch is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="be-audit-index-")
+        target = str(Path(self._scratch.name) / name)
+        self.folder.fs.get_file(self.folder.path(name), target)
+        return target
+
+
+def _hash(folder: Folder, name: str) -> str:
+    digest = hashlib.sha256()
+    with folder.open(name) as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def index_info(path: str) -> dict[str, Any]:
+    """`be-audit index info`: what an index holds and how well it finds."""
+    return Index.open(path).info()
+
+
+def search_image(
+    path: str, image: str, k: int = 10, sscd: str | None = None, device: str = "auto"
+) -> list[dict[str, Any]]:
+    """`be-audit index search`: the k nearest pictures of a picture.
+
+    Returns:
+        One dict a picture, nearest first: rank, cosine, id, key, url, caption, source, file.
+    Raises:
+        AuditError: no index, not a picture, or another descriptor than the index's.
+    """
+    index = Index.open(path)
+    try:
+        picture = decode(Path(image).expanduser().read_bytes())
+    except Exception as error:  # decoders raise anything on broken input
+        raise AuditError(f"{image}: not a picture that can be read: {error}") from error
+    vectors = index.load_descriptor(sscd, device)([picture]).numpy()
+    ids, cosines = index.search(vectors, min(k, len(index)))
+    rows = index.facts(ids[0]).to_pylist()
+    return [
+        {
+            "rank": rank,
+            "cosine": round(float(cosine), 4),
+            **{name: row[name] for name in ("id", "key", "url", "caption", "source")},
+            "file": json.loads(row["locator"]).get("file"),
+        }
+        for rank, (row, cosine) in enumerate(zip(rows, cosines[0], strict=True))
+    ]
+
+
+def verify_index(path: str, deep: bool = False) -> list[str]:
+    """`be-audit index verify`: problems, one line each."""
+    return Index.open(path).verify(deep)

@@ -1,0 +1,343 @@
+"""Sources that are tables: parquet and `datasets` with image bytes, parquet or npy with embeddings."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from audit.errors import AuditError
+from audit.index.sources import (
+    CAPTION_COLUMNS,
+    KEY_COLUMNS,
+    URL_COLUMNS,
+    Columns,
+    Item,
+    Slice,
+    listing_facts,
+    read_file,
+    slices,
+)
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "bytes", "image_bytes", "content")
+EMBEDDING_COLUMNS = ("embedding", "embeddings", "image_embedding", "img_emb", "sscd", "vector", "feature", "features")
+BATCH = 256  # rows of pictures decoded from parquet at once
+
+
+def is_image(kind: pa.DataType) -> bool:
+    """Encoded pictures: binary, or the struct {bytes, path} of `datasets`."""
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def is_embedding(kind: pa.DataType) -> bool:
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(test(kind) for test in lists) and pa.types.is_floating(kind.value_type)
+
+
+def pick(schema: pa.Schema, named: str | None, names: tuple[str, ...], where: str, flag: str) -> str | None:
+    """The column the user named, else the first of `names` there is, whatever its case.
+
+    Raises:
+        AuditError: the named column is not there.
+    """
+    if named is not None:
+        if named not in schema.names:
+            raise AuditError(f"{where}: has no column {named!r}; it has {', '.join(schema.names)}: pass --{flag}")
+        return named
+    lower = {name.lower(): name for name in reversed(schema.names)}
+    return next((lower[name] for name in names if name in lower), None)
+
+
+def pick_typed(schema: pa.Schema, named: str | None, names: tuple[str, ...], test: Any, where: str) -> str | None:
+    """As `pick`, of one type; without a known name, the only column of that type."""
+    typed = pa.schema([field for field in schema if test(field.type)])
+    if named is not None and named in schema.names and named not in typed.names:
+        return None
+    found = pick(typed if named is None else schema, named, names, where, "image-col")
+    return found or (typed.names[0] if len(typed) == 1 else None)
+
+
+class Described:
+    """The columns that describe a row, resolved against one schema."""
+
+    def __init__(self, schema: pa.Schema, columns: Columns, where: str) -> None:
+        self.url = pick(schema, columns.url, URL_COLUMNS, where, "url-col")
+        self.caption = pick(schema, columns.caption, CAPTION_COLUMNS, where, "caption-col")
+        self.key = pick(schema, columns.key, KEY_COLUMNS, where, "key-col")
+        self.names = [name for name in dict.fromkeys((self.url, self.caption, self.key)) if name]
+
+    def item(self, row: dict[str, Any], number: int) -> Item:
+        def text(name: str | None) -> str | None:
+            value = row.get(name) if name else None
+            return None if value is None else str(value)
+
+        return Item(text(self.key) or str(number), text(self.url), text(self.caption))
+
+
+class ParquetSource:
+    """Parquet files with encoded pictures or with embeddings."""
+
+    def __init__(self, url: str, files: list[str], columns: Columns) -> None:
+        self.url, self.columns = url, columns
+        self.files = {path: _parquet_facts(path) for path in files}
+        schema = next(iter(self.files.values()))[1]
+        self.image = pick_typed(schema, columns.image, IMAGE_COLUMNS, is_image, files[0])
+        self.embedding = None
+        if self.image is None:
+            self.embedding = pick_typed(schema, columns.image, EMBEDDING_COLUMNS, is_embedding, files[0])
+        if self.image is None and self.embedding is None:
+            names = ", ".join(schema.names)
+            raise AuditError(f"{files[0]}: no column of encoded pictures or embeddings among {names}: pass --image-col")
+        self.kind = "parquet" if self.image else "embeddings"
+        self.described = {path: Described(facts[1], columns, path) for path, facts in self.files.items()}
+        wanted = self.image or self.embedding
+        for path, (_, schema, _) in self.files.items():
+            if wanted not in schema.names:
+                raise AuditError(f"{path}: has no column {wanted!r}, which {files[0]} has: pass --image-col")
+
+    def facts(self) -> dict[str, Any]:
+        digest = hashlib.sha256("".join(footer for *_, footer in self.files.values()).encode()).hexdigest()[:16]
+        rows = sum(facts[0] for facts in self.files.values())
+        column = self.image or self.embedding
+        return {
+            "kind": self.kind,
+            "url": self.url,
+            "files": len(self.files),
+            "rows": rows,
+            "column": column,
+            "footers": digest,
+        }
+
+    def parts(self, rows: int) -> list[Slice]:
+        return [part for path, facts in self.files.items() for part in slices(facts[0], rows, path)]
+
+    def items(self, part: Slice) -> Iterator[Item]:
+        described = self.described[part.file]
+        names = described.names + ([self.image] if self.image else [])
+        if not names:
+            yield from (Item(str(part.start + i), locator={}) for i in range(part.count))
+            return
+        for number, row in self._rows(part, names):
+            item = described.item(row, number)
+            item.locator = {}
+            if self.image:
+                item.locator = {"file": part.file, "row": number, "column": self.image}
+                item.data, item.error = cell_bytes(row[self.image])
+            yield item
+
+    def vectors(self, part: Slice) -> np.ndarray | None:
+        if self.embedding is None:
+            return None
+        return stack([row[self.embedding] for _, row in self._rows(part, [self.embedding])])
+
+    def _rows(self, part: Slice, names: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Rows of a part by row group, a batch at a time: a row group of pictures may be larger than memory."""
+        with fsspec.open(part.file, "rb") as opened:
+            file = pq.ParquetFile(opened)
+            first, end = 0, part.start + part.count
+            for group in range(file.num_row_groups):
+                rows = file.metadata.row_group(group).num_rows
+                if first < end and first + rows > part.start:
+                    number = first
+                    for batch in file.iter_batches(BATCH, row_groups=[group], columns=names):
+                        if number + len(batch) > part.start and number < end:
+                            for offset, row in enumerate(batch.to_pylist()):
+                                if part.start <= number + offset < end:
+                                    yield number + offset, row
+                        number += len(batch)
+                first += rows
+
+
+def _parquet_facts(path: str) -> tuple[int, pa.Schema, str]:
+    try:
+        with fsspec.open(path, "rb") as opened:
+            opened.seek(-8, 2)
+            length = int.from_bytes(opened.read(4), "little")
+            opened.seek(-min(8 + length, opened.tell() + 4), 2)
+            footer = hashlib.sha256(opened.read()).hexdigest()
+            opened.seek(0)
+            file = pq.ParquetFile(opened)
+            return file.metadata.num_rows, file.schema_arrow, footer
+    except (pa.ArrowInvalid, OSError) as error:
+        raise AuditError(f"{path}: not a whole parquet file: {str(error).splitlines()[0]}") from error
+
+
+def cell_bytes(value: Any) -> tuple[bytes | None, str | None]:
+    """The encoded picture of a cell, or why there is none."""
+    if isinstance(value, dict):
+        if value.get("bytes") is None and value.get("path"):
+            try:
+                return read_file(value["path"]), None
+            except OSError as error:
+                return None, str(error)
+        value = value.get("bytes")
+    return (None, "no picture in this row") if not value else (value, None)
+
+
+def stack(rows: list[Any]) -> np.ndarray:
+    """Lists of floats, some perhaps null or of a wrong length, as float32 [rows, dim]; NaN where unusable."""
+    lengths = [len(row) for row in rows if row is not None]
+    dim = max(set(lengths), key=lengths.count) if lengths else 1
+    out = np.full((len(rows), dim), np.nan, np.float32)
+    for i, row in enumerate(rows):
+        if row is not None and len(row) == dim:
+            out[i] = row
+    return out
+
+
+class NpySource:
+    """Embeddings in .npy files, float [rows, dim], one metadata parquet each (clip-retrieval: img_emb/, metadata/)."""
+
+    kind = "embeddings"
+
+    def __init__(self, url: str, files: dict[str, int], metadata: list[str], columns: Columns) -> None:
+        self.url, self.files, self.columns = url, files, columns
+        by_number = {_number(path): path for path in metadata}
+        self.metadata = {path: by_number.get(_number(path)) for path in files}
+        if metadata and None in self.metadata.values():
+            missing = next(path for path, found in self.metadata.items() if found is None)
+            raise AuditError(f"{missing}: no metadata parquet of the same number beside it")
+        self.rows: dict[str, int] = {}
+        for path, found in self.metadata.items():
+            array = _load_npy(path)
+            self.rows[path] = len(array)
+            if found and _parquet_facts(found)[0] != len(array):
+                raise AuditError(f"{found}: {_parquet_facts(found)[0]} rows where {path} has {len(array)} embeddings")
+
+    def facts(self) -> dict[str, Any]:
+        return {"kind": self.kind, "url": self.url, "rows": sum(self.rows.values()), **listing_facts(self.files)}
+
+    def parts(self, rows: int) -> list[Slice]:
+        return [part for path, count in self.rows.items() for part in slices(count, rows, path)]
+
+    def items(self, part: Slice) -> Iterator[Item]:
+        metadata = self.metadata[part.file]
+        numbers = range(part.start, part.start + part.count)
+        if metadata is None:
+            yield from (Item(str(number), locator={}) for number in numbers)
+            return
+        described = Described(_parquet_facts(metadata)[1], self.columns, metadata)
+        with fsspec.open(metadata, "rb") as opened:
+            table = pq.read_table(opened, columns=described.names).slice(part.start, part.count)
+        for number, row in zip(numbers, table.to_pylist(), strict=False):
+            item = described.item(row, number)
+            item.locator = {}
+            yield item
+
+    def vectors(self, part: Slice) -> np.ndarray:
+        return np.asarray(_load_npy(part.file)[part.start : part.start + part.count], np.float32)
+
+
+def _number(path: str) -> str:
+    """The number a file name ends in: img_emb_00012.npy and metadata_12.parquet belong together."""
+    digits = re.findall(r"\d+", os.path.basename(path))
+    return digits[-1].lstrip("0") if digits else ""
+
+
+@lru_cache(maxsize=2)
+def _load_npy(path: str) -> np.ndarray:
+    try:
+        if "://" not in path:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        else:
+            with fsspec.open(path, "rb") as file:
+                array = np.load(file, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise AuditError(f"{path}: not a whole .npy file of numbers: {error}") from error
+    if array.ndim != 2 or array.dtype.kind != "f":
+        raise AuditError(f"{path}: embeddings are float [rows, dim]; this is {array.dtype} {list(array.shape)}")
+    return array
+
+
+class DatasetSource:
+    """A `datasets` set, from a folder (`save_to_disk`) or a hub name; its split `train` where it has several."""
+
+    kind = "dataset"
+
+    def __init__(self, where: dict[str, Any], columns: Columns) -> None:
+        self.where, self.dataset = where, _load_dataset(*where.values())
+        name = where["file"]
+        schema = self.dataset.features.arrow_schema
+        self.image = pick_typed(schema, columns.image, IMAGE_COLUMNS, is_image, name)
+        if self.image is None:
+            raise AuditError(f"{name}: no column of pictures among {', '.join(schema.names)}: pass --image-col")
+        self.described = Described(schema, columns, name)
+
+    def facts(self) -> dict[str, Any]:
+        facts = {"kind": self.kind, **self.where, "rows": len(self.dataset), "column": self.image}
+        return {**facts, "data": self.dataset._fingerprint}
+
+    def parts(self, rows: int) -> list[Slice]:
+        return slices(len(self.dataset), rows)
+
+    def items(self, part: Slice) -> Iterator[Item]:
+        assert self.image is not None
+        rows = self.dataset.select_columns(list(dict.fromkeys([*self.described.names, self.image])))
+        for number in range(part.start, part.start + part.count):
+            row = rows[number]
+            item = self.described.item(row, number)
+            item.locator = {**self.where, "row": number, "column": self.image}
+            item.data, item.error = cell_bytes(row[self.image])
+            yield item
+
+    def vectors(self, part: Slice) -> None:
+        return None
+
+
+@lru_cache(maxsize=2)
+def _load_dataset(name: str, revision: str | None, split: str | None, hub: bool) -> Any:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name, revision=revision) if hub else datasets.load_from_disk(name)
+    except Exception as error:  # the hub client raises many unrelated kinds
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        what = "no such file, and no data set of this name could be loaded" if hub else "cannot be loaded as a data set"
+        raise AuditError(f"{name}: {what}: {text}") from error
+    if isinstance(loaded, datasets.DatasetDict):
+        split = split or ("train" if "train" in loaded else next(iter(loaded)))
+        if split not in loaded:
+            raise AuditError(f"{name}: has no split {split!r}; it has {', '.join(loaded)}")
+        loaded = loaded[split]
+    pictures = [key for key, feature in loaded.features.items() if isinstance(feature, datasets.Image)]
+    for key in pictures:
+        loaded = loaded.cast_column(key, datasets.Image(decode=False))
+    return loaded
+
+
+def read_cell(locator: dict[str, Any]) -> bytes:
+    """The encoded picture of a table's cell. Raises OSError when there is none."""
+    if "hub" in locator:
+        where = (locator["file"], locator["revision"], locator["split"], locator["hub"])
+        data, error = cell_bytes(_load_dataset(*where)[locator["row"]][locator["column"]])
+    else:
+        ends = _row_group_ends(locator["file"])
+        group = int(np.searchsorted(ends, locator["row"], side="right"))
+        row = locator["row"] - (int(ends[group - 1]) if group else 0)
+        data, error = cell_bytes(_column(locator["file"], group, locator["column"])[row].as_py())
+    if data is None:
+        raise OSError(error)
+    return data
+
+
+@lru_cache(maxsize=256)
+def _row_group_ends(path: str) -> np.ndarray:
+    with fsspec.open(path, "rb") as opened:
+        metadata = pq.ParquetFile(opened).metadata
+        return np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
+
+
+@lru_cache(maxsize=2)
+def _column(path: str, group: int, column: str) -> pa.ChunkedArray:
+    with fsspec.open(path, "rb") as opened:
+        return pq.ParquetFile(opened).read_row_group(group, columns=[column]).column(0)
