@@ -189,6 +189,7 @@ def describe(source: Source, caption_col: str | None) -> tuple[CaptionFile, pa.S
             elif source.format == "arrow" and head.startswith(b"ARROW1"):
                 streamed, (rows, schema) = False, _arrow_facts(path, file)
             elif source.format == "arrow":
+                file.seek(0)
                 schema = pa.ipc.open_stream(file).schema
             else:
                 schema = pa.schema([(name, pa.string()) for name in text_columns(path, file, source.format)])

@@ -76,8 +76,8 @@ class Rows:
         self._needed = [schema.names[at] for at in needed]
         self._starts = [0]  # of row groups; of record batches as far as they have been seen
         if self._parquet:
-            # A bounded buffer: without it whole column chunks are fetched.
-            self._file = pq.ParquetFile(open_input(self._path), buffer_size=1 << 20)
+            # A bounded buffer and no prefetching: otherwise whole column chunks are held.
+            self._file = pq.ParquetFile(open_input(self._path), buffer_size=1 << 20, pre_buffer=False)
             for group in range(self._file.num_row_groups):
                 self._starts.append(self._starts[-1] + self._file.metadata.row_group(group).num_rows)
         else:
@@ -102,7 +102,8 @@ class Rows:
 
     def _parquet_batches(self, group: int) -> Iterator[pa.RecordBatch]:
         groups = list(range(group, self._file.num_row_groups))
-        return self._file.iter_batches(BATCH_ROWS, row_groups=groups, columns=self._needed)
+        # Threads gain nothing on two or three columns and cost an allocator arena each.
+        return self._file.iter_batches(BATCH_ROWS, row_groups=groups, columns=self._needed, use_threads=False)
 
     def _ipc_batches(self, group: int) -> Iterator[pa.RecordBatch]:
         for at in range(group, self._file.num_record_batches):

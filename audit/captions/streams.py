@@ -113,12 +113,13 @@ def _json_rows(path: str, raw: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]
     for number, line in enumerate(_plain(path, raw), 1):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line.strip():
+        line = line.strip()
+        if not line:
             continue
         try:
             record = json.loads(line)
         except ValueError as error:
-            if number == 1 and line.lstrip().startswith(b"["):
+            if number == 1 and line.startswith(b"["):
                 raise AuditError(f"{path}: a JSON array; one object a line is needed: jq -c '.[]'") from error
             raise AuditError(f"{path}: line {number} is not JSON: {first_line(error)}") from error
         if not isinstance(record, dict):
@@ -139,14 +140,17 @@ def _csv_values(path: str, raw: IO[bytes], names: list[str]) -> Iterator[list[st
 
 def _csv_rows(path: str, raw: IO[bytes]) -> Iterator[tuple[int, list[str]]]:
     """Number of the last line and fields of every row that is not blank, the header first."""
-    reader = csv.reader(io.TextIOWrapper(_plain(path, raw), encoding="utf-8-sig", newline=""), strict=True)
+    lines = enumerate(_plain(path, raw))
+    reader = csv.reader((line.decode("utf-8-sig" if at == 0 else "utf-8") for at, line in lines), strict=True)
     while True:
         try:
             row = next(reader)
         except StopIteration:
             return
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise AuditError(f"{path}: line {reader.line_num + 1}: not CSV in UTF-8: {first_line(error)}") from error
+        except csv.Error as error:
+            raise AuditError(f"{path}: line {reader.line_num}: not CSV: {error}") from error
+        except UnicodeDecodeError as error:
+            raise AuditError(f"{path}: line {reader.line_num + 1}: not UTF-8: {error}") from error
         if row:
             yield reader.line_num, row
 
