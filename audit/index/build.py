@@ -86,6 +86,8 @@ class IndexSummary:
 def build_index(config: IndexConfig) -> IndexSummary:
     """Describe every picture, part by part, then build the search index. A killed build goes on where it was.
 
+    One build a folder at a time.
+
     Raises:
         AuditError: bad input, no descriptor, or a folder that holds an index of other pictures or another descriptor.
     """
@@ -278,6 +280,8 @@ def _finish(
         folder.remove(INFO)
     start = time.perf_counter()
     scratch_root = folder.path() if folder.local else None
+    for left in Path(folder.path()).glob(".build-*") if folder.local else ():  # of a build killed here
+        shutil.rmtree(left, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=".build-", dir=scratch_root))
     try:
         examples = _gather(folder, done, total, descriptor.dim, scratch)

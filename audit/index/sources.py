@@ -267,17 +267,18 @@ def _find(given: str, columns: Columns) -> list[Source]:
     names = {path[len(url) :].lstrip("/") for path in files}
     if {"dataset_dict.json", "state.json"} & names:
         return [tables.DatasetSource({"file": url, "revision": None, "split": None, "hub": False}, columns)]
-    if npy := {path: size for path, size in files.items() if path.endswith(".npy")}:
-        kept = {path: size for path, size in npy.items() if "text_emb" not in path}
-        metadata = [path for path in files if path.endswith(".parquet")]
-        return [tables.NpySource(url, kept, metadata, columns)]
     sources: list[Source] = []
     if any(path.endswith(".tar") for path in files):
         sources.append(TarSource(url, files))
     if any(path.lower().endswith(PICTURES) for path in files):
         sources.append(FolderSource(url, files))
     parquet = [path for path in files if path.endswith(".parquet")]
-    if parquet and not sources:  # beside tars and pictures, parquet holds what img2dataset knew of them, not pictures
+    npy = {path: size for path, size in files.items() if path.endswith(".npy") and "text_emb" not in path}
+    if npy and not sources:
+        return [tables.NpySource(url, npy, parquet, columns)]
+    if sources:  # beside tars and pictures, img2dataset's parquet holds what it knew of them, not pictures
+        parquet = [path for path in parquet if tables.holds_pictures(path)]
+    if parquet:
         sources.append(tables.ParquetSource(url, parquet, columns))
     if not sources:
         raise AuditError(

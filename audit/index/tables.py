@@ -172,6 +172,11 @@ def _parquet_facts(path: str) -> tuple[int, pa.Schema, str]:
         raise AuditError(f"{path}: not a whole parquet file: {str(error).splitlines()[0]}") from error
 
 
+def holds_pictures(path: str) -> bool:
+    """Whether a parquet file has a column of encoded pictures."""
+    return any(is_image(field.type) for field in _parquet_facts(path)[1])
+
+
 def cell_bytes(value: Any) -> tuple[bytes | None, str | None]:
     """The encoded picture of a cell, or why there is none."""
     if isinstance(value, dict):
