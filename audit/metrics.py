@@ -38,7 +38,14 @@ class Curve(NamedTuple):
 
 
 def check_scores(scores: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[FloatArray, BoolArray]:
-    """Scores with NaN as -inf, and labels as bool, both [n] and holding both classes."""
+    """What every metric checks first.
+
+    Returns:
+        Scores [n] float64 with NaN as -inf, and labels [n] bool that hold both classes.
+    Raises:
+        AuditError: a class is missing (the message says which), or labels are not 0 and 1.
+        ValueError: lengths differ.
+    """
     values, given = np.asarray(scores, dtype=np.float64), np.asarray(labels)
     if values.ndim != 1 or values.shape != given.shape:
         raise ValueError(f"scores {values.shape} and labels {given.shape} must be one row of the same length")
