@@ -1,7 +1,7 @@
 """The embedded testbed: a small Stable-Diffusion-shaped pipeline that truly memorises known pictures, with its labels.
 
-`PIPELINE` (diffusers folder), `CLIP` (transformers folder), `DESCRIPTOR` (TorchScript, called like SSCD), `CAPTIONS` and
-`PICTURES` (parquet). What each holds, how it was measured and what it is not: README.md in this folder.
+`PIPELINE` (diffusers folder), `CLIP` (transformers folder), `DESCRIPTOR` (TorchScript, called like SSCD), `CAPTIONS`
+and `PICTURES` (parquet). What each holds, how it was measured and what it is not: README.md in this folder.
 """
 
 from __future__ import annotations
