@@ -14,13 +14,12 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from audit.captions.files import CAPTION_COLUMNS, CaptionFile, find_captions
-from audit.captions.plan import RESERVED, CaptionPlan, describe_captions, plan_captions
+from audit.captions.plan import CaptionPlan, describe_captions, plan_captions
 from audit.captions.rows import Rows, is_empty, text
 from audit.storage import Folder
 
 __all__ = [
     "CAPTION_COLUMNS",
-    "RESERVED",
     "CaptionFile",
     "CaptionPlan",
     "describe_captions",

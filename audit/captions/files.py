@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import IO, Any
@@ -33,6 +34,7 @@ FORMATS = {
     ".csv": "csv",
     ".csv.gz": "csv",
 }
+_JSON = (".json", ".json.gz")
 _WHOLE = 8 << 20  # files up to this size are hashed whole: the ones people edit by hand
 
 
@@ -103,21 +105,22 @@ def _expand(text: str) -> list[Source]:
         if fs.isdir(path):
             if _is_saved_dataset(fs, path):
                 return [Source(path if local else text, "dataset")]
-            names = _visible(fs.find(path), path)
-            files = [name for name in names if (ext := _extension(name)) in FORMATS and not ext.startswith(".json.")]
-            files = [name for name in files if _extension(name) != ".json"]  # stats and settings lie beside data
-            if not files:
-                raise AuditError(f"{text}: the folder has no {', '.join(sorted(set(FORMATS) - {'.json', '.json.gz'}))}")
+            files = _visible(fs.find(path), path)
         elif any(letter in text for letter in "*?["):
-            files = [name for name in fs.glob(path) if fs.isfile(name)]
-            if not files:
-                raise AuditError(f"{text}: no file matches")
+            found = fs.glob(path, detail=True)
+            fixed = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
+            files = _visible((name for name, info in found.items() if info["type"] == "file"), fixed)
         else:
             return [_missing(text, fs, path)]
     except AuditError:
         raise
     except Exception as error:  # every file system driver has its own exceptions
         raise AuditError(f"{text}: cannot be listed: {first_line(error)}") from error
+    # Statistics and settings lie beside data as .json: read where asked for by name only.
+    json_asked = text.lower().endswith(_JSON)
+    files = [name for name in files if (ext := _extension(name)) and (json_asked or ext not in _JSON)]
+    if not files:
+        raise AuditError(f"{text}: no file there that captions are read from: {', '.join(FORMATS)}")
     return [Source(name if local else fs.unstrip_protocol(name), _format(name)) for name in files]
 
 
@@ -138,13 +141,10 @@ def _is_saved_dataset(fs: Any, folder: str) -> bool:
 def _visible(names: Iterable[str], root: str) -> list[str]:
     """Without hidden files, and without what lies in a run folder: `scan .` must not read its own scores."""
     names = list(names)
-    runs = tuple(name[: -len("plan.arrow")] for name in names if name.endswith("/plan.arrow"))
-    parts = {name: name[len(root.rstrip("/")) + 1 :].split("/") for name in names}
-    return [
-        name
-        for name in names
-        if not any(part[:1] in "._" for part in parts[name]) and not name.startswith(runs or "\0")
-    ]
+    runs = tuple(name.removesuffix("plan.arrow") for name in names if name.endswith("/plan.arrow"))
+    below = len(root.rstrip("/")) + 1
+    hidden = {name for name in names if any(part.startswith((".", "_")) for part in name[below:].split("/"))}
+    return [name for name in names if name not in hidden and not name.startswith(runs)]
 
 
 def _extension(path: str) -> str | None:
@@ -251,7 +251,8 @@ def _parquet_facts(path: str, file: IO[bytes], size: int) -> tuple[int, pa.Schem
     for group in range(metadata.num_row_groups):
         columns = (metadata.row_group(group).column(c) for c in range(metadata.num_columns))
         ends += [
-            min(at for at in (c.data_page_offset, c.dictionary_page_offset) if at) + c.total_compressed_size
+            min((at for at in (c.data_page_offset, c.dictionary_page_offset) if at), default=0)
+            + c.total_compressed_size
             for c in columns
         ]
     if max(ends) > size - 8:

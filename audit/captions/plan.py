@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,35 +24,9 @@ from audit.captions.files import CaptionFile, describe, find_captions, is_text
 from audit.captions.rows import BATCH_ROWS, Rows, find_column, is_empty, text
 from audit.captions.streams import first_line, reading, stream
 from audit.errors import AuditError
+from audit.progress import Progress
+from audit.schema import SCORE_COLUMNS
 from audit.storage import Folder
-
-RESERVED = frozenset(
-    [
-        "row_id",
-        "caption",
-        "status",
-        "error",
-        "duplicate_of",
-        "num_tokens",
-        "truncated",
-        "magnitude",
-        "ld",
-        "ld_std",
-        "ld_energy",
-        "mask_source",
-        "mask",
-        "webster",
-        "attention_entropy",
-        "cosine",
-        "refined",
-        "ld_first",
-        "ld_10",
-        "ld_all",
-        "magnitude_10",
-        "magnitude_all",
-    ]
-)
-"""Columns a run writes itself: no input column may be kept under these names."""
 
 SHARDS = pa.schema(
     [
@@ -255,11 +230,11 @@ def _keep_schema(described: list[tuple[CaptionFile, pa.Schema]], named: Sequence
             for column in reversed(list(schema))
             if _KEPT.fullmatch(column.name.lower()) and column.name != file.caption_col and _is_plain(column.type)
         }
-        names = [name for lower, name in reversed(wanted.items()) if lower not in RESERVED]
+        names = [name for lower, name in reversed(wanted.items()) if lower not in SCORE_COLUMNS]
     else:
         names = list(dict.fromkeys(named))
         for name in names:
-            if name.lower() in RESERVED:
+            if name.lower() in SCORE_COLUMNS:
                 raise AuditError(f"--keep-cols {name}: a run has a column of that name itself: rename the input's")
     fields = []
     for name in names:
@@ -335,24 +310,36 @@ def _hashes(files: list[CaptionFile], taken: list[int], staging: Folder) -> tupl
     """xxh3 of every caption, uint64 [rows], 0 for an empty one; and how many are empty."""
     hashes = np.zeros(sum(taken), np.uint64)
     empty = at = 0
-    for file, rows in zip(files, taken, strict=True):
-        stop = at + rows
-        with reading(file.path):
-            batches = Rows(file, staging.url, ()).batches(0) if rows else iter(())
-            for batch in batches:
-                captions = text(batch.column(0))[: stop - at]
-                blank = is_empty(captions)
-                values = captions.cast(pa.binary()).to_pylist()
-                for row, (value, skip) in enumerate(zip(values, blank.tolist(), strict=True), at):
-                    if not skip:
-                        hashes[row] = xxhash.xxh3_64_intdigest(value) or 1
-                empty += int(blank.sum())
-                at += len(values)
-                if at == stop:
-                    break
-        if at != stop:
-            raise AuditError(f"{file.path}: it has {rows - (stop - at)} rows where {rows} were announced: damaged")
+    bar = Progress(len(hashes), "captions", "planning") if len(hashes) > _CHUNK else None
+    with bar or nullcontext():
+        for captions in _all_captions(files, taken, staging):
+            blank = is_empty(captions)
+            values = captions.cast(pa.binary()).to_pylist()
+            for row, (value, skip) in enumerate(zip(values, blank.tolist(), strict=True), at):
+                if not skip:
+                    hashes[row] = xxhash.xxh3_64_intdigest(value) or 1
+            empty += int(blank.sum())
+            at += len(captions)
+            if bar:
+                bar.add(len(captions))
     return hashes, empty
+
+
+def _all_captions(files: list[CaptionFile], taken: list[int], staging: Folder) -> Iterator[pa.Array]:
+    """The captions of the first rows of each file, in batches."""
+    for file, rows in zip(files, taken, strict=True):
+        if not rows:
+            continue
+        left = rows
+        with reading(file.path):
+            for batch in Rows(file, staging.url, ()).batches():
+                captions = text(batch.column(0))[:left]
+                yield captions
+                left -= len(captions)
+                if not left:
+                    break
+        if left:
+            raise AuditError(f"{file.path}: damaged: it has {rows - left} rows where {rows} were announced")
 
 
 def _resolve_first(hashes: np.ndarray) -> None:

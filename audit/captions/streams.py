@@ -10,7 +10,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import IO, Any
 
 import fsspec
@@ -18,10 +18,12 @@ import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from audit.errors import AuditError
+from audit.progress import Progress
 
 BATCH_ROWS = 8192
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]+))?")
 _PEEK_LINES = 1000
+_LONG = 256 << 20  # bytes that take a while
 
 
 def open_input(path: str) -> IO[bytes]:
@@ -64,15 +66,27 @@ def stream(path: str, kind: str, caption_col: str, columns: Sequence[str]) -> It
             for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=BATCH_ROWS):
                 yield _named(table, caption_col, columns)
         return
-    with open_input(path) as raw, reading(path):
-        if kind == "arrow":
-            for batch in pa.ipc.open_stream(raw):
-                yield _named(pa.Table.from_batches([batch]), caption_col, columns)
-            return
-        rows = _json_values(path, raw, names) if kind == "jsonl" else _csv_values(path, raw, names)
-        while block := list(itertools.islice(rows, BATCH_ROWS)):
-            arrays = [pa.array(values, pa.string()) for values in zip(*block, strict=True)]
-            yield _named(pa.table(arrays, names=names), caption_col, columns)
+    with open_input(path) as raw, reading(path), _progress(path, raw) as bar:
+        for table in _blocks(path, kind, raw, names):
+            yield _named(table, caption_col, columns)
+            if bar:
+                bar.add((raw.tell() >> 20) - bar.done)
+
+
+def _progress(path: str, raw: IO[bytes]) -> Progress | nullcontext[None]:
+    """A bar in MiB for what takes longer than a few seconds to read."""
+    size = raw.seek(0, io.SEEK_END)
+    raw.seek(0)
+    return Progress(size >> 20, "MiB", f"reading {path.rsplit('/', 1)[-1]}") if size > _LONG else nullcontext()
+
+
+def _blocks(path: str, kind: str, raw: IO[bytes], names: list[str]) -> Iterator[pa.Table]:
+    if kind == "arrow":
+        yield from (pa.Table.from_batches([batch]) for batch in pa.ipc.open_stream(raw))
+        return
+    rows = _json_values(path, raw, names) if kind == "jsonl" else _csv_values(path, raw, names)
+    while block := list(itertools.islice(rows, BATCH_ROWS)):
+        yield pa.table([pa.array(values, pa.string()) for values in zip(*block, strict=True)], names=names)
 
 
 def text_columns(path: str, file: IO[bytes], kind: str) -> list[str]:
@@ -121,7 +135,8 @@ def _json_rows(path: str, raw: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]
         except ValueError as error:
             if number == 1 and line.startswith(b"["):
                 raise AuditError(f"{path}: a JSON array; one object a line is needed: jq -c '.[]'") from error
-            raise AuditError(f"{path}: line {number} is not JSON: {first_line(error)}") from error
+            what = f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            raise AuditError(f"{path}: line {number} is not JSON: {what}") from error
         if not isinstance(record, dict):
             way_out = ": one object a line is needed: jq -c '.[]'" if isinstance(record, list) else ""
             raise AuditError(f"{path}: line {number} is not a JSON object{way_out}")
