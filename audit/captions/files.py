@@ -16,7 +16,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from audit.captions.streams import HUB_NAME, first_line, load_dataset, open_input, reading, text_columns
+from audit.captions.streams import BATCH_ROWS, HUB_NAME, first_line, load_dataset, open_input, reading, text_columns
 from audit.errors import AuditError
 
 CAPTION_COLUMNS = ("TEXT", "caption", "text", "prompt", "captions")
@@ -177,8 +177,12 @@ def describe(source: Source, caption_col: str | None) -> tuple[CaptionFile, pa.S
     if source.format == "dataset":
         dataset, size, sha256 = load_dataset(path)
         rows = getattr(dataset, "num_rows", -1)
-        schema = next(iter(dataset.with_format("arrow").iter(batch_size=1)), pa.table({})).schema
-        schema = dataset.features.arrow_schema if dataset.features else schema
+        features = dataset.features  # a streamed data set of text files knows none before its first row
+        if features:
+            schema = features.arrow_schema
+        else:
+            with reading(path):
+                schema = next(iter(dataset.with_format("arrow").iter(batch_size=BATCH_ROWS)), pa.table({})).schema
     else:
         with open_input(path) as file, reading(path):
             size = file.seek(0, io.SEEK_END)
