@@ -9,7 +9,7 @@ import re
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -104,15 +104,22 @@ def find_model(name: str, revision: str | None = None) -> ModelFolder:
     return ModelFolder(path, name, commit, SUPPORTED[architecture])
 
 
+class TokenFacts(NamedTuple):
+    """Of B captions: index of the first end-of-text id of the padded ids (the last one when truncated), [B] int64;
+    tokens of the whole caption without start and end, [B] int64; longer than the tokenizer's length, [B] bool."""
+
+    eos_positions: Tensor
+    num_tokens: Tensor
+    truncated: Tensor
+
+
 @dataclass(frozen=True)
 class Embeddings:
     """Prompts as the U-Net takes them.
 
     Attributes:
         hidden: text embeddings, [B, L, D]. pooled: SDXL's pooled embedding, [B, P], else None.
-        eos_positions: index of the first end-of-text id of the padded ids, [B], int64 (L - 1 when truncated).
-        num_tokens: tokens of the whole caption without start and end, [B], int64.
-        truncated: the caption is longer than the tokenizer's length, [B], bool.
+        eos_positions, num_tokens, truncated: as in TokenFacts.
     """
 
     hidden: Tensor
@@ -206,19 +213,23 @@ class DiffusionModel:
         last = float(self.scheduler.alphas_cumprod[-1])
         return ((1 - last) / last) ** 0.5
 
-    @torch.inference_mode()
-    def encode(self, captions: list[str]) -> Embeddings:
-        """Captions to embeddings, through the pipeline's own encode_prompt."""
-        tokens = self.tokenizer(captions, padding="max_length", truncation=True, max_length=self.max_tokens)
-        ids = torch.as_tensor(np.asarray(tokens["input_ids"]))
+    def tokens(self, captions: list[str]) -> TokenFacts:
+        """Where the first end-of-text id is, how long captions are and whether they were cut."""
+        padded = self.tokenizer(captions, padding="max_length", truncation=True, max_length=self.max_tokens)
+        ids = torch.as_tensor(np.asarray(padded["input_ids"]))
         lengths = torch.tensor([len(row) for row in self.tokenizer(captions, truncation=False)["input_ids"]])
         is_end = ids == self.tokenizer.eos_token_id
         eos = torch.where(is_end.any(1), is_end.int().argmax(1), torch.tensor(self.max_tokens - 1))
+        return TokenFacts(eos, lengths - 2, lengths > self.max_tokens)
+
+    @torch.inference_mode()
+    def encode(self, captions: list[str]) -> Embeddings:
+        """Captions to embeddings, through the pipeline's own encode_prompt."""
         encoded = self.pipeline.encode_prompt(
             captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         pooled = encoded[2] if self.folder.kind == "sdxl" else None
-        return Embeddings(encoded[0], pooled, eos, lengths - 2, lengths > self.max_tokens)
+        return Embeddings(encoded[0], pooled, *self.tokens(captions))
 
     @torch.inference_mode()
     def encode_empty(self) -> Embeddings:

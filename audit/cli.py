@@ -1,0 +1,149 @@
+"""The be-audit command: one thin function a subcommand; the work is in the module of the same name."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+import click
+
+from audit.errors import AuditError, Drained
+from audit.options import config_of, options_from
+from audit.run import DEFAULT_RUN
+from audit.scan import ScanConfig
+
+RUN_ARGUMENT = click.argument("run", required=False, default=DEFAULT_RUN, envvar="BE_AUDIT_RUN")
+
+
+class Commands(click.Group):
+    """A click group whose commands turn our exceptions into exit codes: 2, 75 and 130."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AuditError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(2)
+        except Drained:
+            click.echo("Stopped: the shard in hand was dropped; the same command goes on from here.", err=True)
+            ctx.exit(75)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("Interrupted.", err=True)
+            ctx.exit(130)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of the work, not of the alphabet
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="be-audit")
+def cli() -> None:
+    """Find the captions a text-to-image model reproduces training images for, where in the picture, with proof.
+
+    The usual order: scan, confirm (which needs `index build`), report.
+    """
+
+
+@cli.command()
+@options_from(ScanConfig)
+@click.pass_context
+def scan(ctx: click.Context, **values: Any) -> None:
+    """Score every caption at the first sampling step.
+
+    Typed again, it goes on where it stopped. CAPTIONS are parquet, Arrow, JSONL or CSV files, folders, globs or names
+    of data sets.
+    """
+    from audit.scan import estimate
+    from audit.scan import scan as run_scan
+    from audit.stopping import stop_on_signals
+
+    config = config_of(ScanConfig, values)
+    if config.dry_run:
+        found = estimate(config)
+        click.echo(f"rows             {found.rows:,} ({found.empty:,} empty)")
+        click.echo(f"unique captions  {found.unique:,}")
+        click.echo(f"shards           {found.shards:,} of {config.rows_per_shard:,} rows")
+        click.echo(
+            f"estimated time   {_duration(found.seconds)} ({found.captions_per_second:.1f} captions/s, one batch)"
+        )
+        click.echo(f"masks            {_bytes(found.mask_bytes)} (--masks {config.masks}, before compression)")
+        click.echo("Nothing was written.")
+        return
+    with stop_on_signals() as stop:
+        done = run_scan(config, stop)
+    if not done.committed_now and done.complete:
+        click.echo(f"{done.output}: nothing to do, all {done.shards} shards of {done.rows:,} rows are done.")
+    else:
+        click.echo(
+            f"{done.output}: {done.committed_before + done.committed_now} of {done.shards} shards done "
+            f"({done.committed_now} now, {done.seconds:.1f} s)."
+        )
+    words = {"ok": "scored", "duplicate": "duplicates", "empty": "empty", "error": "failed"}
+    counts = ", ".join(f"{done.counts.get(key, 0):,} {word}" for key, word in words.items())
+    click.echo(f"{done.rows:,} rows, {done.unique:,} unique captions: {counts}.")
+    if done.quarantined:
+        click.echo(
+            f"Given up: shards {', '.join(map(str, done.quarantined))}; why: be-audit status {done.output}", err=True
+        )
+    ctx.exit(done.exit_code)
+
+
+@cli.command()
+@RUN_ARGUMENT
+@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@click.option("--watch", type=click.FloatRange(min=0.1), help="Print again every so many seconds until it is done.")
+@click.pass_context
+def status(ctx: click.Context, run: str, as_json: bool, watch: float | None) -> None:
+    """Say how far a run is, from its commits alone."""
+    from audit.status import run_status, status_lines
+
+    while True:
+        found = run_status(run)
+        click.echo(json.dumps(found) if as_json else "\n".join(status_lines(found)))
+        if watch is None or all(stage["complete"] for stage in found["stages"]):
+            break
+        time.sleep(watch)
+    ctx.exit(3 if any(stage["quarantined"] for stage in found["stages"]) else 0)
+
+
+@cli.command()
+@RUN_ARGUMENT
+@click.option("--deep", is_flag=True, help="Also read every row: ids, captions against the input, duplicates, scores.")
+@click.option("--repair", is_flag=True, help="Redo just the shards that are damaged or missing.")
+@click.pass_context
+def verify(ctx: click.Context, run: str, deep: bool, repair: bool) -> None:
+    """Check that every shard is there and whole."""
+    from audit.stopping import stop_on_signals
+    from audit.verify import verify_run
+
+    with stop_on_signals() as stop:
+        found = verify_run(run, deep=deep, repair=repair, stop=stop)
+    for line in found.problems:
+        click.echo(line, err=True)
+    click.echo(found.summary)
+    ctx.exit(0 if found.whole else 3)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(cli())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Run shards on this machine: in this process, or in one owned process a device, watched and replaced when it dies."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import selectors
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import IO, Any
+
+from audit.commits import Ledger
+from audit.engines import Job
+from audit.errors import AuditError, Drained
+from audit.progress import Progress
+from audit.stopping import Stop
+
+
+@dataclass
+class Outcome:
+    """What became of the shards: committed now, and given up after the last try."""
+
+    committed: list[int] = field(default_factory=list)
+    quarantined: list[int] = field(default_factory=list)
+
+
+def run_here(job: Job, shards: Sequence[int], max_retries: int, progress: Progress, stop: Stop) -> Outcome:
+    """Run shards one after the other in this process; a failed one is tried again after the others.
+
+    Raises:
+        Drained: a stop was asked for; the shard in hand is dropped.
+    """
+    outcome, queue = Outcome(), collections.deque(shards)
+    while queue:
+        stop.check()
+        shard, counted = queue.popleft(), 0
+
+        def on_rows(rows: int) -> None:
+            nonlocal counted
+            counted += rows
+            progress.add(rows)
+            stop.check()
+
+        try:
+            made = job(shard, on_rows)
+        except (AuditError, Drained):
+            raise
+        except Exception as error:  # whatever a shard dies of, the others go on
+            progress.add(-counted)
+            if note_failure(job.ledger, shard, f"{type(error).__name__}: {error}", max_retries, progress):
+                queue.append(shard)
+            else:
+                outcome.quarantined.append(shard)
+        else:
+            progress.add(made.rows - counted)
+            outcome.committed.append(shard)
+    return outcome
+
+
+def note_failure(ledger: Ledger, shard: int, error: str, max_retries: int, progress: Progress) -> bool:
+    """Record a failed try; True when the shard is to be tried again."""
+    tries = ledger.record_attempt(shard, error)
+    again = tries < max_retries
+    what = "will be tried again" if again else f"given up after {tries} tries"
+    progress.note(f"{ledger.stage} shard {shard}: {error.splitlines()[0][:300]}; {what}")
+    return again
+
+
+def run_processes(
+    command: Callable[[int], list[str]],
+    workers: int,
+    ledger: Ledger,
+    shards: Sequence[int],
+    max_retries: int,
+    progress: Progress,
+    stop: Stop,
+) -> Outcome:
+    """Run shards in worker processes, each given the next shard when it is free.
+
+    A worker speaks JSON lines: {"rows": n} as it goes,
+    then {"done": shard, "rows": n} or {"failed": shard, "error": e}.
+    One that dies (killed, out of memory, a crash of the driver) has its shard counted as failed and is replaced.
+
+    Args:
+        command: worker number -> argv of a process that reads shard numbers from stdin.
+
+    Raises:
+        Drained: a stop was asked for; the shards in hand are dropped.
+        AuditError: a worker said its input is bad, or workers die before they begin.
+    """
+    outcome, queue = Outcome(), collections.deque(shards)
+    selector = selectors.DefaultSelector()
+    pool: dict[int, _Worker] = {}
+
+    def start(number: int) -> None:
+        pool[number] = _Worker(number, command(number))
+        selector.register(pool[number].output, selectors.EVENT_READ, number)
+        feed(number)
+
+    def feed(number: int) -> None:
+        worker = pool[number]
+        worker.shard = queue.popleft() if queue else None
+        worker.counted = 0
+        worker.send(worker.shard)
+
+    def failed(shard: int, error: str, counted: int) -> None:
+        progress.add(-counted)
+        if note_failure(ledger, shard, error, max_retries, progress):
+            queue.append(shard)
+        else:
+            outcome.quarantined.append(shard)
+
+    try:
+        for number in range(min(workers, len(queue))):
+            start(number)
+        while pool:
+            stop.check()
+            for key, _ in selector.select(timeout=0.5):
+                worker = pool[key.data]
+                said = worker.listen()
+                if said is None:  # it ended
+                    selector.unregister(worker.output)
+                    code = worker.process.wait()
+                    del pool[worker.number]
+                    if code == 2:
+                        raise AuditError(worker.last_error())
+                    if worker.shard is not None:
+                        failed(worker.shard, f"worker died with exit code {code}", worker.counted)
+                        if queue:
+                            start(worker.number)
+                    continue
+                if "done" in said:
+                    progress.add(int(said["rows"]) - worker.counted)
+                    outcome.committed.append(int(said["done"]))
+                    feed(worker.number)
+                elif "failed" in said:
+                    failed(int(said["failed"]), str(said["error"]), worker.counted)
+                    feed(worker.number)
+                elif "rows" in said:
+                    worker.counted += int(said["rows"])
+                    progress.add(int(said["rows"]))
+            # a shard put back while everybody was idle
+            for number in range(workers):
+                if queue and number not in pool:
+                    start(number)
+    finally:
+        for worker in pool.values():
+            worker.process.terminate()
+        for worker in pool.values():
+            worker.process.wait()
+    return outcome
+
+
+class _Worker:
+    """One owned process and the shard it has in hand."""
+
+    def __init__(self, number: int, argv: list[str]) -> None:
+        self.number, self.counted = number, 0
+        self.shard: int | None = None
+        self.errors: collections.deque[str] = collections.deque(maxlen=20)
+        # a session of its own: Ctrl-C reaches the parent alone, which then ends its workers
+        self.process = subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        assert self.process.stdout is not None
+        self.output: IO[str] = self.process.stdout
+
+    def send(self, shard: int | None) -> None:
+        """Hand over a shard; None lets the worker end."""
+        assert self.process.stdin is not None
+        try:
+            if shard is None:
+                self.process.stdin.close()
+            else:
+                self.process.stdin.write(f"{shard}\n")
+                self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has died: listen() will say so
+
+    def listen(self) -> dict[str, Any] | None:
+        """What the worker says next; None when it has ended."""
+        while line := self.output.readline():
+            try:
+                said = json.loads(line)
+            except ValueError:
+                self.errors.append(line.strip())
+                continue
+            if "error_line" in said:
+                self.errors.append(str(said["error_line"]))
+                continue
+            return dict(said)
+        return None
+
+    def last_error(self) -> str:
+        return self.errors[-1] if self.errors else "a worker could not begin"
+
+
+def worker_argv(run_url: str, stage: str, device: str, batch_size: int) -> list[str]:
+    """argv of a worker process for a stage of a run."""
+    return [sys.executable, "-m", "audit.engines.worker", run_url, stage, device, str(batch_size)]
+
+
+def die_with_parent() -> None:
+    """Ask Linux to end this process when its parent is killed, so that a killed scan leaves no worker behind."""
+    if sys.platform == "linux":
+        import ctypes
+        import signal
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
+        if os.getppid() == 1:
+            sys.exit(75)

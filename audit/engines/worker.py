@@ -1,0 +1,64 @@
+"""A worker process: loads the job's model once, then computes the shards whose numbers it reads from stdin."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+from audit.engines.local import die_with_parent
+from audit.errors import AuditError, Drained
+from audit.stopping import stop_on_signals
+
+
+def main(run_url: str, stage: str, device: str, batch_size: str) -> int:
+    """Serve until stdin ends. Exit codes: 0, 2 bad input, 75 stopped."""
+    say = _take_stdout()
+    die_with_parent()
+    from audit.jobs import open_job
+
+    with stop_on_signals() as stop:
+        try:
+            job = open_job(run_url, stage, device, int(batch_size))
+        except AuditError as error:
+            say({"error_line": str(error)})
+            return 2
+
+        def on_rows(rows: int) -> None:
+            say({"rows": rows})
+            stop.check()
+
+        try:
+            for line in sys.stdin:
+                shard = int(line)
+                try:
+                    made = job(shard, on_rows)
+                except (AuditError, Drained):
+                    raise
+                except Exception as error:  # the parent decides whether it is tried again
+                    say({"failed": shard, "error": f"{type(error).__name__}: {error}"})
+                else:
+                    say({"done": shard, "rows": made.rows})
+        except AuditError as error:
+            say({"error_line": str(error)})
+            return 2
+        except Drained:
+            return 75
+    return 0
+
+
+def _take_stdout() -> Any:
+    """Keep stdout for messages alone; what libraries print goes to stderr."""
+    messages = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def say(message: dict[str, Any]) -> None:
+        messages.write(json.dumps(message) + "\n")
+        messages.flush()
+
+    return say
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,78 @@
+"""Command-line flags made from configuration classes, so that the two cannot drift apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import click
+
+Config = TypeVar("Config")
+
+
+class CommaList(click.ParamType):
+    """`a,b,c` as a tuple of strings."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        if isinstance(value, (tuple, list)):
+            return tuple(value)
+        return tuple(part.strip() for part in str(value).split(",") if part.strip())
+
+
+def options_from(config: type[Any], *skip: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a click command with a flag (or argument) for every field of a configuration dataclass.
+
+    A field's metadata says the rest: `help`, `short`, `envvar`, `choices`, `min`, `max`, `argument`.
+    """
+    hints = typing.get_type_hints(config)
+    fields = [place for place in dataclasses.fields(config) if place.name not in skip]
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for place in reversed(fields):
+            command = _parameter(place, hints[place.name])(command)
+        return command
+
+    return decorate
+
+
+def config_of(config: type[Config], values: Mapping[str, Any]) -> Config:
+    """A configuration from values as click or JSON give them; names it does not have are left out."""
+    known = {place.name for place in dataclasses.fields(config)}  # type: ignore[arg-type]
+    return config(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in known}
+    )
+
+
+def _parameter(place: dataclasses.Field[Any], hint: Any) -> Any:
+    meta, kind, default = dict(place.metadata), _plain(hint), place.default
+    if meta.get("argument"):
+        return click.argument(place.name, nargs=-1 if kind is tuple else 1, required=bool(meta.get("required", False)))
+    names = [f"--{place.name.replace('_', '-')}", place.name]
+    if "short" in meta:
+        names.insert(0, meta["short"])
+    shared: dict[str, Any] = {"help": meta.get("help", ""), "envvar": meta.get("envvar"), "default": default}
+    if kind is bool:
+        return click.option(*names, is_flag=True, **shared)
+    if "choices" in meta:
+        shared["type"] = click.Choice(list(meta["choices"]))
+    elif kind is tuple:
+        shared["type"] = CommaList()
+    elif "min" in meta or "max" in meta:
+        range_type: Any = click.IntRange if kind is int else click.FloatRange
+        shared["type"] = range_type(meta.get("min"), meta.get("max"))
+    else:
+        shared["type"] = kind
+    return click.option(*names, show_default=default not in (None, (), ""), **shared)
+
+
+def _plain(hint: Any) -> Any:
+    """`int | None` -> int, `tuple[str, ...]` -> tuple."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _plain(next(part for part in typing.get_args(hint) if part is not type(None)))
+    return origin or hint

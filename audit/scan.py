@@ -1,0 +1,391 @@
+"""`be-audit scan`: first-step scores of every caption, shard by shard, resumable."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from audit.captions import CaptionFile, CaptionPlan, describe_captions, is_empty, plan_captions, read_shard
+from audit.commits import Commit
+from audit.engines import ShardFailed
+from audit.errors import AuditError
+from audit.run import DEFAULT_RUN, Run, check_output, score_file
+from audit.schema import SCORE_COLUMNS, mask_type, pack_mask_bits, scores_schema, tensor_array
+from audit.scoring import Scored, open_scorer, score_captions
+from audit.stopping import Stop
+from audit.storage import Folder
+
+if TYPE_CHECKING:
+    from pipelines.loading import DiffusionModel, ModelFolder
+
+DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
+
+
+def option(default: Any, help: str, **more: Any) -> Any:
+    """A configuration field that is also a command-line flag (audit.options makes it)."""
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass(frozen=True)
+class ScanConfig:
+    """What to scan, with what, and how. Every field is a flag of `be-audit scan`."""
+
+    captions: tuple[str, ...] = option((), "Caption files, folders, globs or data sets.", argument=True)
+    output: str = option(DEFAULT_RUN, "Run folder (any fsspec URL).", short="-o", envvar="BE_AUDIT_RUN")
+    model: str = option(DEFAULT_MODEL, "Hub id or diffusers folder; `testbed` is the embedded model.")
+    revision: str | None = option(None, "Revision of a hub model.")
+    caption_col: str | None = option(None, "Caption column; found by itself (TEXT, caption, text, prompt, ...).")
+    limit: int | None = option(None, "Scan the first N rows only.", min=1)
+    mask: str = option(
+        "first", "Mask of ld: first step, final step (the paper's), energy.", choices=("first", "final", "energy")
+    )
+    mask_token: str = option("eos", "Whose attention is the mask.", choices=("eos", "bos", "padding"))
+    mask_layers: tuple[str, ...] = option(
+        (), "Cross-attention layers of the mask, comma-separated; default the paper's two."
+    )
+    refine: float = option(
+        0.0, "Then run the full trajectory on this fraction of the rows, the best-scored.", min=0.0, max=1.0
+    )
+    num_noises: int = option(1, "Initial noises every caption is scored with.", min=1)
+    steps: int = option(50, "Sampling steps.", min=1)
+    guidance_scale: float = option(7.5, "Classifier-free guidance scale.")
+    seed: int = option(0, "Seed of the noise bank.", min=0)
+    dtype: str = option(
+        "auto", "auto is float16 on CUDA, else float32.", choices=("auto", "float32", "float16", "bfloat16")
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.")
+    batch_size: int = option(32, "Latents in one U-Net call; halved when memory runs out.", min=1)
+    rows_per_shard: int = option(1024, "Rows of a shard: what a kill can lose.", min=1)
+    masks: str = option("bits", "Store the masks of ld.", choices=("none", "bits", "float16"))
+    keep_cols: tuple[str, ...] | None = option(
+        None, "Input columns to carry through, comma-separated; default url, key and id-like."
+    )
+    extra_evaluation: bool = option(False, "One more U-Net evaluation a caption, for the anisotropy score.")
+    engine: str = option("local", "Where shards run.", choices=("local", "ray"))
+    workers: int = option(0, "Worker processes; 0 is one a GPU.", min=0)
+    rank: int = option(0, "This machine's place among --world-size; Slurm's is found by itself.", min=0)
+    world_size: int = option(1, "Machines that share the run.", min=1)
+    max_error_rate: float = option(
+        0.05, "A shard with a larger share of failed rows is not committed.", min=0.0, max=1.0
+    )
+    max_shard_retries: int = option(3, "Tries of a shard before it is given up.", min=1)
+    dry_run: bool = option(False, "Plan, time one batch, print the estimate, write nothing.")
+
+
+@dataclass(frozen=True)
+class ScanSummary:
+    """What a scan did.
+
+    Attributes:
+        rows, unique: of the whole run. counts: rows by status (ok, error, empty, duplicate) of committed shards.
+        shards, committed_before, committed_now: numbers of shards. quarantined: shards given up.
+        seconds: wall time of this call. complete: every shard of the run is committed.
+        mine_complete: every shard of this rank is.
+    """
+
+    output: str
+    rows: int
+    unique: int
+    counts: dict[str, int]
+    shards: int
+    committed_before: int
+    committed_now: int
+    quarantined: list[int]
+    seconds: float
+    complete: bool
+    mine_complete: bool
+
+    @property
+    def exit_code(self) -> int:
+        """0 complete, 3 with failed rows or shards."""
+        return 3 if self.quarantined or self.counts.get("error") or not self.mine_complete else 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a dry run found; seconds from one measured batch, bytes of the masks before compression."""
+
+    rows: int
+    unique: int
+    empty: int
+    shards: int
+    seconds: float
+    captions_per_second: float
+    mask_bytes: int
+
+
+def scan(config: ScanConfig, stop: Stop | None = None) -> ScanSummary:
+    """Scan captions into a run folder, or go on with a scan that was begun there.
+
+    Raises:
+        AuditError: bad input or another run's folder; nothing was written.
+        Drained: `stop` asked to; the run can be gone on with.
+    """
+    started = time.monotonic()
+    rank, world = find_rank(config)
+    os.environ["BE_AUDIT_RANK"] = str(rank)
+    folder = Folder(config.output)
+    run, _ = _find_or_plan(config, folder)
+    done = run.scan.done()
+    mine = range(rank, len(run.plan), world)
+    todo = [shard for shard in mine if shard not in done]
+    for shard in todo:  # whoever types the command again wants the given-up shards tried again
+        if len(run.scan.attempts(shard)) >= config.max_shard_retries:
+            folder.remove(f"_attempts/scan/{shard:05d}.json")
+    folder.sweep()
+    from audit.jobs import run_stage
+
+    outcome = run_stage(run, "scan", run.scan, todo, config, stop, _rows_of(run), "captions", done)
+    now = run.scan.done()
+    return ScanSummary(
+        output=config.output,
+        rows=run.facts["rows"],
+        unique=run.facts["unique"],
+        counts=_sum_counts(now.values()),
+        shards=len(run.plan),
+        committed_before=len(done),
+        committed_now=len(outcome.committed),
+        quarantined=outcome.quarantined,
+        seconds=time.monotonic() - started,
+        complete=len(now) == len(run.plan),
+        mine_complete=set(mine) <= set(now),
+    )
+
+
+def estimate(config: ScanConfig) -> Estimate:
+    """Plan in a temporary folder, time one batch, write nothing to the output."""
+    from pipelines.loading import load
+
+    model_folder = find_model_folder(config)
+    with tempfile.TemporaryDirectory() as temporary:
+        staging = Folder(temporary)
+        plan = _plan(config, staging)
+        fingerprint = fingerprint_of(config, model_folder, plan.files)
+        scorer = open_scorer(fingerprint, load(model_folder, config.device, fingerprint["dtype"]), config.batch_size)
+        captions: list[str] = []
+        for shard in range(len(plan)):
+            table = read_shard(plan, shard, staging, [])
+            of = plan.duplicates(shard)
+            texts = table["caption"].to_pylist()
+            captions += [texts[i] for i in np.flatnonzero((of < 0) & ~is_empty(table["caption"]))]
+            if len(captions) >= config.batch_size:
+                break
+        batch = captions[: config.batch_size]
+        scorer(batch[:1], lambda _: None)  # warm up
+        started = time.monotonic()
+        scorer(batch, lambda _: None)
+        rate = len(batch) / (time.monotonic() - started)
+    _, height, width = model_folder.latent_shape()
+    each = {"none": 0, "bits": height * -(-width // 8), "float16": 2 * height * width}[config.masks]
+    return Estimate(
+        plan.num_rows, plan.num_unique, plan.num_empty, len(plan), plan.num_unique / rate, rate, plan.num_unique * each
+    )
+
+
+def find_rank(config: ScanConfig) -> tuple[int, int]:
+    """(rank, world size): the flags, else Slurm's array or step, else 0 of 1.
+
+    Raises:
+        AuditError: a rank that is not below the world size.
+    """
+    rank, world = config.rank, config.world_size
+    if world == 1 and rank == 0:
+        for of_rank, of_world in (("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"), ("SLURM_PROCID", "SLURM_NTASKS")):
+            if of_rank in os.environ and of_world in os.environ:
+                first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0")) if "ARRAY" in of_rank else 0
+                rank, world = int(os.environ[of_rank]) - first, int(os.environ[of_world])
+                break
+    if not 0 <= rank < world:
+        raise AuditError(f"--rank {rank}: must be below --world-size {world}")
+    return rank, world
+
+
+def find_model_folder(config: ScanConfig) -> ModelFolder:
+    """The model's folder; ModelError as AuditError."""
+    from audit import testbed
+    from pipelines.loading import ModelError, find_device, find_model
+
+    try:
+        find_device(config.device)
+        if config.model == "testbed":
+            return find_model(str(testbed.PIPELINE))
+        return find_model(config.model, config.revision)
+    except ModelError as error:
+        raise AuditError(str(error)) from error
+
+
+def fingerprint_of(config: ScanConfig, model: ModelFolder, files: Sequence[Any]) -> dict[str, Any]:
+    """Everything that changes a result, and nothing that does not (design of the run folder: docs/run-folder.md)."""
+    from pipelines.formulas import FORMULA_VERSION
+    from pipelines.loading import find_device, resolve_dtype
+
+    return {
+        "formula_version": FORMULA_VERSION,
+        "inputs": [_input_facts(file) for file in files],
+        "limit": config.limit,
+        "rows_per_shard": config.rows_per_shard,
+        "keep_cols": None if config.keep_cols is None else list(config.keep_cols),
+        "model": {"weights_sha256": model.weights_sha256(), "revision": model.revision},
+        "scheduler": model.scheduler_config(),
+        "dtype": resolve_dtype(config.dtype, find_device(config.device)),
+        "steps": config.steps,
+        "guidance_scale": config.guidance_scale,
+        "seed": config.seed,
+        "num_noises": config.num_noises,
+        "mask": config.mask,
+        "mask_token": config.mask_token,
+        "mask_layers": list(config.mask_layers),
+        "masks": config.masks,
+        "extra_evaluation": config.extra_evaluation,
+    }
+
+
+def _input_facts(file: CaptionFile) -> dict[str, Any]:
+    """What identifies an input: not the staged copy, and rows only where they are known without reading it all."""
+    facts = file.to_dict()
+    if facts.pop("staged") or file.rows < 0:
+        del facts["rows"]
+    return facts
+
+
+def _recorded(config: ScanConfig) -> dict[str, Any]:
+    """The configuration as run.json keeps it: a local model by its absolute path, for workers started elsewhere."""
+    model = os.path.abspath(config.model) if os.path.isdir(config.model) else config.model
+    return {**asdict(config), "model": model}
+
+
+def _plan(config: ScanConfig, staging: Folder) -> CaptionPlan:
+    return plan_captions(
+        list(config.captions),
+        caption_col=config.caption_col,
+        keep_cols=config.keep_cols,
+        limit=config.limit,
+        rows_per_shard=config.rows_per_shard,
+        staging=staging,
+    )
+
+
+def _find_or_plan(config: ScanConfig, folder: Folder) -> tuple[Run, bool]:
+    """The run of this configuration: the one in the folder when it is the same, else a new one; and which."""
+    if config.mask == "final" and config.extra_evaluation:
+        raise AuditError("--extra-evaluation: goes with --mask first or energy")
+    if not config.captions:
+        raise AuditError("no captions given: be-audit scan CAPTIONS...")
+    existing = Run.find(folder)
+    known = existing.plan.files if existing else []
+    files = describe_captions(list(config.captions), caption_col=config.caption_col, known=known)
+    model = find_model_folder(config)
+    fingerprint = fingerprint_of(config, model, files)
+    if existing is not None:
+        existing.check_same(fingerprint)
+        return existing, False
+    check_output(folder)
+    plan = _plan(config, folder)
+    fingerprint = fingerprint_of(config, model, plan.files)
+    return Run.create(folder, _recorded(config), fingerprint, plan), True
+
+
+def _rows_of(run: Run) -> dict[int, int]:
+    return dict(enumerate(run.plan.shards["row_count"].to_pylist()))
+
+
+def _sum_counts(commits: Any) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for made in commits:
+        for key, value in made.counts.items():
+            total[key] = total.get(key, 0) + value
+    return total
+
+
+class ScanJob:
+    """Scan of one run with its model loaded: read, score, write, commit.
+
+    Args:
+        run: the run. model: the loaded model. batch_size: latents at a time.
+    """
+
+    def __init__(self, run: Run, model: DiffusionModel, batch_size: int) -> None:
+        self.run, self.ledger, self.fingerprint = run, run.scan, run.fingerprint
+        self.max_error_rate = float(run.config["max_error_rate"])
+        self.scorer = open_scorer(self.fingerprint, model, batch_size)
+        self.mask_type = mask_type(self.fingerprint["masks"], *model.latent_shape[1:])
+        from pipelines import MaskSource
+
+        self.mask_source = MaskSource(
+            self.fingerprint["mask"], self.fingerprint["mask_token"], tuple(self.fingerprint["mask_layers"])
+        ).describe()
+
+    def __call__(self, shard: int, on_rows: Callable[[int], None]) -> Commit:
+        clock = [time.monotonic()]
+        rows = read_shard(self.run.plan, shard, self.run.folder)
+        duplicate_of = self.run.plan.duplicates(shard)
+        empty = is_empty(rows["caption"])
+        own = np.flatnonzero(~empty & (duplicate_of < 0))
+        clock.append(time.monotonic())
+        captions = rows["caption"].take(pa.array(own)).to_pylist()
+        scored = score_captions(self.scorer, captions, on_rows)
+        clock.append(time.monotonic())
+        if len(scored.errors) > self.max_error_rate * max(len(own), 1):
+            first = next(iter(scored.errors.values()))
+            raise ShardFailed(f"{len(scored.errors)} of {len(own)} captions failed, the first: {first}")
+        table = self._table(shard, rows, duplicate_of, empty, own, scored)
+        counts = {
+            "ok": len(scored.rows),
+            "error": len(scored.errors),
+            "empty": int(empty.sum()),
+            "duplicate": int((duplicate_of >= 0).sum()),
+        }
+        seconds = {
+            "read": clock[1] - clock[0],
+            "score": clock[2] - clock[1],
+            "wall": time.monotonic() - clock[0],
+        }
+        return self.ledger.commit(shard, score_file(shard), table, counts, seconds)
+
+    def _table(self, shard: int, rows: pa.Table, duplicate_of: Any, empty: Any, own: Any, scored: Scored) -> pa.Table:
+        """A row for every input row; scores where there are some, nulls elsewhere."""
+        length = rows.num_rows
+        status = np.where(empty, "empty", "ok").astype(object)
+        error = np.full(length, None, object)
+        for place, reason in scored.errors.items():
+            status[own[place]], error[own[place]] = "error", reason
+        places = own[scored.rows]
+        arrays: dict[str, pa.Array] = {
+            "row_id": pa.array((np.int64(shard) << 32) | np.arange(length, dtype=np.int64)),
+            "caption": rows["caption"],
+            "status": pa.array(status, pa.string()),
+            "error": pa.array(error, pa.string()),
+            "duplicate_of": pa.array(duplicate_of, pa.int64(), mask=duplicate_of < 0),
+            "mask_source": pa.array(np.full(length, self.mask_source, object), pa.string()),
+            "refined": pa.array(np.zeros(length, bool)),
+        }
+        schema = scores_schema(self.mask_type, list(self.run.plan.keep_schema))
+        for name, (kind, _) in SCORE_COLUMNS.items():
+            if name == "mask" or (name in arrays and name not in scored.columns):
+                continue
+            arrays[name] = _spread(scored.columns.get(name), places, length, kind)
+        if self.mask_type is not None:
+            masks = scored.columns.get("mask", np.zeros((0, *self.mask_type.shape), np.float32))
+            packed = pack_mask_bits(masks) if self.fingerprint["masks"] == "bits" and len(masks) else masks
+            arrays["mask"] = tensor_array(packed, self.mask_type, places, length)
+        for name in self.run.plan.keep_cols:
+            arrays[name] = rows[name]
+        return pa.table([arrays[name] for name in schema.names], schema=schema)
+
+
+def _spread(values: Any, places: Any, length: int, kind: pa.DataType) -> pa.Array:
+    """Values at their places, null elsewhere and where a float is NaN."""
+    if values is None or not len(places):
+        return pa.nulls(length, kind)
+    spread = np.zeros(length, values.dtype)
+    null = np.ones(length, bool)
+    spread[places] = values
+    null[places] = np.isnan(values) if values.dtype.kind == "f" else False
+    return pa.array(spread, mask=null).cast(kind)

@@ -1,0 +1,109 @@
+"""Read a run's results: committed files only, with every duplicate row given the scores of its first occurrence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+
+from audit.commits import Ledger
+from audit.run import Run, Stage
+from audit.schema import DETECTORS, WINDOWS
+
+RESOLVED = ("status", "error", "num_tokens", "truncated", *DETECTORS, "ld_std", "refined", *WINDOWS)
+"""Score columns that a duplicate row takes from its first occurrence."""
+
+
+def committed_files(ledger: Ledger) -> list[str]:
+    """Paths of a stage's committed files, in shard order."""
+    done = ledger.done()
+    return [ledger.folder.path(done[shard].file) for shard in sorted(done)]
+
+
+def dataset(run: Run, stage: str = "scan") -> pads.Dataset | None:
+    """The committed files of a stage as a pyarrow dataset; None while there are none."""
+    ledger = run.scan if stage == "scan" else getattr(Stage.find(run, stage), "ledger", None)
+    files = committed_files(ledger) if ledger else []
+    if not files:
+        return None
+    fs = run.folder.fs
+    filesystem = None if run.folder.local else pa.fs.PyFileSystem(pa.fs.FSSpecHandler(fs))
+    return pads.dataset(files, format="ipc", filesystem=filesystem)
+
+
+def read_stage(run: Run, stage: str, columns: Sequence[str] | None = None) -> pa.Table | None:
+    """All rows of a stage in shard order, some columns or all; None when it has none."""
+    found = dataset(run, stage)
+    return None if found is None else found.to_table(columns=None if columns is None else list(columns))
+
+
+def read_scores(run: Run, columns: Sequence[str] | None = None, masks: bool = False) -> pa.Table:
+    """Every scanned row with duplicates and refinement resolved, in row order.
+
+    A duplicate row gets status and scores of its first occurrence where that one is committed; until then its scores
+    are null and its status is `pending`. Columns of a refined row come from its trajectories.
+
+    Args:
+        run: the run.
+        columns: names to keep; None for all but the masks.
+        masks: with the `mask` column (null in duplicate rows: take their first occurrence's).
+
+    Raises:
+        AuditError: nothing is committed yet.
+    """
+    from audit.errors import AuditError
+
+    found = dataset(run)
+    if found is None:
+        raise AuditError(f"{run.url}: no shard is done yet: go on with `be-audit scan`")
+    names = [name for name in found.schema.names if masks or name != "mask"]
+    table = _add_refined(run, found.to_table(columns=names))
+    table = resolve_duplicates(table)
+    return table if columns is None else table.select(list(columns))
+
+
+def resolve_duplicates(table: pa.Table) -> pa.Table:
+    """Give every row with a `duplicate_of` what its first occurrence has (columns RESOLVED)."""
+    of = table["duplicate_of"].combine_chunks()
+    if isinstance(of, pa.ChunkedArray):
+        of = of.chunk(0) if of.num_chunks else pa.array([], pa.int64())
+    rows = np.flatnonzero(pc.is_valid(of).to_numpy(zero_copy_only=False))
+    if not len(rows):
+        return table
+    ids = table["row_id"].to_numpy()
+    wanted = of.take(pa.array(rows)).to_numpy(zero_copy_only=False)
+    order = np.argsort(ids, kind="stable")
+    at = np.searchsorted(ids, wanted, sorter=order)
+    there = (at < len(ids)) & (ids[order[np.minimum(at, len(ids) - 1)]] == wanted)
+    source = np.arange(len(ids))
+    source[rows[there]] = order[at[there]]
+    missing = np.zeros(len(ids), bool)
+    missing[rows[~there]] = True
+    for name in RESOLVED:
+        column = table[name].take(pa.array(source))
+        if missing.any():
+            gap = pa.scalar("pending") if name == "status" else pa.scalar(None, table.schema.field(name).type)
+            column = pc.if_else(pa.array(missing), gap, column)
+        table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
+    return table
+
+
+def _add_refined(run: Run, table: pa.Table) -> pa.Table:
+    """Fill `refined` and the trajectory windows of refined rows: means over their images."""
+    found = read_stage(run, "refine", ["row_id", *WINDOWS])
+    if found is None:
+        return table
+    means = found.group_by("row_id").aggregate([(name, "mean") for name in WINDOWS])
+    ids, order = table["row_id"].to_numpy(), np.argsort(means["row_id"].to_numpy())
+    known = means["row_id"].to_numpy()[order]
+    at = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+    refined = known[at] == ids
+    places = pa.array(order[at], mask=~refined)
+    for name in WINDOWS:
+        column = pc.coalesce(means[f"{name}_mean"].cast(pa.float32()).take(places), table[name])
+        table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
+    flags = pc.or_(table["refined"], pa.array(refined))
+    return table.set_column(table.schema.get_field_index("refined"), table.schema.field("refined"), flags)

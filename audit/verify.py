@@ -1,0 +1,153 @@
+"""`be-audit verify`: is every committed shard there and whole, and does it hold the rows it should?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from audit.captions import is_empty, read_shard
+from audit.commits import Ledger, read_table
+from audit.options import config_of
+from audit.run import Run, Stage, score_file
+from audit.status import STAGES
+from audit.stopping import Stop
+
+
+@dataclass
+class Verified:
+    """What was found.
+
+    Attributes:
+        problems: one line each, naming the file or shard. missing: shards of the scan without a valid commit.
+        bad: stage -> shards to redo. summary: one line. repaired: shards that were done again.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    bad: dict[str, list[int]] = field(default_factory=dict)
+    summary: str = ""
+    repaired: int = 0
+
+    @property
+    def whole(self) -> bool:
+        return not self.problems
+
+
+def verify_run(url: str, deep: bool = False, repair: bool = False, stop: Stop | None = None) -> Verified:
+    """Check every shard of every stage that was begun: its commit parses, its file is there and has the bytes.
+
+    Args:
+        deep: also read the scan's rows: ids as planned, captions as in the input, equal captions of duplicates.
+        repair: take back the commits of bad shards and run the scan again with the run's own configuration.
+
+    Raises:
+        AuditError: no run there.
+    """
+    run = Run.open(url)
+    found = _check(run, deep)
+    if repair and found.bad:
+        for stage, shards in found.bad.items():
+            ledger = _ledger(run, stage)
+            for shard in shards:
+                ledger.drop(shard)
+        redone = sum(len(shards) for shards in found.bad.values())
+        _redo(run, found.bad, stop)
+        found = _check(Run.open(url), deep)
+        found.repaired = redone
+        found.summary += f" {redone} shards were done again."
+    return found
+
+
+def _check(run: Run, deep: bool) -> Verified:
+    found = Verified()
+    checked = _check_stage(run.scan, range(len(run.plan)), found, score_file)
+    for name in STAGES:
+        stage = Stage.find(run, name)
+        if stage is not None:
+            checked += _check_stage(stage.ledger, stage.shards, found, stage.file)
+    if deep:
+        for shard in sorted(set(range(len(run.plan))) - set(found.bad.get("scan", []))):
+            reason = _check_rows(run, shard)
+            if reason:
+                found.problems.append(f"{score_file(shard)}: {reason}")
+                found.bad.setdefault("scan", []).append(shard)
+    bad = sum(len(shards) for shards in found.bad.values())
+    found.summary = f"{run.url}: {checked} shards checked, " + (f"{bad} not whole." if bad else "all whole.")
+    return found
+
+
+def _check_stage(ledger: Ledger, shards: Any, found: Verified, file: Any) -> int:
+    count = 0
+    for shard in shards:
+        count += 1
+        made = ledger.read(shard)
+        if made is None:
+            there = ledger.folder.exists(ledger.name(shard))
+            reason = f"{ledger.name(shard)}: " + ("cannot be read or is of another run" if there else "no commit")
+            if not there and not ledger.folder.exists(file(shard)):
+                reason = f"{ledger.stage} shard {shard}: not done yet"
+        else:
+            reason = ledger.problem(made, deep=True) or ""
+        if reason:
+            found.problems.append(reason)
+            found.bad.setdefault(ledger.stage, []).append(shard)
+    return count
+
+
+def _check_rows(run: Run, shard: int) -> str | None:
+    """What is wrong with a scanned shard's rows, against the plan and the input; None when nothing is."""
+    table = read_table(run.folder, score_file(shard))
+    planned = run.plan.shards["row_count"][shard].as_py()
+    if table.num_rows != planned:
+        return f"{table.num_rows} rows where {planned} were planned"
+    ids = (np.int64(shard) << 32) | np.arange(planned, dtype=np.int64)
+    if not np.array_equal(table["row_id"].to_numpy(), ids):
+        return "row ids are not as planned"
+    captions = read_shard(run.plan, shard, run.folder, [])["caption"]
+    if not table["caption"].combine_chunks().equals(pa.chunked_array([captions.combine_chunks()]).combine_chunks()):
+        return "captions are not those of the input"
+    if not np.array_equal(pc.equal(table["status"], "empty").to_numpy(zero_copy_only=False), is_empty(captions)):
+        return "empty captions are not marked as such"
+    duplicate_of = run.plan.duplicates(shard)
+    if not np.array_equal(pc.fill_null(table["duplicate_of"], -1).to_numpy(), duplicate_of):
+        return "duplicates are not as planned"
+    scored = pc.and_(pc.equal(table["status"], "ok"), pc.is_null(table["duplicate_of"]))
+    values = table.filter(scored)
+    for name in ("magnitude", "ld"):
+        if values[name].null_count or not np.isfinite(values[name].to_numpy()).all():
+            return f"a scored row has no finite {name}"
+    return _check_origins(run, captions, duplicate_of)
+
+
+def _check_origins(run: Run, captions: pa.ChunkedArray, duplicate_of: np.ndarray) -> str | None:
+    """Duplicates are found by 64-bit hashes: here the captions themselves are compared."""
+    for origin in np.unique(duplicate_of[duplicate_of >= 0] >> 32):
+        rows = np.flatnonzero((duplicate_of >= 0) & (duplicate_of >> 32 == origin))
+        theirs = read_shard(run.plan, int(origin), run.folder, [])["caption"]
+        first = theirs.take(pa.array(duplicate_of[rows] & 0xFFFFFFFF))
+        if captions.take(pa.array(rows)).to_pylist() != first.to_pylist():
+            return f"a row is called a duplicate of another caption in shard {origin}"
+    return None
+
+
+def _redo(run: Run, bad: dict[str, list[int]], stop: Stop | None) -> None:
+    from audit.scan import ScanConfig, scan
+
+    scan(replace(config_of(ScanConfig, run.config), output=run.url, rank=0, world_size=1, dry_run=False), stop)
+    for stage in bad:
+        if stage in ("trajectories", "confirm"):
+            from audit.confirm import resume_confirm
+
+            resume_confirm(run, stop)
+            break
+    if "mitigate" in bad:
+        from audit.mitigate import resume_mitigate
+
+        resume_mitigate(run, stop)
+
+
+def _ledger(run: Run, stage: str) -> Ledger:
+    return run.scan if stage == "scan" else Stage.find(run, stage).ledger  # type: ignore[union-attr]
