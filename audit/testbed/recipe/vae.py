@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 BATCH = 20
 KL_WEIGHT = 2e-6
+MEASURED = 64  # pictures, 65,536 latent values: enough for a scaling factor
 
 
 def train_vae(pictures: Pictures, recipe: Recipe) -> AutoencoderKL:
@@ -54,7 +55,7 @@ def train_vae(pictures: Pictures, recipe: Recipe) -> AutoencoderKL:
     train("vae", optimizer, loss_of_step, recipe.vae_seconds)
     vae.eval().requires_grad_(False)
     with torch.no_grad(), bfloat16():
-        x, _ = pictures.batch(256, rng)
+        x, _ = pictures.batch(MEASURED, rng)
         z = vae.encode(x).latent_dist.mode().float()
         y = vae.decode(z).sample.float()
     psnr = -10 * math.log10(((x - y) ** 2).mean().item() / 4)
