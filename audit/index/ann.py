@@ -22,8 +22,8 @@ def auto_key(count: int) -> str:
     """FAISS factory string for a number of vectors: exact; IVF with 8-bit scalars; IVF by HNSW with product codes."""
     if count <= FLAT_LIMIT:
         return "Flat"
-    lists = 1 << max(8, int(np.ceil(np.log2(4 * np.sqrt(count)))) - 1)
-    return f"IVF{lists},SQ8" if count <= SQ_LIMIT else f"OPQ64_256,IVF{2 * lists}_HNSW32,PQ64"
+    lists = 1 << int(np.ceil(np.log2(4 * np.sqrt(count))))
+    return f"IVF{lists},SQ8" if count <= SQ_LIMIT else f"OPQ64_256,IVF{lists}_HNSW32,PQ64"
 
 
 def normalised(vectors: np.ndarray) -> np.ndarray:

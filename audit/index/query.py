@@ -176,8 +176,13 @@ class Index:
             )
         return loaded
 
-    def verify(self, deep: bool = False) -> list[str]:
-        """What is wrong with the index, one line each; [] when nothing is. `deep` reads and hashes everything."""
+    def verify(self, deep: bool = False, repair: bool = False) -> list[str]:
+        """What is wrong with the index, one line each; [] when nothing is.
+
+        Args:
+            deep: read and hash everything; without it a flipped bit is not seen.
+            repair: take back what is damaged, so that the next `be-audit index build` makes just that again.
+        """
         ledger = Ledger(self.folder, STAGE, self.fingerprint)
         problems = []
         for part in range(self._info["parts"]):
@@ -185,6 +190,8 @@ class Index:
             problem = ledger.problem(commit, deep) if commit else f"part {part}: no valid commit"
             if problem:
                 problems.append(problem)
+                if repair:
+                    ledger.drop(part)
         for name, facts in self._info["files"].items():
             if not self.folder.exists(name):
                 problems.append(f"{name}: missing")
@@ -192,6 +199,8 @@ class Index:
                 problems.append(f"{name}: {self.folder.size(name)} bytes where {INFO} says {facts['bytes']}")
             elif deep and _hash(self.folder, name) != facts["sha256"]:
                 problems.append(f"{name}: contents do not match the sha256 in {INFO}")
+        if problems and repair:
+            self.folder.remove(INFO)
         return problems
 
     def _local(self, name: str) -> str:
@@ -249,6 +258,6 @@ def search_image(
     ]
 
 
-def verify_index(path: str, deep: bool = False) -> list[str]:
-    """`be-audit index verify`: problems, one line each."""
-    return Index.open(path).verify(deep)
+def verify_index(path: str, deep: bool = False, repair: bool = False) -> list[str]:
+    """`be-audit index verify`: problems, one line each; `repair` as in `Index.verify`."""
+    return Index.open(path).verify(deep, repair)

@@ -141,6 +141,9 @@ class TarSource:
                         if member.isfile():
                             found[f".{ext.lower()}"] = member
                     yield from self._item(tar, part.file, key, found)
+                file.seek(max(0, self.files[part.file] - 1024))
+                if file.read().strip(b"\0"):  # tarfile takes a cut header for the end
+                    raise tarfile.ReadError("no end mark")
             except tarfile.ReadError as error:
                 yield Item(os.path.basename(part.file), error=f"{part.file}: not a whole, uncompressed tar: {error}")
 
