@@ -1,0 +1,436 @@
+"""Mitigation: a prompt's embedding is moved at the first step until the noise difference no longer points at a memory.
+
+The loss is LD (Chen et al. 2025) or, as the baseline, the magnitude (Wen et al. 2024). What the official code does
+otherwise (BE-PRSS, local_sd_pipeline.py): one norm over the images of a batch, where it is one per image here, as in
+detection; and AdamW decays the start-of-text row too, which is no parameter here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pipelines import formulas
+from pipelines.attention import MaskSource, capture_attention, paper_layers
+from pipelines.batching import AdaptiveBatches
+from pipelines.loading import SUPPORTED, DiffusionModel, Embeddings, ModelError, ModelFolder
+from pipelines.trajectory import TrajectorySampler
+
+Array = NDArray[np.float32]
+Loss = Literal["ld", "magnitude"]
+LOSSES: tuple[str, ...] = ("ld", "magnitude")
+HALF_SCALE = 1024.0  # of the loss in float16: gradients of single embedding entries fall below its smallest number
+# of a pipeline's encode_prompt: what it returns, in order, and the options of a call that end there
+ENCODED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+ENCODED_OPTIONS = ("negative_prompt", "prompt_2", "negative_prompt_2")
+
+
+@dataclass(frozen=True)
+class Mitigation:
+    """N prompts after mitigation, each with its own initial noise.
+
+    Attributes:
+        embeddings: N rows; those that were not moved are bit-identical to the ones given. SDXL's pooled embedding is
+            never moved.
+        score: the trigger's score, [N] float32: the loss of the unmitigated prompt under the first step's own mask,
+            or under the masks that were given.
+        triggered: score > threshold, [N] bool.
+        loss_history: loss before every update and after the last, [N, iterations + 1] float32; NaN after the stop and
+            for prompts that were not triggered.
+        iterations_used: updates applied, [N] int64.
+    """
+
+    embeddings: Embeddings
+    score: Array
+    triggered: NDArray[np.bool_]
+    loss_history: Array
+    iterations_used: NDArray[np.int64]
+
+    @property
+    def first_loss(self) -> Array:
+        """Loss before mitigation, [N] float32, NaN where not triggered."""
+        return self.loss_history[:, 0]
+
+    @property
+    def last_loss(self) -> Array:
+        """Loss of the embedding that is returned, [N] float32, NaN where not triggered."""
+        return self.loss_history[np.arange(len(self.loss_history)), self.iterations_used]
+
+    @staticmethod
+    def concatenate(parts: list[Mitigation]) -> Mitigation:
+        """Mitigations of one Mitigator, one after the other."""
+        return Mitigation(
+            Embeddings.concatenate([part.embeddings for part in parts]),
+            np.concatenate([part.score for part in parts]),
+            np.concatenate([part.triggered for part in parts]),
+            np.concatenate([part.loss_history for part in parts]),
+            np.concatenate([part.iterations_used for part in parts]),
+        )
+
+
+class Mitigator:
+    """Moves prompt embeddings with AdamW at the first sampling step until their loss is at most the target.
+
+    Every row (prompt and noise) is optimised on its own: its loss is a norm over its own image, it stops by itself,
+    and what it becomes does not depend on the rows beside it but for float rounding. Only text embeddings after the
+    start-of-text token are parameters. The model's own attention runs forward and backward; its weights get no
+    gradients.
+
+    Args:
+        model: a loaded model.
+        loss: `ld` or `magnitude`.
+        target: a row stops when its loss is at most this.
+        threshold: a row is mitigated when its score is above this; None for all.
+        mask_source: mask of `ld` where none are given. `first` and `energy` come from the unmitigated first step.
+            `final` (the paper's) takes a whole unmitigated trajectory of each triggered row; its trigger is the score
+            under the `first` mask, which is known before.
+        learning_rate, iterations: of AdamW; 0.05 and 10 are Wen et al.'s.
+        weight_decay: of AdamW; 0.01 is its default and what the official codes run with. It shrinks the embedding by
+            learning_rate * weight_decay (0.05 %) an update.
+        steps, guidance_scale: of the sampler; the first of its timesteps is the one optimised at (981 for 50 steps of
+            Stable Diffusion 1). The guidance enters `final` masks alone.
+        gradient_checkpointing: keep less of the U-Net's forward pass and compute it again: less memory, more time.
+        batch_size: rows at a time; halved for good when memory runs out.
+
+    Raises:
+        ValueError: an unknown loss, a negative target or number of iterations, or layers the U-Net does not have.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        loss: Loss = "ld",
+        target: float = 1.0,
+        threshold: float | None = None,
+        mask_source: MaskSource | None = None,
+        learning_rate: float = 0.05,
+        iterations: int = 10,
+        weight_decay: float = 0.01,
+        steps: int = 50,
+        guidance_scale: float = 7.5,
+        gradient_checkpointing: bool = False,
+        batch_size: int = 8,
+    ) -> None:
+        if loss not in LOSSES:
+            raise ValueError(f"loss {loss!r} is none of {', '.join(LOSSES)}")
+        if target < 0:
+            raise ValueError(f"target {target} is negative: no loss gets there")
+        if iterations < 0:
+            raise ValueError(f"{iterations} iterations")
+        self.model, self.kind, self.target, self.threshold = model, loss, target, threshold
+        self.mask_source = mask_source or MaskSource()
+        self.layers = self.mask_source.layers or paper_layers(model.unet)
+        self.learning_rate, self.iterations, self.weight_decay = learning_rate, iterations, weight_decay
+        self.steps, self.guidance_scale = steps, guidance_scale
+        self.gradient_checkpointing = gradient_checkpointing
+        self.batches = AdaptiveBatches(batch_size)
+        self.timestep = model.timesteps(steps)[0]
+        self.empty = model.encode_empty()
+
+    @torch.inference_mode(False)
+    def __call__(
+        self,
+        prompts: list[str] | Embeddings,
+        noises: Tensor,
+        masks: Tensor | None = None,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> Mitigation:
+        """Mitigate prompts.
+
+        Args:
+            prompts: N captions or their embeddings; repeat a prompt for several noises.
+            noises: initial latents x_T, [N, C, H, W], such as `sampler.noises[indices]`.
+            masks: masks of `ld`, [N, H, W], for instance BE masks of trajectories already sampled; None to read them
+                as `mask_source` says. A mask that is zero everywhere has no LD, and its row is left alone.
+            on_batch: called with the number of rows finished by each batch; may raise to stop.
+
+        Raises:
+            ValueError: numbers of prompts, noises and masks differ, or no prompts.
+        """
+        if isinstance(prompts, list):
+            prompts = self.model.encode(prompts)
+        counts = {"noises": len(noises)} | ({} if masks is None else {"masks": len(masks)})
+        for name, count in counts.items():
+            if count != len(prompts):
+                raise ValueError(f"{len(prompts)} prompts but {count} {name}")
+        if not len(prompts):
+            raise ValueError("no prompts to mitigate")
+        parts = []
+        run = self.batches.run(
+            len(prompts),
+            lambda part: self._mitigate(prompts.take(part), noises[part], None if masks is None else masks[part]),
+        )
+        for part, found in run:
+            parts.append(found)
+            if on_batch:
+                on_batch(part.stop - part.start)
+        return Mitigation.concatenate(parts)
+
+    def loss(self, prompts: Embeddings, latents: Tensor, uncond: Tensor, masks: Tensor | None) -> Tensor:
+        """The loss at the first step, differentiable in `prompts.hidden`; one U-Net evaluation a row.
+
+        Args:
+            prompts: B rows. latents: x_T, [B, C, H, W]. uncond: eps(x_T, e_0), [B, C, H, W].
+            masks: [B, H, W]; not used by `magnitude`.
+        Returns:
+            [B], float32.
+        """
+        return self._reduce(self._energy(prompts, latents, uncond), masks)
+
+    def _mitigate(self, prompts: Embeddings, latents: Tensor, masks: Tensor | None) -> Mitigation:
+        """One batch."""
+        model = self.model
+        # cloned outside of inference mode, whose tensors cannot enter a graph; detached from any graph they come with
+        prompts = replace(
+            prompts,
+            hidden=prompts.hidden.detach().clone(),
+            pooled=None if prompts.pooled is None else prompts.pooled.detach().clone(),
+        )
+        latents = latents.detach().to(model.device, model.dtype).clone()
+        # 1. the unmitigated first step: score, trigger, mask
+        with torch.no_grad():
+            uncond = self._noise(latents, self.empty.expand(len(prompts)))
+            score, masks, own = self._score(prompts, latents, uncond, masks)
+        triggered = torch.ones_like(score, dtype=torch.bool) if self.threshold is None else score > self.threshold
+        active = triggered.nonzero().flatten().tolist()
+        if own and self.mask_source.step == "final" and active and self.iterations:
+            masks = self._final_masks(prompts, latents, active, masks)
+        # 2. optimise the triggered rows
+        words, history, used = self._optimise(prompts, latents, uncond, masks, active)
+        with torch.no_grad():
+            for row, moved in words.items():
+                if used[row]:
+                    prompts.hidden[row, 1:] = moved.to(prompts.hidden.dtype)
+        return Mitigation(prompts, score.cpu().numpy(), triggered.cpu().numpy(), history.cpu().numpy(), used.numpy())
+
+    def _optimise(
+        self, prompts: Embeddings, latents: Tensor, uncond: Tensor, masks: Tensor | None, active: list[int]
+    ) -> tuple[dict[int, Tensor], Tensor, Tensor]:
+        """AdamW on the rows `active`: embeddings after start-of-text by row, loss history, updates applied."""
+        history = torch.full((len(prompts), self.iterations + 1), float("nan"), device=latents.device)
+        used = torch.zeros(len(prompts), dtype=torch.int64)
+        # a parameter a row: rows that stopped have no gradient, so AdamW leaves them and their state alone;
+        # in float32, because AdamW's epsilon is zero in float16
+        words = {row: prompts.hidden[row, 1:].float().clone().requires_grad_() for row in active}
+        if not words:
+            return words, history, used
+        optimiser = torch.optim.AdamW(words.values(), self.learning_rate, weight_decay=self.weight_decay)
+        scale = HALF_SCALE if latents.dtype == torch.float16 else 1.0
+        with _only_embeddings(self.model.unet, self.gradient_checkpointing):
+            for iteration in range(self.iterations + 1):
+                rows = torch.tensor(active)
+                with torch.set_grad_enabled(iteration < self.iterations):
+                    moved = torch.stack([words[row] for row in active]).to(prompts.hidden.dtype)
+                    part = prompts.take(rows)
+                    part = replace(part, hidden=torch.cat([part.hidden[:, :1], moved], 1))
+                    loss = self.loss(part, latents[rows], uncond[rows], None if masks is None else masks[rows])
+                history[active, iteration] = loss.detach()
+                going = (loss.detach() > self.target).nonzero().flatten().tolist()  # a NaN stops as well
+                active = [active[place] for place in going]
+                if not active or iteration == self.iterations:
+                    break
+                gradients = torch.autograd.grad(loss[going].sum() * scale, [words[row] for row in active])
+                optimiser.zero_grad()
+                for row, gradient in zip(active, gradients, strict=True):
+                    if gradient.isfinite().all():  # else the row keeps its last embedding
+                        words[row].grad = gradient / scale
+                active = [row for row in active if words[row].grad is not None]
+                if not active:
+                    break
+                optimiser.step()
+                used[active] += 1
+        return words, history, used
+
+    def _noise(self, latents: Tensor, prompts: Embeddings) -> Tensor:
+        return self.model.to_noise(self.model.predict(latents, self.timestep, prompts), latents, self.timestep)
+
+    def _energy(self, prompts: Embeddings, latents: Tensor, uncond: Tensor) -> Tensor:
+        return formulas.energy_map(self._noise(latents, prompts).float() - uncond.float())
+
+    def _reduce(self, energy: Tensor, masks: Tensor | None) -> Tensor:
+        if self.kind == "magnitude":
+            return formulas.magnitude(energy)
+        if masks is None:
+            raise ValueError("the loss ld needs masks")
+        return formulas.ld(energy, masks.to(energy.device))
+
+    def _score(
+        self, prompts: Embeddings, latents: Tensor, uncond: Tensor, masks: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, bool]:
+        """The unmitigated loss, the masks it was taken under, and whether they were read here."""
+        if self.kind == "magnitude" or masks is not None:
+            energy = self._energy(prompts, latents, uncond)
+            return self._reduce(energy, masks), masks, False
+        grid = (int(latents.shape[2]), int(latents.shape[3]))
+        layers = () if self.mask_source.step == "energy" else self.layers
+        unet, token = self.model.unet, self.mask_source.token
+        with capture_attention(unet, layers, prompts.eos_positions, grid, token) as attention:
+            energy = self._energy(prompts, latents, uncond)
+        masks = attention.mask(grid) if layers else formulas.energy_mask(energy)
+        return self._reduce(energy, masks), masks, True
+
+    def _final_masks(self, prompts: Embeddings, latents: Tensor, active: list[int], masks: Tensor | None) -> Tensor:
+        """`masks` with the rows `active` replaced by the BE masks of their unmitigated trajectories."""
+        assert masks is not None
+        source = MaskSource("final", self.mask_source.token, tuple(self.layers))
+        sampler = TrajectorySampler(self.model, source, 1, 0, self.steps, self.guidance_scale)
+        rows = torch.tensor(active)
+        found = sampler.sample(prompts.take(rows), latents[rows], decode=False)["be_mask"]
+        masks = masks.clone()
+        masks[rows] = found.clone()
+        return masks
+
+
+@contextmanager
+def _only_embeddings(unet: nn.Module, gradient_checkpointing: bool) -> Iterator[None]:
+    """No gradients for the U-Net's weights (they would cost memory), checkpointing as asked; both restored after."""
+    net: Any = unet
+    trainable = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    switched = gradient_checkpointing and not net.is_gradient_checkpointing
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    if switched:
+        net.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if switched:
+            net.disable_gradient_checkpointing()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+class MitigatedPipeline:
+    """A diffusers pipeline that mitigates the prompts that need it; called like the one it wraps.
+
+    Images of prompts that do not trigger are bit-identical to the wrapped pipeline's for the same generator, whatever
+    its sampler. The trigger is the score be-audit calibrates (first of 50 DDIM steps, the image's own noise), also
+    where the pipeline is called with another sampler or number of steps: `threshold` is that of the column `ld` (mask
+    `first` or `final`), `ld_energy` (mask `energy`) or `magnitude` (that loss). It costs two U-Net evaluations an
+    image; a triggered one costs up to `iterations` forward and backward passes more, and for mask `final` an
+    unmitigated trajectory.
+
+    Args:
+        pipe: a loaded StableDiffusionPipeline or StableDiffusionXLPipeline. It is not changed.
+        threshold, target, loss, learning_rate, iterations, weight_decay, steps, gradient_checkpointing, batch_size:
+            as in Mitigator.
+        mask: step of the mask of `ld`: `first`, `final` or `energy`.
+
+    Raises:
+        ModelError: another kind of pipeline.
+
+    Example:
+        >>> pipe = MitigatedPipeline(StableDiffusionPipeline.from_pretrained(folder), threshold=4.0, target=2.0)
+        >>> output = pipe("a caption", num_inference_steps=30)
+        >>> output.images, output.mitigation.triggered
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        threshold: float | None,
+        target: float,
+        loss: Loss = "ld",
+        mask: Literal["first", "final", "energy"] = "first",
+        learning_rate: float = 0.05,
+        iterations: int = 10,
+        weight_decay: float = 0.01,
+        steps: int = 50,
+        gradient_checkpointing: bool = False,
+        batch_size: int = 8,
+    ) -> None:
+        names = [kind.__name__ for kind in type(pipe).__mro__ if kind.__name__ in SUPPORTED]
+        if not names:
+            raise ModelError(f"{type(pipe).__name__} cannot be mitigated; supported are {', '.join(sorted(SUPPORTED))}")
+        name = str(getattr(pipe.config, "_name_or_path", ""))
+        self.pipe, self.folder = pipe, ModelFolder(Path(name), name, None, SUPPORTED[names[0]])
+        self.options: dict[str, Any] = {
+            "loss": loss,
+            "target": target,
+            "threshold": threshold,
+            "mask_source": MaskSource(mask),
+            "learning_rate": learning_rate,
+            "iterations": iterations,
+            "weight_decay": weight_decay,
+            "steps": steps,
+            "gradient_checkpointing": gradient_checkpointing,
+            "batch_size": batch_size,
+        }
+
+    def __call__(self, prompt: str | list[str], **options: Any) -> Any:
+        """Generate.
+
+        Args:
+            prompt: one or several. options: any option of the wrapped pipeline, by name.
+        Returns:
+            the wrapped pipeline's output with the attribute `mitigation`, a `Mitigation` with a row for every image
+            (with `return_dict=False` the plain tuple, without it).
+        Raises:
+            ValueError: embeddings given instead of prompts, or an IP-Adapter.
+        """
+        for name in options:
+            if "_embeds" in name or name.startswith("ip_adapter"):
+                raise ValueError(f"{name}: MitigatedPipeline makes the embeddings itself; pass the prompt alone")
+        captions = [prompt] if isinstance(prompt, str) else list(prompt)
+        copies = options.pop("num_images_per_prompt", 1) or 1
+        # 1. embeddings and noise as the pipeline itself would make them; a new model each time, because weights,
+        #    device and dtype are the caller's to change
+        model = DiffusionModel(self.pipe, self.folder, self.pipe._execution_device, self.pipe.unet.dtype)
+        encoded = self._encode(prompt, copies, options)
+        latents = self._noise(model, len(captions) * copies, encoded["prompt_embeds"].dtype, options)
+        # 2. trigger and mitigate
+        facts = [fact.repeat_interleave(copies) for fact in model.tokens(captions)]
+        prompts = Embeddings(encoded["prompt_embeds"], encoded.get("pooled_prompt_embeds"), *facts)
+        mitigation = Mitigator(model, guidance_scale=self._guidance_scale(options), **self.options)(prompts, latents)
+        # 3. generate as usual
+        encoded["prompt_embeds"] = mitigation.embeddings.hidden
+        output = self.pipe(latents=latents, **encoded, **options)
+        if options.get("return_dict", True):
+            output.mitigation = mitigation
+        return output
+
+    def _guidance_scale(self, options: dict[str, Any]) -> float:
+        return float(options.get("guidance_scale", 5.0 if self.folder.kind == "sdxl" else 7.5))
+
+    @torch.no_grad()
+    def _encode(self, prompt: str | list[str], copies: int, options: dict[str, Any]) -> dict[str, Tensor]:
+        """The pipeline's own embeddings by the name of the option they go back in; takes their options out."""
+        taken = {name: options.pop(name) for name in ENCODED_OPTIONS if name in options}
+        if options.get("clip_skip") is not None:
+            taken["clip_skip"] = options["clip_skip"]
+        guided = self._guidance_scale(options) > 1 and self.pipe.unet.config.time_cond_proj_dim is None
+        found = self.pipe.encode_prompt(
+            prompt=prompt,
+            device=self.pipe._execution_device,
+            num_images_per_prompt=copies,
+            do_classifier_free_guidance=guided,
+            lora_scale=(options.get("cross_attention_kwargs") or {}).get("scale"),
+            **taken,
+        )
+        return {name: value for name, value in zip(ENCODED, found, strict=False) if value is not None}
+
+    def _noise(self, model: DiffusionModel, images: int, dtype: torch.dtype, options: dict[str, Any]) -> Tensor:
+        """The caller's latents, or the ones the pipeline would draw; tells the model their size."""
+        from diffusers.utils.torch_utils import randn_tensor
+
+        latents = options.pop("latents", None)
+        scale = self.pipe.vae_scale_factor
+        if latents is None:
+            channels, *default = model.latent_shape
+            asked = (options.get("height"), options.get("width"))
+            if self.folder.kind == "sd" and not all(asked):  # that pipeline takes both or neither
+                asked = (None, None)
+            sides = [side // scale if side else usual for side, usual in zip(asked, default, strict=True)]
+            shape = (images, channels, *sides)
+            latents = randn_tensor(shape, options.get("generator"), self.pipe._execution_device, dtype)
+        model.latent_shape = tuple(latents.shape[1:])
+        model.image_size = tuple(scale * side for side in latents.shape[2:])
+        return latents
