@@ -7,10 +7,8 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +20,10 @@ from audit.errors import AuditError
 from audit.fingerprint import diff_lines, digest
 from audit.index import ann
 from audit.index.descriptors import find_descriptor, open_descriptor
-from audit.index.sources import Columns, Item, Slice, Source, decode, find_sources, read_bytes
+from audit.index.embed import described, embed_part
+from audit.index.sources import Columns, Slice, Source, find_sources
+from audit.progress import Progress
+from audit.stopping import Stop
 from audit.storage import Folder
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 STAGE = "embed"
 FACTS, INFO, VECTORS, IDS, FAISS = "index.json", "index_info.json", "vectors.npy", "ids.npy", "index.faiss"
-ALL_FAILED = 10  # from this many rows on, a part without one readable picture is a wrong folder, not bad luck
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,18 @@ class IndexSummary:
     info: dict[str, Any]
 
 
-def build_index(config: IndexConfig) -> IndexSummary:
+def build_index(config: IndexConfig, stop: Stop | None = None) -> IndexSummary:
     """Describe every picture, part by part, then build the search index. A killed build goes on where it was.
 
     One build a folder at a time.
 
+    Args:
+        config: what to build.
+        stop: asks the build to stop; the part in hand is dropped.
+
     Raises:
         AuditError: bad input, no descriptor, or a folder that holds an index of other pictures or another descriptor.
+        Drained: a stop was asked for.
     """
     if config.rows_per_part < 1 or config.batch_size < 1:
         raise AuditError("--rows-per-part and --batch-size must be at least 1")
@@ -106,11 +111,12 @@ def build_index(config: IndexConfig) -> IndexSummary:
     folder.sweep()
     done = ledger.done(range(len(work)))
     resumed = len(done)
-    with ThreadPoolExecutor(8) as pool, _bar(work, done) as bar:
+    stop = stop or Stop()
+    with ThreadPoolExecutor(8) as pool, _progress(work, done) as progress:
         for number, (source, part) in enumerate(work):
             if number not in done:
-                done[number] = _embed_part(number, source, part, descriptor, config.batch_size, ledger, pool)
-                bar.update(done[number].rows)
+                batches = described(source, part, descriptor, config.batch_size, pool)
+                done[number] = embed_part(number, source, part, batches, descriptor.dim, ledger, stop, progress)
     info = _finish(folder, ledger, done, descriptor, weights, config)
     return IndexSummary(
         config.output, info["rows"], info["ok"], info["errors"], info["error_examples"], len(work), resumed, info
@@ -153,107 +159,6 @@ def read_json(folder: Folder, name: str) -> dict[str, Any]:
     except ValueError as error:
         raise AuditError(f"{folder.path(name)}: not readable as JSON: {error}") from error
     return dict(content)
-
-
-def part_schema(dim: int) -> pa.Schema:
-    """Columns of `parts/000/00000.arrow`. `locator` is JSON: enough to read the pixels again."""
-    text = {name: pa.string() for name in ("key", "url", "caption", "source", "locator", "status", "error")}
-    return pa.schema({"id": pa.int64(), **text, "embedding": pa.list_(pa.float16(), dim)})
-
-
-def _embed_part(
-    number: int,
-    source: Source,
-    part: Slice,
-    descriptor: Descriptor,
-    batch_size: int,
-    ledger: Ledger,
-    pool: ThreadPoolExecutor,
-) -> Commit:
-    start = time.perf_counter()
-    items: list[Item] = []
-    vectors: list[np.ndarray] = []
-    given = source.vectors(part)
-    if given is not None:
-        items = list(source.items(part))
-        vectors.append(_checked(given, items, descriptor, source))
-    else:
-        for batch, prepared in _prepared(source.items(part), descriptor, batch_size, pool):
-            pictures = [picture for picture in prepared if picture is not None]
-            described = np.full((len(batch), descriptor.dim), np.nan, np.float32)
-            if pictures:
-                described[[picture is not None for picture in prepared]] = descriptor.embed(pictures).numpy()
-            items.extend(batch)
-            vectors.append(described)
-    embeddings = np.concatenate(vectors) if vectors else np.empty((0, descriptor.dim), np.float32)
-    for position in np.flatnonzero(~np.isfinite(embeddings).all(axis=1)):
-        if items[position].error is None:
-            items[position].error = "the descriptor is not a finite, non-zero vector"
-    errors = [item for item in items if item.error is not None]
-    if len(errors) == len(items) >= ALL_FAILED:
-        where = part.file or source.kind
-        raise AuditError(f"part {number} ({where}): not one picture could be read; the first: {errors[0].error}")
-    table = _table(number, source.kind, items, embeddings, descriptor.dim)
-    counts = {"ok": len(items) - len(errors), "error": len(errors)}
-    seconds = {"part": time.perf_counter() - start}
-    return ledger.commit(number, f"parts/{shard_name(number)}.arrow", table, counts, seconds)
-
-
-def _prepared(
-    items: Iterator[Item], descriptor: Descriptor, batch_size: int, pool: ThreadPoolExecutor
-) -> Iterator[tuple[list[Item], list[np.ndarray | None]]]:
-    """Batches decoded and resized by threads, one batch ahead of the network."""
-
-    def prepare(item: Item) -> np.ndarray | None:
-        try:
-            if item.error is not None:
-                return None
-            data = item.data if item.data is not None else read_bytes(item.locator or {})
-            return descriptor.prepare(decode(data))
-        except Exception as error:  # decoders raise anything on broken input: a row's error, never the job's
-            item.error = f"{type(error).__name__}: {error}".splitlines()[0]
-            return None
-        finally:
-            item.data = None
-
-    ahead: tuple[list[Item], list[Future[np.ndarray | None]]] | None = None
-    while batch := list(islice(items, batch_size)):
-        submitted = (batch, [pool.submit(prepare, item) for item in batch])
-        if ahead:
-            yield ahead[0], [future.result() for future in ahead[1]]
-        ahead = submitted
-    if ahead:
-        yield ahead[0], [future.result() for future in ahead[1]]
-
-
-def _checked(given: np.ndarray, items: list[Item], descriptor: Descriptor, source: Source) -> np.ndarray:
-    if given.shape[1] != descriptor.dim:
-        raise AuditError(
-            f"{source.kind}: vectors of {given.shape[1]} where {descriptor.name} gives {descriptor.dim}: "
-            "name the descriptor that made them with --sscd"
-        )
-    if len(items) != len(given):
-        raise AuditError(f"{source.kind}: {len(given)} embeddings but {len(items)} rows of metadata")
-    norms = np.linalg.norm(given, axis=1, keepdims=True)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return given / norms
-
-
-def _table(number: int, kind: str, items: list[Item], embeddings: np.ndarray, dim: int) -> pa.Table:
-    good = np.array([item.error is None for item in items], bool)
-    flat = pa.array(np.where(good[:, None], embeddings, 0).astype(np.float16).ravel())
-    columns = {
-        "id": (np.int64(number) << 32) + np.arange(len(items), dtype=np.int64),
-        "key": [item.key for item in items],
-        "url": [item.url for item in items],
-        "caption": [item.caption for item in items],
-        "source": [kind] * len(items),
-        "locator": [json.dumps(item.locator or {}) for item in items],
-        "status": ["ok" if item.error is None else "error" for item in items],
-        "error": [item.error for item in items],
-        "embedding": pa.FixedSizeListArray.from_arrays(flat, dim, mask=pa.array(~good)),
-    }
-    return pa.table(columns, schema=part_schema(dim))
 
 
 def _finish(
@@ -366,11 +271,9 @@ def _sha256(path: Path) -> str:
     return digest_.hexdigest()
 
 
-def _bar(work: list[tuple[Source, Slice]], done: dict[int, Commit]) -> Any:
-    """A bar over pictures; the total is unknown where tars are, whose members nobody has counted."""
-    from tqdm import tqdm
-
+def _progress(work: list[tuple[Source, Slice]], done: dict[int, Commit]) -> Progress:
+    """Counts pictures; parts where tars are among them, whose members nobody has counted."""
     counts = [part.count for _, part in work]
-    total = sum(counts) if all(counts) else None
-    initial = sum(commit.rows for commit in done.values())
-    return tqdm(total=total, initial=initial, unit="picture", desc="describe", disable=None)
+    if not all(counts):
+        return Progress(len(work), "parts", "describe", len(done))
+    return Progress(sum(counts), "pictures", "describe", sum(counts[number] for number in done))

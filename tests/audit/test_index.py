@@ -12,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from audit import testbed
-from audit.errors import AuditError
+from audit.errors import AuditError, Drained
 from audit.index import Index, IndexConfig, ann, build_index, find_descriptor, index_info, search_image, verify_index
+from audit.stopping import Stop
 
 TYPES = {"Flat": 1.0, "IVF32,SQ8": 0.97, "IVF32_HNSW8,PQ16x4": 0.9, "HNSW16": 0.97, "PCA128,Flat": 0.97, "SQfp16": 1.0}
 
@@ -250,6 +251,16 @@ def test_verify_finds_damage_and_a_build_repairs_it(pictures: Path, tmp_path: Pa
     index = Index.open(str(folder))
     assert np.array_equal(index.ids(), ids)
     np.testing.assert_allclose(index.vectors(ids), vectors, atol=1e-6)
+
+
+def test_a_stop_drops_the_part_in_hand(pictures: Path, tmp_path: Path) -> None:
+    config = IndexConfig(images=(str(pictures),), output=str(tmp_path / "i"), sscd="testbed", rows_per_part=10)
+    stop = Stop()
+    stop.requested = True
+    with pytest.raises(Drained):
+        build_index(config, stop)
+    assert not (tmp_path / "i" / "parts").exists()
+    assert build_index(config).resumed == 0 and len(Index.open(config.output)) == 30
 
 
 def test_facts_for_readers_of_the_folder(pictures: Path, tmp_path: Path) -> None:

@@ -1,0 +1,146 @@
+"""One part of an index: pictures read, decoded ahead by threads, described, written and committed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from audit.commits import Commit, Ledger, shard_name
+from audit.errors import AuditError
+from audit.index.sources import Item, Slice, Source, decode, read_bytes
+from audit.progress import Progress
+from audit.stopping import Stop
+
+if TYPE_CHECKING:
+    from pipelines.descriptor import Descriptor
+
+ALL_FAILED = 10  # from this many rows on, a part without one readable picture is a wrong folder, not bad luck
+
+
+def part_schema(dim: int) -> pa.Schema:
+    """Columns of `parts/000/00000.arrow`. `locator` is JSON: enough to read the pixels again."""
+    text = {name: pa.string() for name in ("key", "url", "caption", "source", "locator", "status", "error")}
+    return pa.schema({"id": pa.int64(), **text, "embedding": pa.list_(pa.float16(), dim)})
+
+
+def embed_part(
+    number: int,
+    source: Source,
+    part: Slice,
+    batches: Iterator[tuple[list[Item], np.ndarray]],
+    dim: int,
+    ledger: Ledger,
+    stop: Stop,
+    progress: Progress,
+) -> Commit:
+    """Gather a part's vectors and commit its table.
+
+    Args:
+        batches: what `described` yields.
+        dim: length of a vector.
+    Raises:
+        AuditError: a part of ten rows and more without one readable picture.
+        Drained: a stop was asked for.
+    """
+    start = time.perf_counter()
+    items: list[Item] = []
+    vectors: list[np.ndarray] = [np.empty((0, dim), np.float32)]
+    for batch, found in batches:
+        stop.check()
+        items.extend(batch)
+        vectors.append(found)
+        progress.add(len(batch) if progress.unit == "pictures" else 0)
+    progress.add(1 if progress.unit == "parts" else 0)
+    embeddings = np.concatenate(vectors)
+    for position in np.flatnonzero(~np.isfinite(embeddings).all(axis=1)):
+        if items[position].error is None:
+            items[position].error = "the descriptor is not a finite, non-zero vector"
+    errors = [item for item in items if item.error is not None]
+    if len(errors) == len(items) >= ALL_FAILED:
+        where = part.file or source.kind
+        raise AuditError(f"part {number} ({where}): not one picture could be read; the first: {errors[0].error}")
+    table = _table(number, source.kind, items, embeddings, dim)
+    counts = {"ok": len(items) - len(errors), "error": len(errors)}
+    seconds = {"part": time.perf_counter() - start}
+    return ledger.commit(number, f"parts/{shard_name(number)}.arrow", table, counts, seconds)
+
+
+def described(
+    source: Source, part: Slice, descriptor: Descriptor, batch_size: int, pool: ThreadPoolExecutor
+) -> Iterator[tuple[list[Item], np.ndarray]]:
+    """A part's rows with their vectors, float32 [rows, dim], NaN where there is none."""
+    given = source.vectors(part)
+    if given is not None:
+        items = list(source.items(part))
+        yield items, _checked(given, items, descriptor, source)
+        return
+    for batch, prepared in _prepared(source.items(part), descriptor, batch_size, pool):
+        pictures = [picture for picture in prepared if picture is not None]
+        vectors = np.full((len(batch), descriptor.dim), np.nan, np.float32)
+        if pictures:
+            vectors[[picture is not None for picture in prepared]] = descriptor.embed(pictures).numpy()
+        yield batch, vectors
+
+
+def _prepared(
+    items: Iterator[Item], descriptor: Descriptor, batch_size: int, pool: ThreadPoolExecutor
+) -> Iterator[tuple[list[Item], list[np.ndarray | None]]]:
+    """Batches decoded and resized by threads, one batch ahead of the network."""
+
+    def prepare(item: Item) -> np.ndarray | None:
+        try:
+            if item.error is not None:
+                return None
+            data = item.data if item.data is not None else read_bytes(item.locator or {})
+            return descriptor.prepare(decode(data))
+        except Exception as error:  # decoders raise anything on broken input: a row's error, never the job's
+            item.error = f"{type(error).__name__}: {error}".splitlines()[0]
+            return None
+        finally:
+            item.data = None
+
+    ahead: tuple[list[Item], list[Future[np.ndarray | None]]] | None = None
+    while batch := list(islice(items, batch_size)):
+        submitted = (batch, [pool.submit(prepare, item) for item in batch])
+        if ahead:
+            yield ahead[0], [future.result() for future in ahead[1]]
+        ahead = submitted
+    if ahead:
+        yield ahead[0], [future.result() for future in ahead[1]]
+
+
+def _checked(given: np.ndarray, items: list[Item], descriptor: Descriptor, source: Source) -> np.ndarray:
+    if given.shape[1] != descriptor.dim:
+        raise AuditError(
+            f"{source.kind}: vectors of {given.shape[1]} where {descriptor.name} gives {descriptor.dim}: "
+            "name the descriptor that made them with --sscd"
+        )
+    if len(items) != len(given):
+        raise AuditError(f"{source.kind}: {len(given)} embeddings but {len(items)} rows of metadata")
+    norms = np.linalg.norm(given, axis=1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return given / norms
+
+
+def _table(number: int, kind: str, items: list[Item], embeddings: np.ndarray, dim: int) -> pa.Table:
+    good = np.array([item.error is None for item in items], bool)
+    flat = pa.array(np.where(good[:, None], embeddings, 0).astype(np.float16).ravel())
+    columns = {
+        "id": (np.int64(number) << 32) + np.arange(len(items), dtype=np.int64),
+        "key": [item.key for item in items],
+        "url": [item.url for item in items],
+        "caption": [item.caption for item in items],
+        "source": [kind] * len(items),
+        "locator": [json.dumps(item.locator or {}) for item in items],
+        "status": ["ok" if item.error is None else "error" for item in items],
+        "error": [item.error for item in items],
+        "embedding": pa.FixedSizeListArray.from_arrays(flat, dim, mask=pa.array(~good)),
+    }
+    return pa.table(columns, schema=part_schema(dim))
