@@ -9,7 +9,9 @@ from typing import Any
 
 import click
 
+from audit.confirm import DEFAULT_INDEX, ConfirmConfig
 from audit.errors import AuditError, Drained
+from audit.index import IndexConfig
 from audit.options import config_of, options_from
 from audit.run import DEFAULT_RUN
 from audit.scan import ScanConfig
@@ -83,11 +85,91 @@ def scan(ctx: click.Context, **values: Any) -> None:
     words = {"ok": "scored", "duplicate": "duplicates", "empty": "empty", "error": "failed"}
     counts = ", ".join(f"{done.counts.get(key, 0):,} {word}" for key, word in words.items())
     click.echo(f"{done.rows:,} rows, {done.unique:,} unique captions: {counts}.")
+    if done.refined:
+        click.echo(f"{done.refined:,} trajectories of the best-scored rows (--refine {config.refine:g}).")
+    if done.refine_pending:
+        click.echo("--refine waits for the other machines' shards: give the command again then.", err=True)
     if done.quarantined:
         click.echo(
             f"Given up: shards {', '.join(map(str, done.quarantined))}; why: be-audit status {done.output}", err=True
         )
     ctx.exit(done.exit_code)
+
+
+@cli.command()
+@options_from(ConfirmConfig)
+@click.pass_context
+def confirm(ctx: click.Context, **values: Any) -> None:
+    """Regenerate the most suspicious captions and decide what was copied, from which picture, where.
+
+    Needs an index of the training pictures: be-audit index build.
+    """
+    from audit.confirm import confirm as run_confirm
+    from audit.confirm import summary_lines
+    from audit.stopping import stop_on_signals
+
+    with stop_on_signals() as stop:
+        done = run_confirm(config_of(ConfirmConfig, values), stop)
+    click.echo("\n".join(summary_lines(done)))
+    ctx.exit(done.exit_code)
+
+
+@cli.group()
+def index() -> None:
+    """Index the training pictures by copy descriptor (SSCD)."""
+
+
+@index.command("build")
+@options_from(IndexConfig)
+def index_build(**values: Any) -> None:
+    """Describe every picture and build the search index; a killed build goes on where it was.
+
+    IMAGES are folders, .tar shards of img2dataset, parquet, saved or hub data sets, or embeddings already computed.
+    """
+    from audit.index import build_index
+
+    done = build_index(config_of(IndexConfig, values))
+    click.echo(f"{done.index}: {done.ok:,} of {done.rows:,} pictures indexed, type {done.info['type']}.")
+    for line in done.error_examples:
+        click.echo(f"not readable: {line}", err=True)
+
+
+@index.command("info")
+@click.argument("path", required=False, default=DEFAULT_INDEX, envvar="BE_AUDIT_INDEX")
+def index_info(path: str) -> None:
+    """Print key, size, recall and descriptor of an index, as JSON."""
+    from audit.index import index_info as info
+
+    click.echo(json.dumps(info(path), indent=1))
+
+
+@index.command("search")
+@click.argument("image")
+@click.option("--index", "path", default=DEFAULT_INDEX, envvar="BE_AUDIT_INDEX", show_default=True)
+@click.option("-k", type=click.IntRange(min=1), default=10, show_default=True, help="How many.")
+@click.option("--sscd", help="Copy descriptor file; default the one the index was made with.")
+@click.option("--device", default="auto", show_default=True)
+def index_search(image: str, path: str, k: int, sscd: str | None, device: str) -> None:
+    """Print the training pictures nearest to an image, one JSON object a line."""
+    from audit.index import search_image
+
+    for row in search_image(path, image, k, sscd, device):
+        click.echo(json.dumps(row))
+
+
+@index.command("verify")
+@click.argument("path", required=False, default=DEFAULT_INDEX, envvar="BE_AUDIT_INDEX")
+@click.option("--deep", is_flag=True, help="Also read and hash everything.")
+@click.pass_context
+def index_verify(ctx: click.Context, path: str, deep: bool) -> None:
+    """Check that every part of an index is there and whole."""
+    from audit.index import verify_index
+
+    problems = verify_index(path, deep)
+    for line in problems:
+        click.echo(line, err=True)
+    click.echo(f"{path}: " + (f"{len(problems)} problems." if problems else "whole."))
+    ctx.exit(3 if problems else 0)
 
 
 @cli.command()

@@ -13,6 +13,11 @@ import click
 Config = TypeVar("Config")
 
 
+def option(default: Any, help: str, **more: Any) -> Any:
+    """A configuration field that is also a flag; `more` as in `options_from`."""
+    return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
 class CommaList(click.ParamType):
     """`a,b,c` as a tuple of strings."""
 
@@ -50,8 +55,10 @@ def config_of(config: type[Config], values: Mapping[str, Any]) -> Config:
 
 def _parameter(place: dataclasses.Field[Any], hint: Any) -> Any:
     meta, kind, default = dict(place.metadata), _plain(hint), place.default
-    if meta.get("argument"):
-        return click.argument(place.name, nargs=-1 if kind is tuple else 1, required=bool(meta.get("required", False)))
+    if meta.get("argument") or place.default is dataclasses.MISSING:
+        if kind is tuple:
+            return click.argument(place.name, nargs=-1)
+        return click.argument(place.name, required=False, default=default, envvar=meta.get("envvar"))
     names = [f"--{place.name.replace('_', '-')}", place.name]
     if "short" in meta:
         names.insert(0, meta["short"])

@@ -178,13 +178,21 @@ class Stage:
 
     @classmethod
     def begin(
-        cls, run: Run, name: str, files: str, fingerprint: dict[str, Any], items: pa.Table, replace: bool = False
+        cls,
+        run: Run,
+        name: str,
+        files: str,
+        fingerprint: dict[str, Any],
+        items: pa.Table,
+        replace: bool = False,
+        config: dict[str, Any] | None = None,
     ) -> Stage:
         """Begin a stage, or go on with the same one.
 
         Args:
             items: its rows, with a column `shard`.
             replace: discard an earlier stage that was begun differently, instead of refusing.
+            config: recorded with it, so that it can be gone on with.
 
         Raises:
             AuditError: begun before with another fingerprint, with one line a field that differs.
@@ -204,6 +212,7 @@ class Stage:
             earlier.discard()
         run.folder.write(f"stages/{name}.arrow", table_bytes(items))
         facts = {"format": FORMAT, "files": files, "fingerprint": whole, "digest": digest(whole)}
+        facts["config"] = config or {}
         run.folder.write(f"stages/{name}.json", json.dumps(facts, indent=1).encode())
         return cls(run, name, files, facts)
 

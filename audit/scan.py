@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +16,9 @@ from audit.captions import CaptionFile, CaptionPlan, describe_captions, is_empty
 from audit.commits import Commit
 from audit.engines import ShardFailed
 from audit.errors import AuditError
+from audit.options import option
 from audit.run import DEFAULT_RUN, Run, check_output, score_file
-from audit.schema import SCORE_COLUMNS, mask_type, pack_mask_bits, scores_schema, tensor_array
+from audit.schema import DEFAULT_SCORE, SCORE_COLUMNS, mask_type, pack_mask_bits, scores_schema, tensor_array
 from audit.scoring import Scored, open_scorer, score_captions
 from audit.stopping import Stop
 from audit.storage import Folder
@@ -26,11 +27,6 @@ if TYPE_CHECKING:
     from pipelines.loading import DiffusionModel, ModelFolder
 
 DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
-
-
-def option(default: Any, help: str, **more: Any) -> Any:
-    """A configuration field that is also a command-line flag (audit.options makes it)."""
-    return field(default=default, metadata={"help": help, **more})
 
 
 @dataclass(frozen=True)
@@ -52,6 +48,9 @@ class ScanConfig:
     )
     refine: float = option(
         0.0, "Then run the full trajectory on this fraction of the rows, the best-scored.", min=0.0, max=1.0
+    )
+    refine_by: str = option(
+        DEFAULT_SCORE, "Score the fraction is chosen by.", choices=("ld", "ld_energy", "magnitude", "webster")
     )
     num_noises: int = option(1, "Initial noises every caption is scored with.", min=1)
     steps: int = option(50, "Sampling steps.", min=1)
@@ -88,6 +87,7 @@ class ScanSummary:
         shards, committed_before, committed_now: numbers of shards. quarantined: shards given up.
         seconds: wall time of this call. complete: every shard of the run is committed.
         mine_complete: every shard of this rank is.
+        refined: trajectories of `--refine` that are committed. refine_pending: they wait for other machines' shards.
     """
 
     output: str
@@ -101,11 +101,15 @@ class ScanSummary:
     seconds: float
     complete: bool
     mine_complete: bool
+    refined: int = 0
+    refine_pending: bool = False
 
     @property
     def exit_code(self) -> int:
-        """0 complete, 3 with failed rows or shards."""
-        return 3 if self.quarantined or self.counts.get("error") or not self.mine_complete else 0
+        """0 complete, 3 with failed rows or shards, 75 when the refinement still waits for other machines."""
+        if self.quarantined or self.counts.get("error") or not self.mine_complete:
+            return 3
+        return 75 if self.refine_pending else 0
 
 
 @dataclass(frozen=True)
@@ -144,18 +148,29 @@ def scan(config: ScanConfig, stop: Stop | None = None) -> ScanSummary:
 
     outcome = run_stage(run, "scan", run.scan, todo, config, stop, _rows_of(run), "captions", done)
     now = run.scan.done()
+    counts, quarantined, refined = _sum_counts(now.values()), outcome.quarantined, 0
+    complete = len(now) == len(run.plan)
+    if config.refine and complete:
+        from audit.refine import run_refine
+
+        stage, more = run_refine(run, config, rank, world, stop)
+        extra = _sum_counts(stage.ledger.done(stage.shards).values())
+        refined, quarantined = extra.get("ok", 0), quarantined + more.quarantined
+        counts["error"] = counts.get("error", 0) + extra.get("error", 0)
     return ScanSummary(
         output=config.output,
         rows=run.facts["rows"],
         unique=run.facts["unique"],
-        counts=_sum_counts(now.values()),
+        counts=counts,
         shards=len(run.plan),
         committed_before=len(done),
         committed_now=len(outcome.committed),
-        quarantined=outcome.quarantined,
+        quarantined=quarantined,
         seconds=time.monotonic() - started,
-        complete=len(now) == len(run.plan),
+        complete=complete,
         mine_complete=set(mine) <= set(now),
+        refined=refined,
+        refine_pending=bool(config.refine) and not complete,
     )
 
 

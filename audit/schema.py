@@ -40,6 +40,8 @@ SCORE_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
 
 DETECTORS = ("magnitude", "ld", "ld_energy", "webster", "attention_entropy", "cosine", "cosine_low", "anisotropy")
 """First-step score columns."""
+DEFAULT_SCORE = "ld_energy"
+"""What candidates are picked by: on the testbed the best first-step score (docs/tables.md), at one evaluation."""
 WINDOWS = ("ld_first", "ld_10", "ld_all", "magnitude_10", "magnitude_all")
 """Score columns that take a trajectory."""
 
@@ -47,6 +49,7 @@ TRAJECTORY_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "row_id": (pa.int64(), "row of the run"),
     "image_index": (pa.int32(), "which noise of the bank the trajectory starts from"),
     "caption": (pa.string(), "the caption"),
+    "error": (pa.string(), "why the trajectory failed; everything after is null then"),
     "image": (pa.binary(), "the generated image, PNG; null where it was not decoded"),
     "be_mask": (pa.null(), "BE mask: EOS attention of the final step, float32 [H, W]"),
     "first_mask": (pa.null(), "EOS attention of the first step, float32 [H, W]"),

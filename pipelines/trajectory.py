@@ -51,6 +51,13 @@ class Trajectories:
     def __len__(self) -> int:
         return len(self.be_mask)
 
+    def row(self, row: int) -> Trajectories:
+        """One trajectory by itself."""
+        parts: dict[str, Any] = {
+            name: None if values is None else values[row : row + 1] for name, values in vars(self).items()
+        }
+        return Trajectories(**parts)
+
     def windows(self) -> dict[str, Array]:
         """Means over the first step, the first 10 and all steps: `magnitude`, `ld_first`, `magnitude_10`, ..., [N]."""
         return {

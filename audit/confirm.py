@@ -1,0 +1,404 @@
+"""`be-audit confirm`: regenerate the most suspicious captions and prove, or not, what was copied, from where."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from audit.commits import Commit, read_table
+from audit.engines.local import run_here
+from audit.errors import AuditError
+from audit.fingerprint import digest
+from audit.index import Index
+from audit.matching import (
+    COPY,
+    MATCH_MASKS,
+    VERDICTS,
+    Null,
+    References,
+    best_match,
+    encode_reference,
+    local_null,
+    masks_at,
+    match_image,
+)
+from audit.options import config_of, option
+from audit.progress import Progress
+from audit.refine import best_rows, with_images
+from audit.run import DEFAULT_RUN, Run, Stage
+from audit.schema import (
+    BEST_TYPE,
+    CONFIRMED_COLUMNS,
+    DEFAULT_SCORE,
+    DETECTORS,
+    MATCHES_TYPE,
+    TRAJECTORY_MASKS,
+    WINDOWS,
+    tensor_values,
+)
+from audit.stopping import Stop
+from audit.tables import read_scores
+from audit.trajectories import decode_png
+
+DEFAULT_INDEX = "be-audit-index"
+DEFAULT_TOP_K = 100
+SHARD_IMAGES = 32  # trajectories a shard: what a kill can lose
+
+
+@dataclass(frozen=True)
+class ConfirmConfig:
+    """Which rows to confirm, against what, and how strictly. Every field is a flag of `be-audit confirm`."""
+
+    run: str = option(DEFAULT_RUN, "Run folder.", argument=True, envvar="BE_AUDIT_RUN")
+    index: str = option(DEFAULT_INDEX, "Index of the training pictures.", envvar="BE_AUDIT_INDEX")
+    sscd: str | None = option(None, "Copy descriptor file; default the one the index was made with.")
+    by: str = option(DEFAULT_SCORE, "Score the candidates are picked by.", choices=(*DETECTORS, *WINDOWS))
+    threshold: float | None = option(None, "Candidates: rows scored above this.")
+    thresholds: str | None = option(None, "Candidates: rows above the threshold in this file (be-audit calibrate).")
+    top_fraction: float | None = option(None, "Candidates: this fraction of the captions.", min=0.0, max=1.0)
+    top_k: int | None = option(None, f"Candidates: this many; {DEFAULT_TOP_K} when nothing else is said.", min=1)
+    num_images: int = option(1, "Images generated of every candidate.", min=1)
+    neighbours: int = option(10, "Nearest training pictures every image is compared with.", min=1)
+    match_mask: str = option("energy", "Mask of the local verdict.", choices=tuple(MATCH_MASKS))
+    match_fpr: float = option(0.01, "False-positive rate of the local verdict.", min=1e-6, max=0.5)
+    ls_threshold: float | None = option(None, "Local threshold of the masked distance, instead of calibrating it.")
+    null_pictures: int = option(1000, "Training pictures the local threshold is calibrated on.", min=20)
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps.")
+    batch_size: int = option(32, "Latents in one U-Net call; halved when memory runs out.", min=1)
+    engine: str = option("local", "Where trajectories run.", choices=("local", "ray"))
+    workers: int = option(0, "Worker processes; 0 is one a GPU.", min=0)
+    max_shard_retries: int = option(3, "Tries of a shard before it is given up.", min=1)
+    replace: bool = option(False, "Discard an earlier confirm that was begun differently.")
+
+
+@dataclass(frozen=True)
+class ConfirmSummary:
+    """What a confirm did.
+
+    Attributes:
+        candidates: rows confirmed. verdicts: how many of each. null: the local threshold and what it rests on.
+        failed: trajectories that failed. quarantined: shards given up. unreadable: training pictures that were gone.
+        committed_now: shards done by this call.
+    """
+
+    run: str
+    candidates: int
+    verdicts: dict[str, int]
+    null: dict[str, Any]
+    failed: int
+    quarantined: list[int]
+    unreadable: int
+    committed_now: int
+    seconds: float
+
+    @property
+    def exit_code(self) -> int:
+        """0 complete, 3 with failed trajectories or shards."""
+        return 3 if self.failed or self.quarantined else 0
+
+
+def confirm(config: ConfirmConfig, stop: Stop | None = None) -> ConfirmSummary:
+    """Confirm a run's candidates, or go on with a confirm that was begun.
+
+    Raises:
+        AuditError: no run, no index, another descriptor, or a confirm begun differently.
+        Drained: `stop` asked to.
+    """
+    started = time.monotonic()
+    stop = stop or Stop()
+    run = Run.open(config.run)
+    index = open_index(config.index)
+    descriptor = index.load_descriptor(config.sscd, config.device)
+    trajectories = _begin_trajectories(run, config)
+    generated = _generate(run, trajectories, config, stop)
+    null = _find_null(run, trajectories, index, config)
+    stage = _begin_confirm(run, trajectories, index, descriptor.facts(), config)
+    run.folder.write("stages/null.json", json.dumps({**null.facts(), "confirm": stage.facts["digest"]}).encode())
+    job = ConfirmJob(run, trajectories, stage, index, descriptor, config, null)
+    shards = stage.shards
+    done = stage.ledger.done(shards)
+    rows = collections.Counter(stage.items["shard"].to_pylist())
+    ready = trajectories.ledger.done(trajectories.shards)
+    todo = [shard for shard in shards if shard not in done and shard in ready]
+    before = sum(rows[shard] for shard in done)
+    with Progress(stage.items.num_rows, "candidates", "confirm", before) as progress:
+        outcome = run_here(job, todo, config.max_shard_retries, progress, stop)
+    committed = stage.ledger.done(shards)
+    verdicts = {name: sum(made.counts.get(name, 0) for made in committed.values()) for name in VERDICTS}
+    return ConfirmSummary(
+        run=config.run,
+        candidates=stage.items.num_rows,
+        verdicts=verdicts,
+        null=null.facts(),
+        failed=sum(made.counts.get("error", 0) for made in ready.values()),
+        quarantined=generated.quarantined + outcome.quarantined,
+        unreadable=len(job.references.unreadable),
+        committed_now=len(generated.committed) + len(outcome.committed),
+        seconds=time.monotonic() - started,
+    )
+
+
+def open_index(path: str) -> Index:
+    """The index, or one line with the command that makes it."""
+    try:
+        return Index.open(path)
+    except AuditError as error:
+        if "finished" in str(error):
+            raise
+        raise AuditError(
+            f"{path}: no index of training pictures here: make one with `be-audit index build IMAGES... -o {path}`, "
+            "or name one with --index"
+        ) from error
+
+
+def resume_confirm(run: Run, stop: Stop | None) -> ConfirmSummary | None:
+    """Go on with a run's confirm as it was begun (verify --repair). None when there was none."""
+    stage = Stage.find(run, "confirm") or Stage.find(run, "trajectories")
+    if stage is None:
+        return None
+    return confirm(replace(config_of(ConfirmConfig, stage.facts["config"]), run=run.url, replace=False), stop)
+
+
+def _begin_trajectories(run: Run, config: ConfirmConfig) -> Stage:
+    """Pick the candidates and begin their trajectories; the scan must be complete, or the best would be missing."""
+    left = len(run.plan) - len(run.scan.done())
+    if left:
+        raise AuditError(f"{run.url}: {left} of {len(run.plan)} shards are not scanned yet: go on with `be-audit scan`")
+    threshold, by = config.threshold, config.by
+    if config.thresholds is not None:
+        from audit.calibrate import load_thresholds
+
+        threshold = load_thresholds(config.thresholds, run).threshold(by)
+    top_k = config.top_k
+    if top_k is None and threshold is None and config.top_fraction is None:
+        top_k = DEFAULT_TOP_K
+    chosen = best_rows(run, by, top_k, config.top_fraction, threshold)
+    if not chosen.num_rows:
+        raise AuditError(f"{run.url}: no caption scores above {threshold:g} by {by}: nothing to confirm")
+    fingerprint = {
+        "by": by,
+        "candidates": chosen.num_rows,
+        "rows": digest({"row_ids": chosen["row_id"].to_pylist()}),
+        "num_images": config.num_images,
+    }
+    per_shard = max(1, SHARD_IMAGES // config.num_images)
+    shards = pa.array(np.arange(chosen.num_rows) // per_shard, pa.int32())
+    items = with_images(chosen.append_column("shard", shards), config.num_images)
+    return Stage.begin(run, "trajectories", "trajectories", fingerprint, items, config.replace, asdict(config))
+
+
+def _generate(run: Run, stage: Stage, config: ConfirmConfig, stop: Stop) -> Any:
+    from audit.jobs import run_stage
+
+    run.folder.sweep()
+    rows = collections.Counter(stage.items["shard"].to_pylist())
+    done = stage.ledger.done(stage.shards)
+    todo = [shard for shard in stage.shards if shard not in done]
+    return run_stage(run, "trajectories", stage.ledger, todo, config, stop, rows, "images", done)
+
+
+def _begin_confirm(
+    run: Run, trajectories: Stage, index: Index, descriptor: dict[str, Any], config: ConfirmConfig
+) -> Stage:
+    names = ("neighbours", "match_mask", "match_fpr", "ls_threshold", "null_pictures")
+    fingerprint = {
+        "trajectories": trajectories.facts["digest"],
+        "index": index.fingerprint,
+        "descriptor": descriptor["sha256"],
+        **{name: getattr(config, name) for name in names},
+    }
+    first = pc.equal(trajectories.items["image_index"], 0)
+    items = trajectories.items.filter(first).drop_columns(["image_index"])
+    return Stage.begin(run, "confirm", "confirmed", fingerprint, items, config.replace, asdict(config))
+
+
+def _find_null(run: Run, trajectories: Stage, index: Index, config: ConfirmConfig) -> Null:
+    """The local threshold: given, or calibrated on the index under this run's own match masks."""
+    if config.ls_threshold is not None:
+        at = config.ls_threshold
+        return Null(np.zeros(0), at, at, at, config.match_fpr, config.match_fpr, 0, 0)
+    masks, size = _run_masks(trajectories, MATCH_MASKS[config.match_mask])
+    if not len(index) or not len(masks):
+        return Null(np.zeros(0), -np.inf, -np.inf, -np.inf, config.match_fpr, config.match_fpr, 0, 0)
+    references = References(index, size)
+    if references.pixels(int(index.ids()[0])) is None:  # made from embeddings: nothing local can be decided
+        return Null(np.zeros(0), -np.inf, -np.inf, -np.inf, config.match_fpr, config.match_fpr, 0, 0)
+    return local_null(
+        index,
+        references,
+        masks_at(masks, size),
+        config.neighbours,
+        config.match_fpr,
+        config.num_images,
+        config.null_pictures,
+        int(run.fingerprint["seed"]),
+    )
+
+
+def _run_masks(trajectories: Stage, column: str, at_most: int = 256) -> tuple[Any, tuple[int, int]]:
+    """Match masks of the run's own trajectories, [N, h, w], and the size of its images."""
+    masks: list[Any] = []
+    size = (0, 0)
+    for shard in sorted(trajectories.ledger.done(trajectories.shards)):
+        table = read_table(trajectories.run.folder, trajectories.file(shard), [column, "image", "error"])
+        table = table.filter(pc.is_null(table["error"]))
+        if table.num_rows:
+            masks.append(tensor_values(table[column]))
+            size = decode_png(table["image"][0].as_py()).shape[:2]
+        if sum(map(len, masks)) >= at_most:
+            break
+    return (np.concatenate(masks)[:at_most] if masks else np.zeros((0, 1, 1), np.float32)), size
+
+
+class ConfirmJob:
+    """Verdicts of one shard of candidates: describe, search, compare, decide, commit."""
+
+    def __init__(
+        self,
+        run: Run,
+        trajectories: Stage,
+        stage: Stage,
+        index: Index,
+        descriptor: Any,
+        config: ConfirmConfig,
+        null: Null,
+    ) -> None:
+        self.run, self.trajectories, self.stage, self.ledger = run, trajectories, stage, stage.ledger
+        self.index, self.descriptor, self.config, self.null = index, descriptor, config, null
+        self.own = own_pictures(run, index, stage.items)
+        self.references = References(index, (1, 1))  # until the first image tells its size
+
+    def __call__(self, shard: int, on_rows: Callable[[int], None]) -> Commit:
+        started = time.monotonic()
+        items = self.stage.rows(shard)
+        made = read_table(self.run.folder, self.trajectories.file(shard))
+        made = made.filter(pc.is_null(made["error"]))
+        images = [decode_png(data) for data in made["image"].to_pylist()]
+        if images and self.references.size != images[0].shape[:2]:
+            self.references = References(self.index, images[0].shape[:2])
+        masks = {name: tensor_values(made[name]) if images else np.zeros(0) for name in TRAJECTORY_MASKS}
+        neighbours = self._neighbours(images, made["row_id"].to_pylist())
+        described = time.monotonic()
+        of_row: dict[int, list[int]] = collections.defaultdict(list)
+        for place, row_id in enumerate(made["row_id"].to_pylist()):
+            of_row[row_id].append(place)
+        facts = self._facts(neighbours)
+        rows = []
+        for item in items.to_pylist():
+            matches: list[dict[str, Any]] = []
+            verdicts = []
+            for place in of_row[item["row_id"]]:
+                found = match_image(
+                    images[place],
+                    made["image_index"][place].as_py(),
+                    {name: values[place] for name, values in masks.items()},
+                    self.config.match_mask,
+                    neighbours[place],
+                    self.own.get(item["row_id"]),
+                    self.references,
+                    facts,
+                    self.null.threshold,
+                    self.null if len(self.null.distances) else None,
+                )
+                best = best_match(found)
+                verdicts.append(best["verdict"] if best else "no_reference")
+                matches += found
+            rows.append(self._row(item, matches, verdicts))
+            on_rows(1)
+        table = confirmed_table(rows)
+        counts = dict(collections.Counter(table["verdict"].to_pylist()))
+        seconds = {"describe": described - started, "wall": time.monotonic() - started}
+        return self.ledger.commit(shard, self.stage.file(shard), table, counts, seconds)
+
+    def _neighbours(self, images: list[Any], row_ids: list[int]) -> list[list[tuple[int, float, int]]]:
+        """Of every image (id, exact cosine, rank) of its nearest pictures, and of the caption's own beyond them."""
+        if not images or not len(self.index):
+            return [[] for _ in images]
+        vectors = self.descriptor(images).numpy()
+        ids, cosines = self.index.search(vectors, min(self.config.neighbours, len(self.index)))
+        found = []
+        for place, row_id in enumerate(row_ids):
+            pairs = zip(ids[place].tolist(), cosines[place].tolist(), strict=True)
+            near = [(id, cosine, rank) for rank, (id, cosine) in enumerate(pairs) if id >= 0]
+            own = self.own.get(row_id)
+            if own is not None and own not in ids[place]:
+                near.append((own, float(self.index.vectors([own])[0] @ vectors[place]), -1))
+            found.append(near)
+        return found
+
+    def _facts(self, neighbours: list[list[tuple[int, float, int]]]) -> dict[int, dict[str, Any]]:
+        ids = sorted({id for near in neighbours for id, _, _ in near})
+        return {row["id"]: row for row in self.index.facts(ids).to_pylist()} if ids else {}
+
+    def _row(self, item: dict[str, Any], matches: list[dict[str, Any]], verdicts: list[str]) -> dict[str, Any]:
+        best = best_match(matches)
+        verdict = min(verdicts, key=VERDICTS.index) if verdicts else "no_reference"
+        if best is not None:
+            best = {**best, "reference_image": encode_reference(self.references.pixels(best["reference_id"]))}
+        return {
+            "row_id": item["row_id"],
+            "caption": item["caption"],
+            "candidate_score": item["score"],
+            "candidate_rank": item["rank"],
+            "verdict": verdict,
+            "verdict_images": verdicts.count(verdict),
+            "num_images": len(verdicts),
+            "best": best,
+            "matches": matches,
+        }
+
+
+def confirmed_table(rows: list[dict[str, Any]]) -> pa.Table:
+    """Rows of confirmed/ as a table with its documented schema."""
+    kinds = {"best": BEST_TYPE, "matches": MATCHES_TYPE}
+    fields = [
+        pa.field(name, kinds.get(name, kind), metadata={"description": text})
+        for name, (kind, text) in CONFIRMED_COLUMNS.items()
+    ]
+    return pa.Table.from_pylist(rows, pa.schema(fields))
+
+
+def own_pictures(run: Run, index: Index, items: pa.Table) -> dict[int, int]:
+    """row_id -> id of the picture the caption came with: by URL, else key, else the exact caption."""
+    kept = run.plan.keep_cols
+    url = next((name for name in kept if name.lower() in ("url", "image_url", "img_url")), None)
+    key = next((name for name in kept if name.lower() in ("key", "image_key", "id")), None)
+    ids = items["row_id"].to_pylist()
+    columns = ["row_id", *(name for name in (url, key) if name)]
+    table = read_scores(run, columns)
+    rows = table.take(pc.index_in(items["row_id"].combine_chunks(), table["row_id"].combine_chunks()))
+    text = lambda name: None if name is None else [None if v is None else str(v) for v in rows[name].to_pylist()]  # noqa: E731
+    own = index.own(items["caption"].to_pylist(), text(url), text(key))
+    return {row_id: id for row_id, id in zip(ids, own, strict=True) if id is not None}
+
+
+def summary_lines(done: ConfirmSummary) -> list[str]:
+    """The summary for people."""
+    shown = [name for name in VERDICTS if done.verdicts[name] or name != "no_reference"]
+    counts = ", ".join(f"{done.verdicts[name]} {name}" for name in shown)
+    lines = [f"{done.run}: {done.candidates} candidates: {counts} ({done.seconds:.1f} s)."]
+    null = done.null
+    if null["pictures"]:
+        lines.append(
+            f"global: sscd > {COPY:g}. local: masked distance < {null['threshold']:.4g} "
+            f"(95 % [{null['low'] or float('-inf'):.4g}, {null['high'] or float('-inf'):.4g}]; "
+            f"false-positive rate {null['match_fpr']:g} a candidate, from {null['pictures']} training pictures)."
+        )
+    elif null["threshold"] is None:
+        lines.append("The index holds no pixels: only global copies can be told.")
+    if done.unreadable:
+        lines.append(f"{done.unreadable} training pictures could not be read any more and were compared by sscd alone.")
+    if done.failed:
+        lines.append(f"{done.failed} trajectories failed: be-audit status {done.run}")
+    if os.environ.get("BE_AUDIT_DEBUG"):
+        lines.append(json.dumps(null))
+    return lines
