@@ -1,0 +1,173 @@
+"""What an opened row of the report shows: its pictures, masks, scores by step and comparisons, one file a row."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from PIL import Image
+
+from audit.commits import read_table
+from audit.progress import Progress
+from audit.report.flagged import VERDICTS
+from audit.run import Run, Stage
+from audit.schema import TRAJECTORY_MASKS
+from audit.storage import Folder
+
+LOSSLESS_SIDE = 128  # larger pictures are WebP at QUALITY; the exact ones stay in the run
+QUALITY = 88
+MASK_COLOUR = (255, 0, 128)
+_MOST_MATCHES = 100
+
+
+def script(function: str, *values: Any) -> bytes:
+    """A call with JSON arguments as a script file: what a page opened from disk can load without a server."""
+    text = ", ".join(json.dumps(value, allow_nan=False, separators=(",", ":")) for value in values)
+    text = text.replace("<", "\\u003c")  # never read as a tag, wherever the file is put
+    return f"{function}({text});\n".encode()
+
+
+def write_rows(run: Run, folder: Folder, listed: set[int]) -> dict[int, dict[str, str | None]]:
+    """Write `rows/ID.js` and `pictures/` for every listed row that has trajectories.
+
+    Args:
+        run: the run. folder: the report's. listed: row_ids.
+    Returns:
+        by row_id its thumbnails: `image` and `reference`, paths in the report, None where there is none.
+    """
+    trajectories, confirmed = Stage.find(run, "trajectories"), Stage.find(run, "confirm")
+    if trajectories is None:
+        return {}
+    done = sorted(trajectories.ledger.done(trajectories.shards))
+    decided = set(confirmed.ledger.done(done)) if confirmed else set()
+    thumbnails: dict[int, dict[str, str | None]] = {}
+    written: set[str] = set()
+    with ThreadPoolExecutor(8) as pool, Progress(len(done), "shards", "pictures") as progress:
+        for shard in done:
+            verdicts = read_table(run.folder, confirmed.file(shard)).to_pylist() if shard in decided else []  # type: ignore[union-attr]
+            of = {row["row_id"]: row for row in verdicts}
+            table = read_table(run.folder, trajectories.file(shard))
+            table = table.filter(pc.is_in(table["row_id"], value_set=_array(listed)))
+            rows: dict[int, list[dict[str, Any]]] = {}
+            for image in _images(table):
+                rows.setdefault(image["row_id"], []).append(image)
+            files: dict[str, Callable[[], bytes]] = {}
+            for row_id, images in rows.items():
+                thumbnails[row_id] = _row_files(row_id, images, of.get(row_id), files)
+            new = {name: make for name, make in files.items() if name not in written}
+            list(pool.map(lambda item: _write(folder, item[0], item[1]()), new.items()))
+            written |= new.keys()
+            progress.add(1)
+    return thumbnails
+
+
+def _write(folder: Folder, name: str, data: bytes) -> None:
+    """Without the fsync of Folder.write: a report is made again, a run is not."""
+    path = folder.path(name)
+    folder.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    folder.fs.pipe_file(path, data)
+
+
+def _array(values: set[int]) -> Any:
+    import pyarrow as pa
+
+    return pa.array(sorted(values), pa.int64())
+
+
+def _images(table: Any) -> list[dict[str, Any]]:
+    """Rows of trajectories/ as dicts, masks as arrays [H, W]."""
+    masks = {}
+    for name in TRAJECTORY_MASKS:
+        column = table[name].combine_chunks()
+        storage = column.storage if hasattr(column, "storage") else column.chunk(0).storage
+        masks[name] = [None if each is None else np.reshape(each, column.type.shape) for each in storage.to_pylist()]
+    rows = table.drop_columns(list(TRAJECTORY_MASKS)).to_pylist()
+    return [{**row, **{name: masks[name][at] for name in masks}} for at, row in enumerate(rows)]
+
+
+def _row_files(
+    row_id: int, images: list[dict[str, Any]], verdict: dict[str, Any] | None, files: dict[str, Callable[[], bytes]]
+) -> dict[str, str | None]:
+    """Add the files of one row to `files`, name -> maker of its bytes; returns its thumbnails."""
+    shown: list[dict[str, Any]] = []
+    for image in sorted(images, key=lambda each: each["image_index"]):
+        one = {"index": image["image_index"], "error": image["error"], "src": None, "masks": {}}
+        if image["image"] is not None:
+            one["src"] = _picture_name(f"{row_id}-{image['image_index']}", image["image"])
+            files[one["src"]] = _maker(image["image"])
+        one["masks"] = {name: mask_url(image[name]) for name in TRAJECTORY_MASKS if image[name] is not None}
+        one["steps"] = {name: _rounded(image[name]) for name in ("ld_t", "magnitude_t")}
+        shown.append(one)
+    detail: dict[str, Any] = {"images": shown, "best": None, "matches": []}
+    reference = None
+    if verdict is not None:
+        best = verdict["best"]
+        if best is not None:
+            pixels = best.pop("reference_image")
+            if pixels is not None:
+                reference = _picture_name(f"training-{best['reference_id']}", pixels)
+                files[reference] = _maker(pixels)
+            detail["best"] = {**_plain(best), "src": reference}
+        matches = sorted(verdict["matches"], key=_closest)[:_MOST_MATCHES]
+        detail["matches"] = [_plain(match) for match in matches]
+    files[f"rows/{row_id}.js"] = lambda: script("BE_AUDIT.detail", str(row_id), detail)
+    chosen = detail["best"]["image_index"] if detail["best"] else None
+    of_best = next((one for one in shown if one["index"] == chosen), shown[0])
+    return {"image": of_best["src"], "reference": reference}
+
+
+def _closest(match: dict[str, Any]) -> tuple[int, float]:
+    return VERDICTS.index(match["verdict"]), -match["sscd"]
+
+
+def _plain(match: dict[str, Any]) -> dict[str, Any]:
+    """A match for JSON: ids as text (they are beyond what JavaScript counts exactly), floats finite and short."""
+    return {
+        key: str(value) if key == "reference_id" else _number(value) if isinstance(value, float) else value
+        for key, value in match.items()
+    }
+
+
+def _number(value: float | None) -> float | None:
+    """Six significant digits; null for NaN and infinity."""
+    return float(f"{value:.6g}") if value is not None and np.isfinite(value) else None
+
+
+def _rounded(values: list[float] | None) -> list[float | None]:
+    return [] if values is None else [_number(value) for value in values]
+
+
+def _small(data: bytes) -> bool:
+    return max(Image.open(io.BytesIO(data)).size) <= LOSSLESS_SIDE
+
+
+def _picture_name(stem: str, data: bytes) -> str:
+    return f"pictures/{stem}.{'png' if _small(data) else 'webp'}"
+
+
+def _maker(data: bytes) -> Callable[[], bytes]:
+    return lambda: data if _small(data) else _webp(data)
+
+
+def _webp(data: bytes) -> bytes:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(data)).convert("RGB").save(buffer, "WEBP", quality=QUALITY)
+    return buffer.getvalue()
+
+
+def mask_url(mask: np.ndarray) -> str:
+    """A mask [H, W] as a data: PNG of its own size in one colour, opaque at its maximum, clear at its minimum."""
+    low, high = float(mask.min()), float(mask.max())
+    alpha = np.zeros(mask.shape) if high <= low else (mask - low) / (high - low)
+    picture = np.empty((*mask.shape, 4), np.uint8)
+    picture[..., :3] = MASK_COLOUR
+    picture[..., 3] = np.round(alpha * 255)
+    buffer = io.BytesIO()
+    Image.fromarray(picture, "RGBA").save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
