@@ -10,11 +10,13 @@ from typing import Any
 import click
 
 from audit.confirm import DEFAULT_INDEX, ConfirmConfig
+from audit.demo import DemoConfig
 from audit.errors import AuditError, Drained
 from audit.index import IndexConfig
 from audit.options import config_of, options_from
 from audit.run import DEFAULT_RUN
 from audit.scan import ScanConfig
+from audit.score import ScoreConfig
 
 RUN_ARGUMENT = click.argument("run", required=False, default=DEFAULT_RUN, envvar="BE_AUDIT_RUN")
 
@@ -46,6 +48,18 @@ def cli() -> None:
 
     The usual order: scan, confirm (which needs `index build`), report.
     """
+
+
+@cli.command()
+@options_from(DemoConfig)
+@click.pass_context
+def demo(ctx: click.Context, **values: Any) -> None:
+    """Run the whole audit on the embedded testbed; ends with the report's path."""
+    from audit.demo import demo as run_demo
+    from audit.stopping import stop_on_signals
+
+    with stop_on_signals() as stop:
+        ctx.exit(run_demo(config_of(DemoConfig, values), click.echo, stop))
 
 
 @cli.command()
@@ -170,6 +184,18 @@ def index_verify(ctx: click.Context, path: str, deep: bool) -> None:
         click.echo(line, err=True)
     click.echo(f"{path}: " + (f"{len(problems)} problems." if problems else "whole."))
     ctx.exit(3 if problems else 0)
+
+
+@cli.command()
+@options_from(ScoreConfig)
+def score(**values: Any) -> None:
+    """Print every score of one prompt and draw its masks."""
+    from audit.score import score as score_prompt
+
+    config = config_of(ScoreConfig, values)
+    for name, value in score_prompt(config).items():
+        click.echo(f"{name:<18} {value:.6g}")
+    click.echo(f"drawn to {config.output}")
 
 
 @cli.command()

@@ -222,8 +222,8 @@ def find_rank(config: ScanConfig) -> tuple[int, int]:
     return rank, world
 
 
-def find_model_folder(config: ScanConfig) -> ModelFolder:
-    """The model's folder; ModelError as AuditError."""
+def find_model_folder(config: Any) -> ModelFolder:
+    """The folder of a configuration's model (fields model, revision, device); ModelError as AuditError."""
     from audit import testbed
     from pipelines.loading import ModelError, find_device, find_model
 

@@ -137,8 +137,13 @@ class TrajectorySampler:
         return Trajectories(**{"images": None, **joined})
 
     @torch.inference_mode()
-    def sample(self, prompts: Embeddings, latents: Tensor, decode: bool = True) -> dict[str, Tensor]:
-        """One batch: embeddings of B prompts and their initial latents [B, C, H, W]; columns of `Trajectories`."""
+    def sample(
+        self, prompts: Embeddings, latents: Tensor, decode: bool = True, every_step: bool = False
+    ) -> dict[str, Tensor]:
+        """One batch: embeddings of B prompts and their initial latents [B, C, H, W]; columns of `Trajectories`.
+
+        `every_step` captures attention at every step and adds `masks_t`, [B, steps, H, W].
+        """
         model, batch = self.model, len(latents)
         timesteps = model.timesteps(self.steps)
         both = Embeddings.concatenate([self.empty.expand(batch), prompts])
@@ -148,7 +153,7 @@ class TrajectorySampler:
         for step, timestep in enumerate(timesteps):
             last = len(timesteps) - 1
             # 1. noise predictions of "" and of the prompt
-            if step in (0, last):
+            if every_step or step in (0, last):
                 entropy = (self.entropy_layer,) if self.entropy_layer and step == 0 else ()
                 size = model.latent_shape[1:]
                 with capture_attention(model.unet, self.layers, both.eos_positions, size, self.token, entropy) as seen:
@@ -181,6 +186,8 @@ class TrajectorySampler:
             "ld_first_mask": formulas.ld(energy[:, 0], masks[0]),
             "ld_score": formulas.ld(energy[:, 0], score_map),
         }
+        if every_step:
+            columns["masks_t"] = torch.stack([masks[step] for step in sorted(masks)], 1)
         if decode:
             images = model.decode(latents).permute(0, 2, 3, 1)
             columns["images"] = (images * 255).round().to(torch.uint8)
