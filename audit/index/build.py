@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from audit.index import ann
 from audit.index.descriptors import find_descriptor, open_descriptor
 from audit.index.embed import described, embed_part
 from audit.index.sources import Columns, Slice, Source, find_sources
+from audit.options import option
 from audit.progress import Progress
 from audit.stopping import Stop
 from audit.storage import Folder
@@ -38,28 +39,21 @@ FACTS, INFO, VECTORS, IDS, FAISS = "index.json", "index_info.json", "vectors.npy
 class IndexConfig:
     """What `be-audit index build` was asked for; its flags are made from these fields."""
 
-    images: tuple[str, ...] = field(
-        metadata={"help": "Image folders, .tar shards, parquet, a saved or hub data set, or embeddings."}
+    images: tuple[str, ...] = option((), "Where the training pictures are.", argument=True)
+    output: str = option("be-audit-index", "Index folder (any fsspec URL).", short="-o", envvar="BE_AUDIT_INDEX")
+    sscd: str | None = option(None, "Copy descriptor: a TorchScript or ONNX file you trust, or `testbed`.")
+    preprocessing: str | None = option(
+        None, "small-edge-288 (default), square-320 (faster on GPUs), small-edge-N, square-N or none."
     )
-    output: str = field(default="be-audit-index", metadata={"help": "Folder or URL of the index."})
-    sscd: str | None = field(
-        default=None, metadata={"help": "Copy descriptor: a TorchScript or ONNX file you trust, or `testbed`."}
-    )
-    preprocessing: str | None = field(
-        default=None,
-        metadata={"help": "small-edge-288 (default), square-320 (faster on GPUs), small-edge-N, square-N or none."},
-    )
-    type: str = field(
-        default="auto", metadata={"help": "auto (exact up to a million pictures), or any FAISS factory string."}
-    )
-    rows_per_part: int = field(default=10_000, metadata={"help": "Pictures a part; all that a kill can lose."})
-    batch_size: int = field(default=32, metadata={"help": "Pictures described at once."})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, ..."})
-    seed: int = field(default=0, metadata={"help": "Seed of the training and recall samples."})
-    image_col: str | None = field(default=None, metadata={"help": "Column of pictures or embeddings; default: found."})
-    url_col: str | None = field(default=None, metadata={"help": "Column of URLs; default: found."})
-    caption_col: str | None = field(default=None, metadata={"help": "Column of captions; default: found."})
-    key_col: str | None = field(default=None, metadata={"help": "Column of keys; default: found."})
+    type: str = option("auto", "auto (exact up to a million pictures), or any FAISS factory string.")
+    rows_per_part: int = option(10_000, "Pictures a part; all that a kill can lose.", min=1)
+    batch_size: int = option(32, "Pictures described at once.", min=1)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    seed: int = option(0, "Seed of the training and recall samples.")
+    image_col: str | None = option(None, "Column of pictures or embeddings; found by itself.")
+    url_col: str | None = option(None, "Column of URLs; found by itself.")
+    caption_col: str | None = option(None, "Column of captions; found by itself.")
+    key_col: str | None = option(None, "Column of keys; found by itself.")
 
 
 @dataclass(frozen=True)
