@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,16 +20,13 @@ from torch import Tensor, nn
 from pipelines import formulas
 from pipelines.attention import MaskSource, capture_attention, paper_layers
 from pipelines.batching import AdaptiveBatches
-from pipelines.loading import SUPPORTED, DiffusionModel, Embeddings, ModelError, ModelFolder
+from pipelines.loading import DiffusionModel, Embeddings
 from pipelines.trajectory import TrajectorySampler
 
 Array = NDArray[np.float32]
 Loss = Literal["ld", "magnitude"]
 LOSSES: tuple[str, ...] = ("ld", "magnitude")
 HALF_SCALE = 1024.0  # of the loss in float16: gradients of single embedding entries fall below its smallest number
-# of a pipeline's encode_prompt: what it returns, in order, and the options of a call that end there
-ENCODED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-ENCODED_OPTIONS = ("negative_prompt", "prompt_2", "negative_prompt_2")
 
 
 @dataclass(frozen=True)
@@ -306,131 +302,3 @@ def _only_embeddings(unet: nn.Module, gradient_checkpointing: bool) -> Iterator[
             net.disable_gradient_checkpointing()
         for parameter in trainable:
             parameter.requires_grad_(True)
-
-
-class MitigatedPipeline:
-    """A diffusers pipeline that mitigates the prompts that need it; called like the one it wraps.
-
-    Images of prompts that do not trigger are bit-identical to the wrapped pipeline's for the same generator, whatever
-    its sampler. The trigger is the score be-audit calibrates (first of 50 DDIM steps, the image's own noise), also
-    where the pipeline is called with another sampler or number of steps: `threshold` is that of the column `ld` (mask
-    `first` or `final`), `ld_energy` (mask `energy`) or `magnitude` (that loss). It costs two U-Net evaluations an
-    image; a triggered one costs up to `iterations` forward and backward passes more, and for mask `final` an
-    unmitigated trajectory.
-
-    Args:
-        pipe: a loaded StableDiffusionPipeline or StableDiffusionXLPipeline. It is not changed.
-        threshold, target, loss, learning_rate, iterations, weight_decay, steps, gradient_checkpointing, batch_size:
-            as in Mitigator.
-        mask: step of the mask of `ld`: `first`, `final` or `energy`.
-
-    Raises:
-        ModelError: another kind of pipeline.
-
-    Example:
-        >>> pipe = MitigatedPipeline(StableDiffusionPipeline.from_pretrained(folder), threshold=4.0, target=2.0)
-        >>> output = pipe("a caption", num_inference_steps=30)
-        >>> output.images, output.mitigation.triggered
-    """
-
-    def __init__(
-        self,
-        pipe: Any,
-        threshold: float | None,
-        target: float,
-        loss: Loss = "ld",
-        mask: Literal["first", "final", "energy"] = "first",
-        learning_rate: float = 0.05,
-        iterations: int = 10,
-        weight_decay: float = 0.01,
-        steps: int = 50,
-        gradient_checkpointing: bool = False,
-        batch_size: int = 8,
-    ) -> None:
-        names = [kind.__name__ for kind in type(pipe).__mro__ if kind.__name__ in SUPPORTED]
-        if not names:
-            raise ModelError(f"{type(pipe).__name__} cannot be mitigated; supported are {', '.join(sorted(SUPPORTED))}")
-        name = str(getattr(pipe.config, "_name_or_path", ""))
-        self.pipe, self.folder = pipe, ModelFolder(Path(name), name, None, SUPPORTED[names[0]])
-        self.options: dict[str, Any] = {
-            "loss": loss,
-            "target": target,
-            "threshold": threshold,
-            "mask_source": MaskSource(mask),
-            "learning_rate": learning_rate,
-            "iterations": iterations,
-            "weight_decay": weight_decay,
-            "steps": steps,
-            "gradient_checkpointing": gradient_checkpointing,
-            "batch_size": batch_size,
-        }
-
-    def __call__(self, prompt: str | list[str], **options: Any) -> Any:
-        """Generate.
-
-        Args:
-            prompt: one or several. options: any option of the wrapped pipeline, by name.
-        Returns:
-            the wrapped pipeline's output with the attribute `mitigation`, a `Mitigation` with a row for every image
-            (with `return_dict=False` the plain tuple, without it).
-        Raises:
-            ValueError: embeddings given instead of prompts, or an IP-Adapter.
-        """
-        for name in options:
-            if "_embeds" in name or name.startswith("ip_adapter"):
-                raise ValueError(f"{name}: MitigatedPipeline makes the embeddings itself; pass the prompt alone")
-        captions = [prompt] if isinstance(prompt, str) else list(prompt)
-        copies = options.pop("num_images_per_prompt", 1) or 1
-        # 1. embeddings and noise as the pipeline itself would make them; a new model each time, because weights,
-        #    device and dtype are the caller's to change
-        model = DiffusionModel(self.pipe, self.folder, self.pipe._execution_device, self.pipe.unet.dtype)
-        encoded = self._encode(prompt, copies, options)
-        latents = self._noise(model, len(captions) * copies, encoded["prompt_embeds"].dtype, options)
-        # 2. trigger and mitigate
-        facts = [fact.repeat_interleave(copies) for fact in model.tokens(captions)]
-        prompts = Embeddings(encoded["prompt_embeds"], encoded.get("pooled_prompt_embeds"), *facts)
-        mitigation = Mitigator(model, guidance_scale=self._guidance_scale(options), **self.options)(prompts, latents)
-        # 3. generate as usual
-        encoded["prompt_embeds"] = mitigation.embeddings.hidden
-        output = self.pipe(latents=latents, **encoded, **options)
-        if options.get("return_dict", True):
-            output.mitigation = mitigation
-        return output
-
-    def _guidance_scale(self, options: dict[str, Any]) -> float:
-        return float(options.get("guidance_scale", 5.0 if self.folder.kind == "sdxl" else 7.5))
-
-    @torch.no_grad()
-    def _encode(self, prompt: str | list[str], copies: int, options: dict[str, Any]) -> dict[str, Tensor]:
-        """The pipeline's own embeddings by the name of the option they go back in; takes their options out."""
-        taken = {name: options.pop(name) for name in ENCODED_OPTIONS if name in options}
-        if options.get("clip_skip") is not None:
-            taken["clip_skip"] = options["clip_skip"]
-        guided = self._guidance_scale(options) > 1 and self.pipe.unet.config.time_cond_proj_dim is None
-        found = self.pipe.encode_prompt(
-            prompt=prompt,
-            device=self.pipe._execution_device,
-            num_images_per_prompt=copies,
-            do_classifier_free_guidance=guided,
-            lora_scale=(options.get("cross_attention_kwargs") or {}).get("scale"),
-            **taken,
-        )
-        return {name: value for name, value in zip(ENCODED, found, strict=False) if value is not None}
-
-    def _noise(self, model: DiffusionModel, images: int, dtype: torch.dtype, options: dict[str, Any]) -> Tensor:
-        """The caller's latents, or the ones the pipeline would draw; tells the model their size."""
-        from diffusers.utils.torch_utils import randn_tensor
-
-        latents = options.pop("latents", None)
-        scale = self.pipe.vae_scale_factor
-        if latents is None:
-            channels, *default = model.latent_shape
-            asked = (options.get("height"), options.get("width"))
-            if self.folder.kind == "sd" and not all(asked):  # that pipeline takes both or neither
-                asked = (None, None)
-            sides = [side // scale if side else usual for side, usual in zip(asked, default, strict=True)]
-            shape = (images, channels, *sides)
-            latents = randn_tensor(shape, options.get("generator"), self.pipe._execution_device, dtype)
-        model.latent_shape = tuple(latents.shape[1:])
-        model.image_size = tuple(scale * side for side in latents.shape[2:])
-        return latents

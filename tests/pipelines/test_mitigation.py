@@ -16,7 +16,8 @@ from pipelines import DiffusionModel, TrajectorySampler, find_model, load
 from pipelines.attention import MaskSource, capture_attention, paper_layers
 from pipelines.first_step import FirstStepScorer
 from pipelines.loading import ModelError
-from pipelines.mitigation import MitigatedPipeline, Mitigator
+from pipelines.mitigated_pipeline import MitigatedPipeline
+from pipelines.mitigation import Mitigator
 from tests.tiny import save_model
 
 CAPTIONS = ["a red house", "two dogs on a very long green street", "", "cat"]
@@ -203,10 +204,15 @@ def test_gradient_checkpointing_changes_memory_alone_and_the_unet_is_left_as_it_
     model = tiny(folders, "sd1")
     model.unet.requires_grad_(True)  # as from_pretrained leaves it
     noises = model.noise_bank(1, 0)
-    plain, saving = (
-        Mitigator(model, "ld", 0.0, steps=STEPS, iterations=2, gradient_checkpointing=on)(CAPTIONS[:1], noises)
-        for on in (False, True)
-    )
+    calls, results = [], []
+    layer = model.unet.get_submodule(paper_layers(model.unet)[0])
+    handle = layer.register_forward_pre_hook(lambda *_: calls.append(len(results)))
+    for on in (False, True):
+        mitigator = Mitigator(model, "ld", 0.0, steps=STEPS, iterations=2, gradient_checkpointing=on)
+        results.append(mitigator(CAPTIONS[:1], noises))
+    handle.remove()
+    plain, saving = results
+    assert calls.count(1) == calls.count(0) + 2  # computed again in both backward passes
     np.testing.assert_allclose(saving.loss_history, plain.loss_history, rtol=1e-4)
     assert all(p.requires_grad and p.grad is None for p in model.unet.parameters())
     assert not model.unet.is_gradient_checkpointing
@@ -289,6 +295,9 @@ def test_pipeline_mitigates_the_rows_that_trigger(folders: dict[str, Path]) -> N
     assert found.mitigation.last_loss[hit] < found.mitigation.first_loss[hit]
     assert np.array_equal(found.images[1 - hit], plain.images[1 - hit])
     assert not np.array_equal(found.images[hit], plain.images[hit])
+    with torch.inference_mode():  # as callers who never want gradients have it
+        again = wrapped(CAPTIONS[:2], generator=generators(), **options)
+    assert np.array_equal(again.images, found.images)
     assert isinstance(wrapped(CAPTIONS[0], return_dict=False, **options), tuple)
     with pytest.raises(ValueError, match="prompt_embeds"):
         wrapped(CAPTIONS[0], prompt_embeds=torch.zeros(1))
