@@ -141,8 +141,10 @@ def index_build(**values: Any) -> None:
     IMAGES are folders, .tar shards of img2dataset, parquet, saved or hub data sets, or embeddings already computed.
     """
     from audit.index import build_index
+    from audit.stopping import stop_on_signals
 
-    done = build_index(config_of(IndexConfig, values))
+    with stop_on_signals() as stop:
+        done = build_index(config_of(IndexConfig, values), stop)
     click.echo(f"{done.index}: {done.ok:,} of {done.rows:,} pictures indexed, type {done.info['type']}.")
     for line in done.error_examples:
         click.echo(f"not readable: {line}", err=True)
@@ -174,12 +176,13 @@ def index_search(image: str, path: str, k: int, sscd: str | None, device: str) -
 @index.command("verify")
 @click.argument("path", required=False, default=DEFAULT_INDEX, envvar="BE_AUDIT_INDEX")
 @click.option("--deep", is_flag=True, help="Also read and hash everything.")
+@click.option("--repair", is_flag=True, help="Drop damaged parts: the next build makes just those again.")
 @click.pass_context
-def index_verify(ctx: click.Context, path: str, deep: bool) -> None:
+def index_verify(ctx: click.Context, path: str, deep: bool, repair: bool) -> None:
     """Check that every part of an index is there and whole."""
     from audit.index import verify_index
 
-    problems = verify_index(path, deep)
+    problems = verify_index(path, deep, repair)
     for line in problems:
         click.echo(line, err=True)
     click.echo(f"{path}: " + (f"{len(problems)} problems." if problems else "whole."))

