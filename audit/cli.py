@@ -14,10 +14,12 @@ from audit.demo import DemoConfig
 from audit.errors import AuditError, Drained
 from audit.index import IndexConfig
 from audit.options import config_of, options_from
+from audit.report import ReportConfig
 from audit.run import DEFAULT_RUN
 from audit.scan import ScanConfig
 from audit.score import ScoreConfig
 
+SQL_FORMATS = ("table", "csv", "json", "parquet")
 RUN_ARGUMENT = click.argument("run", required=False, default=DEFAULT_RUN, envvar="BE_AUDIT_RUN")
 
 
@@ -190,6 +192,23 @@ def index_verify(ctx: click.Context, path: str, deep: bool, repair: bool) -> Non
 
 
 @cli.command()
+@options_from(ReportConfig)
+def report(**values: Any) -> None:
+    """Write what people look at and hand on: an HTML report, tables, and the rows to drop from a training set.
+
+    Works on a run in progress too, and says so on its first screen.
+    """
+    from audit.report import report as write_report
+
+    done = write_report(config_of(ReportConfig, values))
+    counts = ", ".join(f"{count:,} {name}" for name, count in done.verdicts.items() if count)
+    click.echo(f"{done.listed:,} flagged captions, {done.templates:,} findings" + (f": {counts}." if counts else "."))
+    for line in done.unfinished:
+        click.echo(f"not finished: {line}", err=True)
+    click.echo(f"Report: {done.html or done.output}")
+
+
+@cli.command()
 @options_from(ScoreConfig)
 def score(**values: Any) -> None:
     """Print every score of one prompt and draw its masks."""
@@ -235,6 +254,31 @@ def verify(ctx: click.Context, run: str, deep: bool, repair: bool) -> None:
         click.echo(line, err=True)
     click.echo(found.summary)
     ctx.exit(0 if found.whole else 3)
+
+
+@cli.command()
+@click.argument("query", required=False)
+@RUN_ARGUMENT
+@click.option("--format", "kind", type=click.Choice(SQL_FORMATS), default="table", show_default=True)
+@click.option("-o", "--output", type=click.Path(dir_okay=False, writable=True), help="Write to a file, not to stdout.")
+def sql(query: str | None, run: str, kind: str, output: str | None) -> None:
+    """Ask a run a question in SQL (DuckDB, read-only); works on a run in progress.
+
+    QUERY is a name or a file; without one, the queries are listed. Views: scores, trajectories, confirmed, matches,
+    commits, attempts.
+    """
+    from audit.sql import answer_as, queries, question, run_query
+
+    if query is None:
+        for name, text in queries().items():
+            click.echo(f"{name:<12} {question(text)}")
+        return
+    answer = answer_as(run_query(query, run), kind)
+    if output is not None:
+        with open(output, "wb") as file:
+            file.write(answer)
+    else:
+        click.get_binary_stream("stdout").write(answer)
 
 
 def _duration(seconds: float) -> str:

@@ -30,7 +30,10 @@ class ReportConfig:
     threshold: float | None = option(None, "List the captions scored above this, beside confirm's candidates.")
     thresholds: str | None = option(None, "List those above the threshold in this file (be-audit calibrate).")
     top_k: int | None = option(
-        None, "List this many at most; 1000 without a threshold, 50000 with one.", min=0, max=50_000
+        None,
+        "List this many at most; default a tenth of the captions up to 1000, or all above the threshold.",
+        min=0,
+        max=50_000,
     )
 
 
@@ -39,13 +42,13 @@ class ReportSummary:
     """What a report holds.
 
     Attributes:
-        output: its folder. page: path of index.html, None without html. files: exports written, by path.
+        output: its folder. html: path of index.html, None without it. files: exports written, by path.
         listed: flagged captions listed, in `templates` groups. verdicts: how many of each. unfinished: what of the
             run is not done, a sentence each.
     """
 
     output: str
-    page: str | None
+    html: str | None
     files: list[str]
     listed: int
     templates: int
@@ -90,7 +93,7 @@ def report(config: ReportConfig) -> ReportSummary:
         write_page(run, folder, flagged, facts, files)
     return ReportSummary(
         output=folder.url,
-        page=join(folder.url, "index.html") if "html" in config.format else None,
+        html=join(folder.url, "index.html") if "html" in config.format else None,
         files=[join(folder.url, name) for name in files],
         listed=facts["listed"],
         templates=facts["templates"],

@@ -41,6 +41,7 @@ def report_facts(run: Run, flagged: Flagged) -> dict[str, Any]:
         "score": flagged.by,
         "threshold": flagged.threshold,
         "above": flagged.above,
+        "taken": flagged.taken,
         "listed": flagged.table.num_rows,
         "templates": len(pc.unique(flagged.table["template"])),
         "confirm": _confirm_facts(run, confirmed),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from audit.run import Run, Stage
 from audit.schema import CONFIRMED_COLUMNS, DEFAULT_SCORE, DETECTORS, MATCH_COLUMNS, SCORE_COLUMNS, WINDOWS
 from audit.tables import dataset, read_scores
 
-DEFAULT_TOP_K = 1000
+DEFAULT_FRACTION, DEFAULT_TOP_K = 0.1, 1000  # listed without a threshold: this part of the captions, at most so many
 MOST = 50_000  # rows a report lists, at most: what its table was built for
 VERDICTS = ("global", "local", "none", "no_reference")  # best first
 COPIED = ("global", "local")
@@ -66,7 +67,7 @@ class Flagged:
         deny: DENY_COLUMNS.
         scores: of all scored distinct captions by `by`, float32, best first.
         by: score column. threshold: what rows had to exceed, None when the best `top_k` were taken.
-        above: scored captions above the threshold (or taken), before the limit of MOST.
+        above: scored captions above the threshold. taken: how many of them were taken, the best, beside candidates.
         counts: rows of the committed shards by status after duplicates are resolved, and distinct scored captions.
     """
 
@@ -76,6 +77,7 @@ class Flagged:
     by: str
     threshold: float | None
     above: int
+    taken: int
     counts: dict[str, int]
 
 
@@ -93,7 +95,7 @@ def find_flagged(run: Run, by: str, threshold: float | None, top_k: int | None) 
         run: the run, finished or not.
         by: score column.
         threshold: take rows scored above it.
-        top_k: take this many at most; None for DEFAULT_TOP_K without a threshold, MOST with one.
+        top_k: take this many at most; None for DEFAULT_FRACTION and DEFAULT_TOP_K, or MOST with a threshold.
 
     Raises:
         AuditError: nothing committed yet, or no values in that column.
@@ -108,7 +110,10 @@ def find_flagged(run: Run, by: str, threshold: float | None, top_k: int | None) 
     valid = int(np.isfinite(values).sum())  # nulls come last
     if not valid and first.num_rows:
         raise AuditError(f"--by {by}: the run has no scores in this column")
-    above = int((values[:valid] > threshold).sum()) if threshold is not None else min(valid, top_k or DEFAULT_TOP_K)
+    if threshold is not None:
+        above = int((values[:valid] > threshold).sum())
+    else:
+        above = valid if top_k is not None else min(math.ceil(valid * DEFAULT_FRACTION), DEFAULT_TOP_K)
     taken = min(above, MOST if top_k is None else top_k)
     ids = first["row_id"].to_numpy()
     chosen = np.arange(len(ids)) < taken
@@ -122,7 +127,7 @@ def find_flagged(run: Run, by: str, threshold: float | None, top_k: int | None) 
     counts |= {"rows": scores.num_rows, "duplicates": int(pc.sum(pc.is_valid(scores["duplicate_of"])).as_py() or 0)}
     counts["distinct"] = first.num_rows
     deny = deny_list(run, scores, same, table, verdicts is not None)
-    return Flagged(table, deny, values[:valid], by, threshold, above, counts)
+    return Flagged(table, deny, values[:valid], by, threshold, above, taken, counts)
 
 
 def read_verdicts(run: Run) -> pa.Table | None:

@@ -1,6 +1,7 @@
 """Captions made from one template are one finding: put near-equal captions together, by a rule a reader can follow.
 
-1. Case, digits, punctuation and order are set aside: captions with the same words are near-equal, and stay together.
+1. Case, punctuation and order are set aside and every number is taken for the same: captions with the same words then
+   are near-equal, and stay together.
 2. An opening is a caption's first two words, a closing its last three; words that say nothing (WEAK_WORDS) are skipped.
 3. An opening or closing shared by at least MIN_SHARED captions that are not near-equal is a template. A caption goes to
    the largest template it fits, to the opening where both are as large.
@@ -24,6 +25,7 @@ WEAK_WORDS = (
 )
 _WEAK = frozenset(WEAK_WORDS.split())
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+_NUMBER = re.compile(r"\d+")
 _LONGEST = 2000  # characters looked at; captions of 10 kB exist and say no more
 
 
@@ -59,14 +61,16 @@ def group_captions(captions: Sequence[str | None]) -> Groups:
         group = known.setdefault(template or content, len(labels))
         if group == len(labels):
             labels.append(_label(caption or "", template[0]) if template else (caption or ""))
+        elif template is None and labels[group] != caption:
+            labels[group] = _NUMBER.sub("#", labels[group])
         of.append(group)
     return Groups(of, labels)
 
 
 def _words(caption: str) -> list[str]:
-    """Words in lower case with every digit a 0."""
+    """Words in lower case, every number a 0."""
     text = unicodedata.normalize("NFKC", caption[:_LONGEST]).casefold()
-    return re.sub(r"\d", "0", " ".join(_WORD.findall(text))).split()
+    return _NUMBER.sub("0", " ".join(_WORD.findall(text))).split()
 
 
 def _keys(words: list[str]) -> list[tuple[str, ...]]:
@@ -80,10 +84,10 @@ def _keys(words: list[str]) -> list[tuple[str, ...]]:
 
 
 def _label(caption: str, side: str) -> str:
-    """The template as its first caption writes it, with # for digits: `Shaw Floors …`."""
+    """The template as its first caption writes it, with # for numbers: `Shaw Floors …`."""
     text = unicodedata.normalize("NFKC", caption[:_LONGEST])
     strong = [word for word in _WORD.finditer(text) if word.group().casefold() not in _WEAK]
     if len(strong) < CLOSING:  # case folding can split words
         return caption
     shared = text[: strong[OPENING - 1].end()] + " …" if side == "open" else "… " + text[strong[-CLOSING].start() :]
-    return re.sub(r"\d", "#", shared)
+    return _NUMBER.sub("#", shared)

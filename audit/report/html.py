@@ -35,7 +35,7 @@ _SHOWN = (
     *(f"best_{name}" for name in ("sscd", "distance", "p_value", "s", "ls", "ls_norm", "ls_energy", "ls_score")),
 )
 _TEXT = ("caption", "verdict", "source_url", "source_key", "mask_source", "input_file", "input_row")
-_CHART = (960, 200)  # of the histogram's view box, pixels
+_CHART = (760, 250)  # of the histogram's view box, pixels
 
 
 def write_page(run: Run, folder: Folder, flagged: Flagged, facts: dict[str, Any], exports: list[str]) -> None:

@@ -300,7 +300,7 @@ const BE_AUDIT = (() => {
       const top = Math.max(...values), width = 220, height = 44;
       const points = values.map((value, at) => `${(at * width / (values.length - 1)).toFixed(1)},${(height - value / top * height).toFixed(1)}`);
       return el("figure", { class: "steps" },
-        svg("svg", { viewBox: `-2 -2 ${width + 4} ${height + 4}`, role: "img", "aria-label": `${name} by step` }, svg("polyline", { points: points.join(" ") })),
+        svg("svg", { viewBox: `-2 -2 ${width + 4} ${height + 4}`, preserveAspectRatio: "none", role: "img", "aria-label": `${name} by step` }, svg("polyline", { points: points.join(" ") })),
         el("figcaption", {}, el("code", {}, name), ` over ${values.length} steps, at most ${figure(top)}`));
     });
     return el("div", { class: "figures" }, ...drawn);
@@ -345,7 +345,7 @@ const BE_AUDIT = (() => {
       el("td", { class: typeof match[name] === "number" ? "number" : null },
         name === "verdict" ? badge(match[name]) : name === "reference_url" ? source(match[name]) : typeof match[name] === "string" ? el("bdi", { class: "clamp" }, match[name]) : figure(match[name]));
     return el("details", {}, el("summary", {}, `All ${found.length} comparisons with training pictures`),
-      el("div", { class: "scroll" }, el("table", { class: "matches" },
+      el("div", { class: "matches-scroll" }, el("table", { class: "matches" },
         el("thead", {}, el("tr", {}, ...names.map((name) => el("th", { scope: "col", title: data.about[name] }, name)))),
         el("tbody", {}, ...found.map((match) => el("tr", {}, ...names.map((name) => cell(match, name))))))));
   }
@@ -416,6 +416,7 @@ const BE_AUDIT = (() => {
         find("search").focus();
       }
     });
+    window.addEventListener("beforeprint", () => { document.querySelector("details.panel").open = true; });
     window.addEventListener("hashchange", () => goTo(location.hash));
   }
 

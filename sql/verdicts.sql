@@ -1,0 +1,13 @@
+-- What did confirm decide, with what scores and how close were the matches?
+SELECT
+    verdict,
+    count(*) AS captions,
+    min(candidate_score) AS lowest_score,
+    median(candidate_score) AS median_score,
+    median(best.sscd) AS median_sscd,
+    median(best.distance) AS median_distance,
+    max(best.p_value) AS highest_p_value,
+    count(*) FILTER (best.own) AS own_picture
+FROM confirmed
+GROUP BY verdict
+ORDER BY captions DESC, verdict;
