@@ -14,8 +14,9 @@ from PIL import Image
 
 from audit.captions import plan_captions, read_shard
 from audit.confirm import confirmed_table
+from audit.refine import begin_refine, best_rows, with_images
 from audit.run import Run, Stage, score_file
-from audit.schema import MATCH_COLUMNS, SCORE_COLUMNS, TRAJECTORY_COLUMNS, TRAJECTORY_MASKS, scores_schema, tensor_array
+from audit.schema import MATCH_COLUMNS, TRAJECTORY_COLUMNS, TRAJECTORY_MASKS, scores_schema, tensor_array
 from audit.storage import Folder
 
 SIDE, MASK_SIDE = 32, 8
@@ -55,13 +56,14 @@ def make_run(
     failed: Sequence[int] = (),
     rows_per_shard: int = 4096,
     shards: int | None = None,
+    keep: Sequence[str] = ("url", "key"),
 ) -> Run:
     """A run whose scan has `shards` committed shards (all by default).
 
     Args:
         folder: a new folder; RUN is made in it, with the caption file beside.
         captions, urls: of every row. scores: ld_energy of every row, random by default; the other scores follow it.
-        failed: rows whose status is error.
+        failed: rows whose status is error. keep: input columns carried through.
     """
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "captions.csv"
@@ -77,7 +79,7 @@ def make_run(
     plan = plan_captions(
         [str(source)],
         caption_col="caption",
-        keep_cols=("url", "key"),
+        keep_cols=tuple(keep),
         limit=None,
         rows_per_shard=rows_per_shard,
         staging=Folder(folder / "RUN"),
@@ -142,8 +144,6 @@ def add_confirm(
     The generated image of a global verdict is its training picture with one grey level added; of a local one the left
     half is the same; else they are unrelated. `decided=False` leaves the verdicts out: a confirm in progress.
     """
-    from audit.refine import best_rows, with_images
-
     rng = np.random.default_rng(1)
     chosen = best_rows(run, "ld_energy", top_k=len(verdicts))
     items = with_images(chosen.append_column("shard", pa.array(np.zeros(chosen.num_rows), pa.int32())), num_images)
@@ -217,7 +217,7 @@ def _match(at: int, image_index: int, rank: int, verdict: str) -> dict[str, Any]
     }
 
 
-def _trajectories(items: pa.Table, pictures: list[bytes]) -> pa.Table:
+def _trajectories(items: pa.Table, pictures: Sequence[bytes | None]) -> pa.Table:
     count = items.num_rows
     arrays, fields = [], []
     for place, (name, (kind, _)) in enumerate(TRAJECTORY_COLUMNS.items()):
@@ -239,6 +239,10 @@ def _trajectories(items: pa.Table, pictures: list[bytes]) -> pa.Table:
     return pa.table(arrays, schema=pa.schema(fields))
 
 
-def score_columns() -> list[str]:
-    """Names of the score columns without the mask."""
-    return [name for name in SCORE_COLUMNS if name != "mask"]
+def add_refine(run: Run, fraction: float) -> None:
+    """Refine the best-scored part of the captions, without pictures."""
+    stage = begin_refine(run, fraction, "ld_energy")
+    for shard in stage.shards:
+        items = stage.rows(shard)
+        table = _trajectories(items, [None] * items.num_rows)
+        stage.ledger.commit(shard, stage.file(shard), table, {"ok": table.num_rows}, {"wall": 1.0})

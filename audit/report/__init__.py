@@ -14,7 +14,7 @@ from audit.schema import DETECTORS, WINDOWS
 from audit.storage import Folder, join
 
 FORMATS = ("html", *EXPORTS)
-_OURS = ("rows", "pictures", "exports", "data.js", "index.html")
+_OURS = ("index.html", "data.js", "rows", "pictures", "exports", "report.css", "report.js", "icon.svg")
 
 
 @dataclass(frozen=True)

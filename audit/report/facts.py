@@ -46,6 +46,7 @@ def report_facts(run: Run, flagged: Flagged) -> dict[str, Any]:
         "templates": len(pc.unique(flagged.table["template"])),
         "confirm": _confirm_facts(run, confirmed),
         "verdicts": counts,
+        "decided": sum(counts.values()),
         "copied": sum(counts[name] for name in COPIED),
         "unfinished": _unfinished(status),
         "cost": _cost(run, status),

@@ -117,8 +117,9 @@ def find_flagged(run: Run, by: str, threshold: float | None, top_k: int | None) 
     taken = min(above, MOST if top_k is None else top_k)
     ids = first["row_id"].to_numpy()
     chosen = np.arange(len(ids)) < taken
-    if verdicts is not None:
-        chosen |= np.isin(ids, verdicts["row_id"].to_numpy())
+    candidates = Stage.find(run, "trajectories")
+    if candidates is not None:
+        chosen |= np.isin(ids, candidates.items["row_id"].to_numpy())
     table = first.filter(pa.array(chosen))
     same = pc.coalesce(scores["duplicate_of"], scores["row_id"]).to_numpy()
     table = _flagged_table(run, table, same, by, verdicts)
