@@ -1,6 +1,6 @@
 -- Which openings (the first two words, numbers alike) do many captions share, and how do their scores compare?
 SELECT
-    regexp_extract(regexp_replace(lower(caption), '[0-9]+', '0', 'g'), '^[^a-z0-9]*([a-z0-9]+[^a-z0-9]+[a-z0-9]+)', 1) AS opening,
+    regexp_extract(regexp_replace(lower(caption), '[0-9]+', '0', 'g'), '^[^\p{L}\p{N}]*([\p{L}\p{N}]+[^\p{L}\p{N}]+[\p{L}\p{N}]+)', 1) AS opening,
     count(*) AS captions,
     avg(ld_energy) AS mean_ld_energy,
     max(ld_energy) AS max_ld_energy,

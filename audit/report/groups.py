@@ -2,7 +2,8 @@
 
 1. Case, punctuation and order are set aside and every number is taken for the same: captions with the same words then
    are near-equal, and stay together.
-2. An opening is a caption's first two words, a closing its last three; words that say nothing (WEAK_WORDS) are skipped.
+2. An opening is a caption's first two words, a closing its last three; numbers and words that say nothing (WEAK_WORDS)
+   are skipped.
 3. An opening or closing shared by at least MIN_SHARED captions that are not near-equal is a template. A caption goes to
    the largest template it fits, to the opening where both are as large.
 
@@ -23,7 +24,7 @@ WEAK_WORDS = (
     "a an the and or of in on at by for with from to is are as it its this that your my our de la le "
     "photo photograph picture image"
 )
-_WEAK = frozenset(WEAK_WORDS.split())
+_WEAK = frozenset([*WEAK_WORDS.split(), "0"])
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 _NUMBER = re.compile(r"\d+")
 _LONGEST = 2000  # characters looked at; captions of 10 kB exist and say no more
@@ -86,7 +87,7 @@ def _keys(words: list[str]) -> list[tuple[str, ...]]:
 def _label(caption: str, side: str) -> str:
     """The template as its first caption writes it, with # for numbers: `Shaw Floors …`."""
     text = unicodedata.normalize("NFKC", caption[:_LONGEST])
-    strong = [word for word in _WORD.finditer(text) if word.group().casefold() not in _WEAK]
+    strong = [word for word in _WORD.finditer(text) if _NUMBER.sub("0", word.group().casefold()) not in _WEAK]
     if len(strong) < CLOSING:  # case folding can split words
         return caption
     shared = text[: strong[OPENING - 1].end()] + " …" if side == "open" else "… " + text[strong[-CLOSING].start() :]
