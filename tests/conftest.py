@@ -1,0 +1,54 @@
+"""Shared by all tests: one thread (nets this small pay for more), tiny model folders, tiny captions."""
+
+from __future__ import annotations
+
+import os
+
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[_name] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path  # noqa: E402
+
+import pyarrow as pa  # noqa: E402
+import pyarrow.parquet as pq  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+WORDS = ("red", "blue", "old", "tiny", "wooden", "quiet"), ("house", "dog", "street", "lamp", "boat")
+
+
+def some_captions(count: int) -> list[str]:
+    """Captions without repeats."""
+    adjectives, nouns = WORDS
+    return [f"a {adjectives[i % 6]} {nouns[i % 5]} number {i}" for i in range(count)]
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of random models of Stable Diffusion's three shapes, and of the testbed."""
+    from audit import testbed
+    from tests.tiny import save_model
+
+    root = tmp_path_factory.mktemp("models")
+    tiny = {kind: save_model(kind, root / kind) for kind in ("sd1", "sd2", "sdxl")}
+    return {**tiny, "testbed": testbed.PIPELINE}
+
+
+@pytest.fixture(scope="session")
+def sd1(model_folders: dict[str, Path]) -> str:
+    """What to give `--model` for a scan that takes milliseconds a row."""
+    return str(model_folders["sd1"])
+
+
+@pytest.fixture(scope="session")
+def captions_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 rows: 50 captions once, 4 of them again at the end, null and blank ones, one longer than the tokenizer's."""
+    captions: list[str | None] = [*some_captions(49), "a long " * 60]
+    captions += [captions[3], None, "   ", captions[0], captions[49], "", captions[20], None, captions[3], None]
+    path = tmp_path_factory.mktemp("captions") / "captions.parquet"
+    table = {"URL": [f"https://example.org/{i}.jpg" for i in range(60)], "TEXT": captions, "width": list(range(60))}
+    pq.write_table(pa.table(table), path, row_group_size=25)
+    return path

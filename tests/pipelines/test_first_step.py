@@ -1,0 +1,148 @@
+"""First-step scores against the plain reference, on every shape of model; batches, memory and noises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines import DiffusionModel, FirstStepScorer, FirstStepScores, MaskSource, find_model, load
+from pipelines.attention import cross_attention_layers
+from pipelines.loading import Embeddings
+from tests.reference import Reference
+
+KINDS = ("sd1", "sd2", "sdxl", "testbed")
+CAPTIONS = ["a red house", "two dogs on a very long green street", "a much too long text " * 30, "cat"]
+COLUMNS = (
+    "magnitude",
+    "ld",
+    "ld_energy",
+    "webster",
+    "attention_entropy",
+    "cosine",
+    "cosine_low",
+    "anisotropy",
+    "mask",
+    "energy",
+    "num_tokens",
+    "truncated",
+)
+
+
+@pytest.fixture(scope="module")
+def open_model(model_folders: dict[str, Path]) -> Callable[[str], DiffusionModel]:
+    return lambda kind: load(find_model(str(model_folders[kind])), "cpu", "float32")
+
+
+def assert_equal(found: FirstStepScores, expected: list[dict[str, Any]]) -> None:
+    for name in COLUMNS:
+        values = np.stack([row[name] for row in expected])
+        # a cosine or a cell of a map may be as good as zero: those are held to the size of their column
+        near_zero = 1e-5 * np.abs(values).max() if name in ("cosine", "cosine_low", "mask", "energy") else 0
+        np.testing.assert_allclose(getattr(found, name), values, rtol=1e-4, atol=near_zero, err_msg=name)
+    ld_std = [row["ld_std"] for row in expected]
+    np.testing.assert_allclose(found.ld_std, ld_std, rtol=1e-3, atol=1e-4 * float(found.ld.max()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_are_the_plain_formulas(
+    model_folders: dict[str, Path], open_model: Callable[[str], DiffusionModel], kind: str
+) -> None:
+    scorer = FirstStepScorer(open_model(kind), num_noises=2, seed=3, extra_evaluation=True, batch_size=5)
+    reference = Reference(model_folders[kind])
+    assert_equal(scorer(CAPTIONS), [reference.score(caption, num_noises=2, seed=3) for caption in CAPTIONS])
+
+
+@pytest.mark.parametrize("kind", ("sd1", "sd2"))  # padded with end-of-text and with another token
+@pytest.mark.parametrize("token", ("bos", "padding"))
+def test_masks_of_other_tokens(
+    model_folders: dict[str, Path], open_model: Callable[[str], DiffusionModel], kind: str, token: Any
+) -> None:
+    scorer = FirstStepScorer(open_model(kind), MaskSource(token=token), extra_evaluation=True)
+    reference = Reference(model_folders[kind])
+    assert_equal(scorer(CAPTIONS), [reference.score(caption, token=token) for caption in CAPTIONS])
+
+
+@pytest.mark.parametrize("kind", ("sd1", "sdxl"))
+def test_masks_of_other_layers(
+    model_folders: dict[str, Path], open_model: Callable[[str], DiffusionModel], kind: str
+) -> None:
+    model = open_model(kind)
+    layers = (cross_attention_layers(model.unet)[-1], cross_attention_layers(model.unet)[2])
+    found = FirstStepScorer(model, MaskSource(layers=layers), extra_evaluation=True)(CAPTIONS)
+    reference = Reference(model_folders[kind])
+    assert_equal(found, [reference.score(caption, layers=list(layers)) for caption in CAPTIONS])
+
+
+def test_energy_as_the_mask(model_folders: dict[str, Path], open_model: Callable[[str], DiffusionModel]) -> None:
+    found = FirstStepScorer(open_model("sd1"), MaskSource("energy"), extra_evaluation=True)(CAPTIONS)
+    reference = Reference(model_folders["sd1"])
+    assert_equal(found, [reference.score(caption, mask="energy") for caption in CAPTIONS])
+    np.testing.assert_array_equal(found.ld, found.ld_energy)
+
+
+def test_other_guidance_and_steps(model_folders: dict[str, Path], open_model: Callable[[str], DiffusionModel]) -> None:
+    scorer = FirstStepScorer(open_model("sd2"), steps=7, guidance_scale=3.0, extra_evaluation=True)
+    reference = Reference(model_folders["sd2"], guidance_scale=3.0)
+    assert_equal(scorer(CAPTIONS), [reference.score(caption, steps=7) for caption in CAPTIONS])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batch_size_changes_nothing(open_model: Callable[[str], DiffusionModel], kind: str) -> None:
+    model, captions = open_model(kind), [f"a house with {i} windows" for i in range(9)] + CAPTIONS
+    one, seven, all_at_once = (FirstStepScorer(model, num_noises=2, batch_size=size)(captions) for size in (1, 7, 64))
+    for other in (seven, all_at_once):
+        for name in ("magnitude", "ld", "ld_energy", "webster", "mask"):
+            np.testing.assert_allclose(getattr(other, name), getattr(one, name), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("extra", (False, True))
+def test_evaluations_are_one_a_caption_and_noise(open_model: Callable[[str], DiffusionModel], extra: bool) -> None:
+    model = open_model("sd1")
+    latents = 0
+
+    def count(_module: Any, args: tuple[Any, ...]) -> None:
+        nonlocal latents
+        latents += len(args[0])
+
+    handle = model.unet.register_forward_pre_hook(count)
+    scorer = FirstStepScorer(model, num_noises=3, extra_evaluation=extra, batch_size=4)
+    assert latents == scorer.evaluations == 3 * (1 + extra)  # the empty prompt, once a noise
+    scorer(CAPTIONS)
+    scorer(CAPTIONS[:1])
+    handle.remove()
+    assert latents == scorer.evaluations == 3 * (1 + extra) * (1 + 5)
+
+
+class SmallMemory(DiffusionModel):
+    """A device on which no more than `limit` latents fit at a time."""
+
+    limit = 3
+
+    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, embeddings: Embeddings) -> torch.Tensor:
+        if len(latents) > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().predict(latents, timestep, embeddings)
+
+
+def test_out_of_memory_halves_the_batch_for_good(open_model: Callable[[str], DiffusionModel]) -> None:
+    model = open_model("sd1")
+    small = SmallMemory(model.pipeline, model.folder, model.device, model.dtype)
+    scorer, batches = FirstStepScorer(small, batch_size=16), []
+    captions = [f"picture {i}" for i in range(10)]
+    found = scorer(captions, batches.append)
+    assert scorer.batches.batch_size == 2 and batches == [2] * 5
+    np.testing.assert_allclose(found.ld, FirstStepScorer(model)(captions).ld, rtol=1e-5)
+    small.limit = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        scorer(captions)
+
+
+def test_finished_captions_are_counted_whole(open_model: Callable[[str], DiffusionModel]) -> None:
+    counted: list[int] = []
+    FirstStepScorer(open_model("sd1"), num_noises=2, batch_size=3)(CAPTIONS, counted.append)
+    assert sum(counted) == len(CAPTIONS) and counted == [1, 2, 1]  # 3, 6 and 8 of 8 pairs

@@ -1,0 +1,194 @@
+"""Models found, refused by name before anything is loaded, fingerprinted, and asked for embeddings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines import ModelError, find_model, load
+from tests.reference import Reference
+
+CAPTIONS = ["a red house", "", "a much too long text " * 30, "cat <|endoftext|> dog"]
+
+
+@pytest.fixture
+def copy(model_folders: dict[str, Path], tmp_path: Path) -> Path:
+    """A model folder to be spoilt."""
+    return Path(shutil.copytree(model_folders["sd1"], tmp_path / "model"))
+
+
+def edit(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@pytest.mark.parametrize("kind", ("sd1", "sd2", "sdxl", "testbed"))
+def test_embeddings_and_token_places(model_folders: dict[str, Path], kind: str) -> None:
+    """Where end-of-text is depends on the padding (SD1 pads with it, SD2 with another id): always the first."""
+    model, reference = load(find_model(str(model_folders[kind])), "cpu", "float32"), Reference(model_folders[kind])
+    found = model.encode(CAPTIONS)
+    for row, caption in enumerate(CAPTIONS):
+        expected = reference.encode(caption)
+        assert int(found.eos_positions[row]) == expected.eos, caption
+        assert (int(found.num_tokens[row]), bool(found.truncated[row])) == (expected.num_tokens, expected.truncated)
+        if caption or not reference.xl:
+            torch.testing.assert_close(found.hidden[row], expected.hidden[0], rtol=1e-4, atol=1e-5)
+        if reference.xl and caption:
+            assert found.pooled is not None and expected.pooled is not None
+            torch.testing.assert_close(found.pooled[row], expected.pooled[0], rtol=1e-4, atol=1e-5)
+    empty = model.encode_empty()
+    torch.testing.assert_close(empty.hidden[0], reference.encode("").hidden[0], rtol=1e-4, atol=1e-5)
+    assert int(found.eos_positions[2]) == model.max_tokens - 1  # cut: end-of-text is the last token
+
+
+def test_noise_bank_can_be_made_by_anyone(model_folders: dict[str, Path]) -> None:
+    model = load(find_model(str(model_folders["sd1"])), "cpu")
+    expected = torch.randn((3, 4, 16, 16), generator=torch.Generator("cpu").manual_seed(7))
+    assert torch.equal(model.noise_bank(3, 7), expected)
+    assert torch.equal(model.noise_bank(1, 7), expected[:1])  # a larger bank begins with the smaller one
+
+
+def test_timesteps_begin_below_the_last_training_step(model_folders: dict[str, Path]) -> None:
+    model = load(find_model(str(model_folders["sd1"])), "cpu")
+    assert model.timesteps(50).tolist() == list(range(981, 0, -20))
+    assert model.scheduler.config.clip_sample is False
+    assert model.sigma_max == pytest.approx(14.6, abs=0.05)
+
+
+def test_pictures_are_decoded_to_the_unit_range(model_folders: dict[str, Path]) -> None:
+    model = load(find_model(str(model_folders["sd1"])), "cpu")
+    image = model.decode(30 * model.noise_bank(2, 0))
+    assert image.shape == (2, 3, *model.image_size) and image.dtype == torch.float32
+    assert (float(image.min()), float(image.max())) == (0.0, 1.0)
+
+
+def test_weights_hash_follows_weights_and_settings_alone(copy: Path) -> None:
+    before = find_model(str(copy)).weights_sha256()
+    (copy / "README.md").write_text("a card")
+    assert find_model(str(copy)).weights_sha256() == before
+    seen = {before}
+    for part in ("unet", "vae", "text_encoder"):
+        weights = next((copy / part).glob("*.safetensors"))
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+        seen.add(find_model(str(copy)).weights_sha256())
+    edit(copy / "scheduler" / "scheduler_config.json", beta_end=0.013)
+    seen.add(find_model(str(copy)).weights_sha256())
+    assert len(seen) == 5
+
+
+@pytest.mark.parametrize(
+    "architecture, more",
+    [
+        ("StableDiffusion3Pipeline", {"transformer": ["diffusers", "SD3Transformer2DModel"]}),
+        ("FluxPipeline", {"transformer": ["diffusers", "FluxTransformer2DModel"]}),
+        ("KandinskyPipeline", {"unet": ["diffusers", "UNet2DConditionModel"]}),
+    ],
+)
+def test_other_architectures_are_refused_by_name(tmp_path: Path, architecture: str, more: dict[str, Any]) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": architecture, **more}))
+    with pytest.raises(ModelError, match=f"{architecture} is not supported") as refused:
+        find_model(str(tmp_path))
+    assert ("transformer" in str(refused.value)) == ("transformer" in more)
+
+
+def spoil_unet(copy: Path) -> None:
+    shutil.rmtree(copy / "unet")
+
+
+def spoil_index(copy: Path) -> None:
+    (copy / "model_index.json").write_text("{")
+
+
+def spoil_all(copy: Path) -> None:
+    (copy / "model_index.json").unlink()
+
+
+def spoil_channels(copy: Path) -> None:
+    edit(copy / "unet" / "config.json", in_channels=9)
+
+
+def spoil_attention(copy: Path) -> None:
+    edit(copy / "unet" / "config.json", down_block_types=["DownBlock2D", "DownBlock2D"])
+
+
+def spoil_config(copy: Path) -> None:
+    (copy / "unet" / "config.json").write_text("not json")
+
+
+def drop_config(copy: Path) -> None:
+    (copy / "unet" / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (spoil_unet, "no unet/"),
+        (spoil_index, "model_index.json cannot be read"),
+        (spoil_all, "no model_index.json"),
+        (spoil_channels, "inpainting"),
+        (spoil_attention, "no cross-attention in its down path"),
+        (spoil_config, "unet/config.json cannot be read"),
+        (drop_config, "unet/config.json cannot be read"),
+    ],
+)
+def test_spoilt_folders_are_refused_before_loading(copy: Path, spoil: Any, message: str) -> None:
+    spoil(copy)
+    with pytest.raises(ModelError, match=message) as refused:
+        find_model(str(copy))
+    assert str(copy) in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ("./nothing-here", "/no/such/model", "no-owner", "a/b/c", __file__))
+def test_names_that_are_no_model(name: str) -> None:
+    with pytest.raises(ModelError, match="give a diffusers folder or a hub id"):
+        find_model(name)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"prediction_type": "sample"}, "prediction type 'sample'"),
+        ({"rescale_betas_zero_snr": True, "_class_name": "DDIMScheduler"}, "zero terminal SNR"),
+    ],
+)
+def test_schedules_without_these_scores_are_refused(copy: Path, settings: dict[str, Any], message: str) -> None:
+    edit(copy / "scheduler" / "scheduler_config.json", **settings)
+    with pytest.raises(ModelError, match=message):
+        load(find_model(str(copy)), "cpu")
+
+
+def test_weights_that_cannot_be_read(copy: Path) -> None:
+    weights = next((copy / "unet").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="cannot be loaded") as refused:
+        load(find_model(str(copy)), "cpu")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("device", ("cuda:99", "gpu", "cuda:x"))
+def test_devices_that_are_not_there(model_folders: dict[str, Path], device: str) -> None:
+    with pytest.raises(ModelError, match=f"--device {device}"):
+        load(find_model(str(model_folders["sd1"])), device)
+
+
+def test_unknown_dtype(model_folders: dict[str, Path]) -> None:
+    with pytest.raises(ModelError, match="--dtype float8"):
+        load(find_model(str(model_folders["sd1"])), "cpu", "float8")
+
+
+@pytest.mark.parametrize("kind", ("sd1", "sd2", "sdxl"))
+def test_bfloat16_is_close(model_folders: dict[str, Path], kind: str) -> None:
+    """Half precision in the network, float32 in the reductions: same order of scores, not the same digits."""
+    from pipelines import FirstStepScorer
+
+    folder = find_model(str(model_folders[kind]))
+    exact, rough = (FirstStepScorer(load(folder, "cpu", dtype))(CAPTIONS[:1]) for dtype in ("float32", "bfloat16"))
+    assert rough.magnitude.dtype == np.float32
+    np.testing.assert_allclose(rough.magnitude, exact.magnitude, rtol=0.2)
