@@ -71,7 +71,8 @@ def ld(energy: Tensor, mask: Tensor) -> Tensor:
 def energy_mask(energy: Tensor, size: int = 3) -> Tensor:
     """The energy map smoothed by a size x size mean, used as a mask: the noise difference localises itself.
 
-    At the edges only the cells inside the map are counted.
+    At the edges only the cells inside the map are counted. All ones where the energy is zero everywhere: it points
+    nowhere, and `ld` under it is 0 then, as it should be.
 
     Args:
         energy: [B, H, W].
@@ -83,7 +84,8 @@ def energy_mask(energy: Tensor, size: int = 3) -> Tensor:
     """
     if size % 2 == 0:
         raise ValueError(f"smoothing size {size} is even")
-    return F.avg_pool2d(energy.float()[:, None], size, stride=1, padding=size // 2, count_include_pad=False)[:, 0]
+    mean = F.avg_pool2d(energy.float()[:, None], size, stride=1, padding=size // 2, count_include_pad=False)[:, 0]
+    return torch.where(mean.amax((-2, -1), keepdim=True) == 0, torch.ones_like(mean), mean)
 
 
 def score_difference_map(energy: Tensor, alpha_bar: Tensor) -> Tensor:

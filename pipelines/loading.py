@@ -51,12 +51,12 @@ class ModelFolder:
 
     def scheduler_config(self) -> dict[str, Any]:
         """The scheduler's configuration as the folder has it, without diffusers' private keys."""
-        config = json.loads((self.path / "scheduler" / "scheduler_config.json").read_text())
+        config = _read_json(self.path, "scheduler/scheduler_config.json", self.name)
         return {key: value for key, value in sorted(config.items()) if key != "_diffusers_version"}
 
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the latents, read from the configuration alone."""
-        return _latent_shape(json.loads((self.path / "unet" / "config.json").read_text()))
+        return _latent_shape(_read_json(self.path, "unet/config.json", self.name))
 
 
 def find_model(name: str, revision: str | None = None) -> ModelFolder:
@@ -77,11 +77,8 @@ def find_model(name: str, revision: str | None = None) -> ModelFolder:
         path = _download(name, revision)
     if not (path / "model_index.json").is_file():
         raise ModelError(f"--model {name}: no model_index.json in it; give the folder of a diffusers pipeline")
-    try:
-        index = json.loads((path / "model_index.json").read_text())
-        architecture = str(index["_class_name"])
-    except (ValueError, KeyError) as error:
-        raise ModelError(f"--model {name}: model_index.json cannot be read: {error!r}") from error
+    index = _read_json(path, "model_index.json", name)
+    architecture = str(index.get("_class_name"))
     if architecture not in SUPPORTED:
         if "unet" not in index:
             reason = (
@@ -95,7 +92,7 @@ def find_model(name: str, revision: str | None = None) -> ModelFolder:
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not (path / part).is_dir() or not any((path / part).iterdir()):
             raise ModelError(f"--model {name}: the folder has no {part}/; download the model again")
-    unet = json.loads((path / "unet" / "config.json").read_text())
+    unet = _read_json(path, "unet/config.json", name)
     if unet["in_channels"] != unet["out_channels"]:
         raise ModelError(f"--model {name}: the U-Net takes {unet['in_channels']} channels: inpainting is not supported")
     if not any("CrossAttn" in block for block in unet["down_block_types"]):
@@ -183,6 +180,11 @@ class DiffusionModel:
         self.prediction_type: str = self.scheduler.config.prediction_type
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise ModelError(f"--model {folder.name}: prediction type {self.prediction_type!r} is not supported")
+        if float(self.scheduler.alphas_cumprod[-1]) == 0:
+            raise ModelError(
+                f"--model {folder.name}: its schedule has zero terminal SNR (rescale_betas_zero_snr), where the noise "
+                "prediction of the first step does not depend on the prompt: not supported"
+            )
         self.latent_shape = _latent_shape(self.unet.config)
         self.image_size = tuple(side * pipeline.vae_scale_factor for side in self.latent_shape[1:])
         positions = pipeline.text_encoder.config.max_position_embeddings
@@ -353,6 +355,13 @@ def _download(name: str, revision: str | None) -> Path:
         at = f" at revision {revision}" if revision else ""
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"--model {name}: no such folder, and the hub does not give it{at}: {reason[:200]}") from error
+
+
+def _read_json(path: Path, file: str, name: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads((path / file).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"--model {name}: {file} cannot be read ({error}): download the model again") from error
 
 
 def _latent_shape(config: Any) -> tuple[int, int, int]:
