@@ -3,6 +3,8 @@
 from pipelines.attention import MaskSource
 from pipelines.first_step import FirstStepScorer, FirstStepScores
 from pipelines.loading import DiffusionModel, ModelError, find_model, load
+from pipelines.mitigated_pipeline import MitigatedPipeline
+from pipelines.mitigation import Mitigation, Mitigator
 from pipelines.trajectory import Trajectories, TrajectorySampler
 
 __all__ = [
@@ -10,6 +12,9 @@ __all__ = [
     "FirstStepScorer",
     "FirstStepScores",
     "MaskSource",
+    "MitigatedPipeline",
+    "Mitigation",
+    "Mitigator",
     "ModelError",
     "Trajectories",
     "TrajectorySampler",
