@@ -32,7 +32,8 @@ def open_row(browser: WebDriver) -> None:
     group = "document.querySelector('tr.group .thumbs')?.closest('button')"
     if browser.execute_script(f"return !!{group}"):
         browser.execute_script(f"{group}.click()")
-    browser.execute_script("(document.querySelector('tr.member .thumbs, tr[id] .thumbs')).closest('button').click()")
+    row = "(document.querySelector('tr.member .thumbs') ?? document.querySelector('tr[id] .thumbs'))"
+    browser.execute_script(f"{row}.closest('button').click()")
     wait(browser, "return document.querySelectorAll('tr.detail .picture').length > 0")
     wait(browser, "return [...document.querySelectorAll('tr.detail img')].every((img) => img.complete)")
     browser.execute_script(

@@ -36,6 +36,13 @@ def show_all(browser: WebDriver, page: Path) -> None:
     Select(browser.find_element(By.ID, "size")).select_by_visible_text("250")
 
 
+def press(browser: WebDriver, selector: str) -> None:
+    """Click what may lie under the table's sticky head."""
+    target = browser.find_element(By.CSS_SELECTOR, selector)
+    browser.execute_script("arguments[0].scrollIntoView({ block: 'center' })", target)
+    target.click()
+
+
 def search(browser: WebDriver, text: str) -> None:
     box = browser.find_element(By.ID, "search")
     box.clear()
@@ -195,10 +202,14 @@ def test_an_opened_row_overlays_fades_and_subtracts(browser: WebDriver, plain: P
     choice.select_by_value("be_mask")
     assert browser.find_element(By.CSS_SELECTOR, ".mask").get_attribute("src") != energy
     assert style(".mask", "opacity") == "0.25"  # a new mask keeps the setting
-    browser.find_element(By.CSS_SELECTOR, ".controls input[type=checkbox]").click()
+    press(browser, ".controls input[type=checkbox]")
     assert style(".mask", "display") == "none"
+    choice.select_by_value("energy_mask")
+    assert style(".mask", "display") == "none"
+    press(browser, "tr.detail ~ tr.member button.open")
+    assert style(".mask", "display") == "none"  # another row was opened: this one stays as it was set
     first = browser.find_element(By.CSS_SELECTOR, ".picture").get_attribute("src")
-    browser.find_elements(By.CSS_SELECTOR, ".others button")[1].click()
+    press(browser, ".others button:nth-child(2)")
     assert browser.find_element(By.CSS_SELECTOR, ".picture").get_attribute("src") != first
 
 

@@ -6,6 +6,7 @@ const BE_AUDIT = (() => {
   const find = (id) => document.getElementById(id);
   const state = { words: [], verdicts: new Set(), score: "", sort: "", down: true, grouped: true, page: 0, size: 50 };
   const opened = new Set(); // row ids and template labels whose rows are open
+  const panels = new Map(); // row id -> cell of its detail, kept as it was set while the table is drawn again
   const more = new Map(); // template -> how many of its captions are shown
   const details = new Map(); // row id -> promise of its detail
   const arrived = new Map(); // row id -> what to call with its detail
@@ -166,10 +167,16 @@ const BE_AUDIT = (() => {
     const made = el("tr", { id: `row-${id}`, class: inside ? "member" : null },
       opener(`row-${id}`, `Details of: ${col.caption[row].slice(0, 80)}`, row),
       ...cells(row, badge(verdictOf(row)), el("div", { class: "clamp" }, text)));
-    if (!opened.has(`row-${id}`)) return [made];
-    const cell = el("td", { colspan: columns().length }, el("p", { class: "note" }, "Loading …"));
-    showDetail(row, cell);
-    return [made, el("tr", { class: "detail" }, cell)];
+    if (!opened.has(`row-${id}`)) {
+      panels.delete(id);
+      return [made];
+    }
+    if (!panels.has(id)) {
+      panels.set(id, el("td", {}, el("p", { class: "note" }, "Loading …")));
+      showDetail(row, panels.get(id));
+    }
+    panels.get(id).colSpan = columns().length;
+    return [made, el("tr", { class: "detail" }, panels.get(id))];
   }
 
   function groupRows(rows) {
