@@ -238,17 +238,18 @@ const BE_AUDIT = (() => {
   }
 
   function detailOf(row, detail) {
-    const left = detail ? comparison(row, detail) : el("p", { class: "note" }, data.verdicts.unconfirmed);
+    const pictures = detail ? comparison(detail) : el("p", { class: "note" }, data.verdicts.unconfirmed);
     return el("div", { class: "opened" },
       el("p", { class: "whole" }, el("bdi", {}, col.caption[row])),
-      el("div", { class: "split" }, left, el("div", {}, sources(row, detail?.best), numbers(row, detail))),
+      el("div", { class: "split" }, el("div", {}, pictures, scoreNumbers(row)),
+        el("div", {}, sources(row, detail?.best), matchNumbers(detail?.best))),
       detail?.matches.length ? matches(detail.matches) : null);
   }
 
   const slider = (label, min, max, value, change) =>
     el("label", {}, `${label} `, el("input", { type: "range", min, max, step: "any", value, oninput: (event) => change(Number(event.target.value)) }));
 
-  function comparison(row, detail) {
+  function comparison(detail) {
     const best = detail.best, MASKS = { energy_mask: "energy, first step", be_mask: "BE mask, final step", first_mask: "EOS attention, first step", score_map: "score difference, last step" };
     const places = el("div", { class: "figures" }), controls = el("div", { class: "controls" });
     const view = { image: detail.images.find((one) => one.index === best?.image_index) ?? detail.images[0], mask: "", on: true, opacity: 0.6, gain: 2 };
@@ -333,18 +334,17 @@ const BE_AUDIT = (() => {
     return el("section", {}, el("h3", {}, "Where it comes from"), list(pairs));
   }
 
-  function numbers(row, detail) {
-    const made = el("section", {});
-    const group = (title, names, value) => {
-      const pairs = names.filter((name) => value(name) !== null && value(name) !== undefined).map((name) => [el("code", {}, name), figure(value(name)), data.about[name]]);
-      if (pairs.length) made.append(el("h3", {}, title), list(pairs));
-    };
-    const best = detail?.best;
-    if (best) group("The match", ["sscd", "distance", "p_value", "s", "ls", "ls_norm", "ls_energy", "ls_score", "rank"], (name) => best[name]);
-    group("Scores", [...data.scores, "ld_std", "mask_source"], (name) => (col[name] ?? [])[row]);
-    group("Counts", ["verdict_images", "num_images", "num_tokens"], (name) => (col[name] ?? [])[row]);
-    return made;
+  function numbers(title, names, value) {
+    const known = names.filter((name) => value(name) !== null && value(name) !== undefined);
+    if (!known.length) return null;
+    const pairs = known.map((name) => [el("code", {}, name), figure(value(name)), data.about[name]]);
+    return el("section", {}, el("h3", {}, title), list(pairs));
   }
+
+  const MATCH = ["sscd", "distance", "p_value", "s", "ls", "ls_norm", "ls_energy", "ls_score", "rank"];
+  const matchNumbers = (best) => best && numbers("The match", MATCH, (name) => best[name]);
+  const scoreNumbers = (row) =>
+    numbers("Scores of the caption", [...data.scores, "ld_std", "mask_source", "verdict_images", "num_images", "num_tokens"], (name) => (col[name] ?? [])[row]);
 
   function matches(found) {
     const names = ["image_index", "rank", "verdict", "sscd", "distance", "p_value", "ls_norm", "ls_energy", "reference_key", "reference_url", "reference_caption"];
