@@ -324,4 +324,7 @@ def test_a_narrow_screen_does_not_scroll_sideways(browser: WebDriver, plain: Pat
     browser.get("about:blank")
     open_page(browser, plain)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    browser.execute_script("location.hash = '#row-0'")
+    wait(browser, "return document.querySelectorAll('tr.detail .picture').length === 4")
+    assert browser.execute_script("return document.querySelector('.opened').getBoundingClientRect().right") <= 390
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
