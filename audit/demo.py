@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -87,5 +88,5 @@ def _report(config: DemoConfig) -> str:
     if config.open:
         import webbrowser
 
-        webbrowser.open(path if "://" in path else f"file://{path}")
+        webbrowser.open(path if "://" in path else Path(path).resolve().as_uri())
     return f"Report: {path}"

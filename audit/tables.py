@@ -59,10 +59,11 @@ def read_scores(run: Run, columns: Sequence[str] | None = None, masks: bool = Fa
     found = dataset(run)
     if found is None:
         raise AuditError(f"{run.url}: no shard is done yet: go on with `be-audit scan`")
-    names = [name for name in found.schema.names if masks or name != "mask"]
-    table = _add_refined(run, found.to_table(columns=names))
-    table = resolve_duplicates(table)
-    return table if columns is None else table.select(list(columns))
+    if columns is None:
+        columns = [name for name in found.schema.names if masks or name != "mask"]
+    needed = {*columns, "row_id", "duplicate_of"}  # by which rows are resolved; nothing else is read
+    table = found.to_table(columns=[name for name in found.schema.names if name in needed])
+    return resolve_duplicates(_add_refined(run, table)).select(list(columns))
 
 
 def resolve_duplicates(table: pa.Table) -> pa.Table:
@@ -82,7 +83,7 @@ def resolve_duplicates(table: pa.Table) -> pa.Table:
     source[rows[there]] = order[at[there]]
     missing = np.zeros(len(ids), bool)
     missing[rows[~there]] = True
-    for name in RESOLVED:
+    for name in (name for name in RESOLVED if name in table.schema.names):
         column = table[name].take(pa.array(source))
         if missing.any():
             gap = pa.scalar("pending") if name == "status" else pa.scalar(None, table.schema.field(name).type)
@@ -93,17 +94,20 @@ def resolve_duplicates(table: pa.Table) -> pa.Table:
 
 def _add_refined(run: Run, table: pa.Table) -> pa.Table:
     """Fill `refined` and the trajectory windows of refined rows: means over their images."""
-    found = read_stage(run, "refine", ["row_id", *WINDOWS])
+    windows = [name for name in WINDOWS if name in table.schema.names]
+    found = read_stage(run, "refine", ["row_id", *windows]) if {*windows, "refined"} & {*table.schema.names} else None
     if found is None:
         return table
-    means = found.group_by("row_id").aggregate([(name, "mean") for name in WINDOWS])
+    means = found.group_by("row_id").aggregate([(name, "mean") for name in windows])
     ids, order = table["row_id"].to_numpy(), np.argsort(means["row_id"].to_numpy())
     known = means["row_id"].to_numpy()[order]
     at = np.minimum(np.searchsorted(known, ids), len(known) - 1)
     refined = known[at] == ids
     places = pa.array(order[at], mask=~refined)
-    for name in WINDOWS:
+    for name in windows:
         column = pc.coalesce(means[f"{name}_mean"].cast(pa.float32()).take(places), table[name])
         table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
+    if "refined" not in table.schema.names:
+        return table
     flags = pc.or_(table["refined"], pa.array(refined))
     return table.set_column(table.schema.get_field_index("refined"), table.schema.field("refined"), flags)
