@@ -18,6 +18,8 @@ from audit.errors import AuditError, Drained
 from audit.progress import Progress
 from audit.stopping import Stop
 
+DEATHS = 3  # workers that may die one after the other while they load
+
 
 @dataclass
 class Outcome:
@@ -80,7 +82,7 @@ def run_processes(
 ) -> Outcome:
     """Run shards in worker processes, each given the next shard when it is free.
 
-    A worker speaks JSON lines: {"rows": n} as it goes,
+    A worker speaks JSON lines: {"ready": true} when its model is loaded, {"rows": n} as it goes,
     then {"done": shard, "rows": n} or {"failed": shard, "error": e}.
     One that dies (killed, out of memory, a crash of the driver) has its shard counted as failed and is replaced.
 
@@ -89,19 +91,19 @@ def run_processes(
 
     Raises:
         Drained: a stop was asked for; the shards in hand are dropped.
-        AuditError: a worker said its input is bad, or workers die before they begin.
+        AuditError: a worker said its input is bad, or workers die again and again before they begin.
     """
     outcome, queue = Outcome(), collections.deque(shards)
     selector = selectors.DefaultSelector()
     pool: dict[int, _Worker] = {}
+    never_ready = 0  # deaths in a row of workers that had not loaded their model
 
     def start(number: int) -> None:
-        pool[number] = _Worker(number, command(number))
+        pool[number] = _Worker(command(number))
         selector.register(pool[number].output, selectors.EVENT_READ, number)
-        feed(number)
+        feed(pool[number])
 
-    def feed(number: int) -> None:
-        worker = pool[number]
+    def feed(worker: _Worker) -> None:
         worker.shard = queue.popleft() if queue else None
         worker.counted = 0
         worker.send(worker.shard)
@@ -113,60 +115,79 @@ def run_processes(
         else:
             outcome.quarantined.append(shard)
 
+    def hear(worker: _Worker, said: dict[str, Any]) -> None:
+        nonlocal never_ready
+        if "ready" in said:
+            worker.ready, never_ready = True, 0
+        elif "done" in said:
+            progress.add(int(said["rows"]) - worker.counted)
+            outcome.committed.append(int(said["done"]))
+            feed(worker)
+        elif "failed" in said:
+            failed(int(said["failed"]), str(said["error"]), worker.counted)
+            feed(worker)
+        elif "rows" in said:
+            worker.counted += int(said["rows"])
+            progress.add(int(said["rows"]))
+        elif "error_line" in said:
+            worker.error = str(said["error_line"])
+
+    def bury(number: int) -> None:
+        nonlocal never_ready
+        worker = pool.pop(number)
+        selector.unregister(worker.output)
+        code = worker.end()
+        if code == 2:
+            raise AuditError(worker.error or "a worker could not begin")
+        if worker.shard is None:
+            return
+        done = ledger.done([worker.shard])
+        if done:  # it died between its commit and saying so
+            progress.add(done[worker.shard].rows - worker.counted)
+            outcome.committed.append(worker.shard)
+        elif worker.ready:
+            failed(worker.shard, f"worker died with exit code {code}", worker.counted)
+        else:
+            queue.appendleft(worker.shard)  # not the shard's fault
+            never_ready += 1
+            progress.note(f"a worker died with exit code {code} before its model was loaded")
+            if never_ready >= max(DEATHS, workers):
+                raise AuditError(f"{never_ready} workers in a row died while loading: try fewer --workers")
+
     try:
-        for number in range(min(workers, len(queue))):
-            start(number)
-        while pool:
-            stop.check()
-            for key, _ in selector.select(timeout=0.5):
-                worker = pool[key.data]
-                said = worker.listen()
-                if said is None:  # it ended
-                    selector.unregister(worker.output)
-                    code = worker.process.wait()
-                    del pool[worker.number]
-                    if code == 2:
-                        raise AuditError(worker.last_error())
-                    if worker.shard is not None:
-                        failed(worker.shard, f"worker died with exit code {code}", worker.counted)
-                        if queue:
-                            start(worker.number)
-                    continue
-                if "done" in said:
-                    progress.add(int(said["rows"]) - worker.counted)
-                    outcome.committed.append(int(said["done"]))
-                    feed(worker.number)
-                elif "failed" in said:
-                    failed(int(said["failed"]), str(said["error"]), worker.counted)
-                    feed(worker.number)
-                elif "rows" in said:
-                    worker.counted += int(said["rows"])
-                    progress.add(int(said["rows"]))
-            # a shard put back while everybody was idle
+        while queue or pool:
             for number in range(workers):
                 if queue and number not in pool:
                     start(number)
+            ready = selector.select(timeout=0.5)
+            stop.check()
+            for key, _ in ready:
+                messages = pool[key.data].listen()
+                if messages is None:
+                    bury(key.data)
+                for said in messages or ():
+                    hear(pool[key.data], said)
     finally:
+        selector.close()
         for worker in pool.values():
             worker.process.terminate()
         for worker in pool.values():
-            worker.process.wait()
+            worker.end()
     return outcome
 
 
 class _Worker:
     """One owned process and the shard it has in hand."""
 
-    def __init__(self, number: int, argv: list[str]) -> None:
-        self.number, self.counted = number, 0
+    def __init__(self, argv: list[str]) -> None:
         self.shard: int | None = None
-        self.errors: collections.deque[str] = collections.deque(maxlen=20)
+        self.counted, self.ready, self.error, self.rest = 0, False, "", b""
         # a session of its own: Ctrl-C reaches the parent alone, which then ends its workers
         self.process = subprocess.Popen(
-            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
         )
         assert self.process.stdout is not None
-        self.output: IO[str] = self.process.stdout
+        self.output: IO[bytes] = self.process.stdout
 
     def send(self, shard: int | None) -> None:
         """Hand over a shard; None lets the worker end."""
@@ -175,27 +196,24 @@ class _Worker:
             if shard is None:
                 self.process.stdin.close()
             else:
-                self.process.stdin.write(f"{shard}\n")
-                self.process.stdin.flush()
+                self.process.stdin.write(b"%d\n" % shard)
         except BrokenPipeError:
             pass  # it has died: listen() will say so
 
-    def listen(self) -> dict[str, Any] | None:
-        """What the worker says next; None when it has ended."""
-        while line := self.output.readline():
-            try:
-                said = json.loads(line)
-            except ValueError:
-                self.errors.append(line.strip())
-                continue
-            if "error_line" in said:
-                self.errors.append(str(said["error_line"]))
-                continue
-            return dict(said)
-        return None
+    def listen(self) -> list[dict[str, Any]] | None:
+        """What the worker has said by now; None when it has ended. Never waits once its output is ready."""
+        data = os.read(self.output.fileno(), 1 << 16)
+        if not data:
+            return None
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        return [json.loads(line) for line in lines]
 
-    def last_error(self) -> str:
-        return self.errors[-1] if self.errors else "a worker could not begin"
+    def end(self) -> int:
+        """Wait for the end of a worker that was told to end or has died, and give its exit code."""
+        self.send(None)  # an idle one waits for its input
+        code = self.process.wait()
+        self.output.close()
+        return code
 
 
 def worker_argv(run_url: str, stage: str, device: str, batch_size: int) -> list[str]:
@@ -210,5 +228,3 @@ def die_with_parent() -> None:
         import signal
 
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
-        if os.getppid() == 1:
-            sys.exit(75)

@@ -26,10 +26,14 @@ def main(run_url: str, stage: str, device: str, batch_size: str) -> int:
             return 2
 
         def on_rows(rows: int) -> None:
-            say({"rows": rows})
+            try:
+                say({"rows": rows})
+            except BrokenPipeError:
+                raise Drained from None  # the parent is gone: nobody waits for this shard
             stop.check()
 
         try:
+            say({"ready": True})
             for line in sys.stdin:
                 shard = int(line)
                 try:
@@ -43,7 +47,7 @@ def main(run_url: str, stage: str, device: str, batch_size: str) -> int:
         except AuditError as error:
             say({"error_line": str(error)})
             return 2
-        except Drained:
+        except (Drained, BrokenPipeError, KeyboardInterrupt):
             return 75
     return 0
 
