@@ -50,8 +50,8 @@ bench: $(VENV)/.test setup ## speed and memory, each figure against a baseline i
 tables: $(VENV)/.test setup ## the paper's tables on the testbed, written to docs/
 	$(BIN)/python -m tests.benchmarks.tables
 
-screenshot: $(VENV)/.test setup ## the pictures of the report in docs/images
-	$(BIN)/python -m tests.benchmarks.screenshot
+screenshot: $(VENV)/.test demo ## the pictures of the report in docs/images
+	$(BIN)/python -m tests.benchmarks.screenshot be-audit-demo/report
 
 clean: ## remove the environment and what the demo made
 	rm -rf $(VENV) build be-audit-demo be-audit-demo-index
