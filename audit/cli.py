@@ -13,6 +13,7 @@ from audit.confirm import DEFAULT_INDEX, ConfirmConfig
 from audit.demo import DemoConfig
 from audit.errors import AuditError, Drained
 from audit.index import IndexConfig
+from audit.mitigate import MitigateConfig
 from audit.options import config_of, options_from
 from audit.report import ReportConfig
 from audit.run import DEFAULT_RUN
@@ -189,6 +190,32 @@ def index_verify(ctx: click.Context, path: str, deep: bool, repair: bool) -> Non
         click.echo(line, err=True)
     click.echo(f"{path}: " + (f"{len(problems)} problems." if problems else "whole."))
     ctx.exit(3 if problems else 0)
+
+
+@cli.command()
+@options_from(MitigateConfig)
+@click.pass_context
+def mitigate(ctx: click.Context, **values: Any) -> None:
+    """Change the prompts of proven copies until they no longer copy, and measure what it did.
+
+    Works on the copies confirm found in RUN, or on one --prompt. Typed again, it goes on where it stopped.
+    """
+    from audit.mitigate import mitigate as run_mitigate
+    from audit.mitigate import summary_lines
+    from audit.stopping import stop_on_signals
+
+    config = config_of(MitigateConfig, values)
+    if config.prompt is not None:
+        from audit.mitigate_prompt import mitigate_prompt
+
+        for name, (before, after) in mitigate_prompt(config).items():
+            click.echo(f"{name:<10} {before:10.4g} -> {after:.4g}")
+        click.echo(f"drawn to {config.output}")
+        return
+    with stop_on_signals() as stop:
+        done = run_mitigate(config, stop)
+    click.echo("\n".join(summary_lines(done)))
+    ctx.exit(done.exit_code)
 
 
 @cli.command()

@@ -36,6 +36,10 @@ def open_job(run_url: str, stage: str, device: str, batch_size: int) -> Job:
         from audit.scan import ScanJob
 
         return ScanJob(run, model, batch_size)
+    if stage == "mitigate":
+        from audit.mitigate_job import MitigateJob
+
+        return MitigateJob(run, model, batch_size)
     from audit.trajectories import TrajectoryJob
 
     return TrajectoryJob(run, stage, model, batch_size)
