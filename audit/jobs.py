@@ -33,7 +33,7 @@ def open_job(run_url: str, stage: str, device: str, batch_size: int) -> Job:
     except ModelError as error:
         raise AuditError(str(error)) from error
     if stage == "scan":
-        from audit.scan import ScanJob
+        from audit.scan_job import ScanJob
 
         return ScanJob(run, model, batch_size)
     if stage == "mitigate":

@@ -56,7 +56,7 @@ class Run:
             if facts["format"] != FORMAT:
                 raise AuditError(f"{folder.url}: run format {facts['format']}, this version reads {FORMAT}")
             return cls(folder, facts)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, KeyError, TypeError) as error:
             raise AuditError(f"{folder.path('run.json')}: cannot be read: restore it or use another folder") from error

@@ -5,26 +5,23 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 
 from audit.captions import CaptionFile, CaptionPlan, describe_captions, is_empty, plan_captions, read_shard
-from audit.commits import Commit
-from audit.engines import ShardFailed
 from audit.errors import AuditError
 from audit.options import option
-from audit.run import DEFAULT_RUN, Run, check_output, score_file
-from audit.schema import DEFAULT_SCORE, SCORE_COLUMNS, mask_type, pack_mask_bits, scores_schema, tensor_array
-from audit.scoring import Scored, open_scorer, score_captions
+from audit.run import DEFAULT_RUN, Run, check_output
+from audit.schema import DEFAULT_SCORE
+from audit.scoring import open_scorer
 from audit.stopping import Stop
 from audit.storage import Folder
 
 if TYPE_CHECKING:
-    from pipelines.loading import DiffusionModel, ModelFolder
+    from pipelines.loading import ModelFolder
 
 DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
 
@@ -176,14 +173,18 @@ def scan(config: ScanConfig, stop: Stop | None = None) -> ScanSummary:
 
 def estimate(config: ScanConfig) -> Estimate:
     """Plan in a temporary folder, time one batch, write nothing to the output."""
-    from pipelines.loading import load
+    from pipelines.loading import ModelError, load
 
-    model_folder = find_model_folder(config)
+    model_folder = _check(config)
     with tempfile.TemporaryDirectory() as temporary:
         staging = Folder(temporary)
         plan = _plan(config, staging)
         fingerprint = fingerprint_of(config, model_folder, plan.files)
-        scorer = open_scorer(fingerprint, load(model_folder, config.device, fingerprint["dtype"]), config.batch_size)
+        try:
+            model = load(model_folder, config.device, fingerprint["dtype"])
+        except ModelError as error:
+            raise AuditError(str(error)) from error
+        scorer = open_scorer(fingerprint, model, config.batch_size)
         captions: list[str] = []
         for shard in range(len(plan)):
             table = read_shard(plan, shard, staging, [])
@@ -193,14 +194,22 @@ def estimate(config: ScanConfig) -> Estimate:
             if len(captions) >= config.batch_size:
                 break
         batch = captions[: config.batch_size]
-        scorer(batch[:1], lambda _: None)  # warm up
-        started = time.monotonic()
-        scorer(batch, lambda _: None)
-        rate = len(batch) / (time.monotonic() - started)
+        rate = 0.0
+        if batch:
+            scorer(batch[:1], lambda _: None)  # warm up
+            started = time.monotonic()
+            scorer(batch, lambda _: None)
+            rate = len(batch) / (time.monotonic() - started)
     _, height, width = model_folder.latent_shape()
     each = {"none": 0, "bits": height * -(-width // 8), "float16": 2 * height * width}[config.masks]
     return Estimate(
-        plan.num_rows, plan.num_unique, plan.num_empty, len(plan), plan.num_unique / rate, rate, plan.num_unique * each
+        rows=plan.num_rows,
+        unique=plan.num_unique,
+        empty=plan.num_empty,
+        shards=len(plan),
+        seconds=plan.num_unique / rate if rate else 0.0,
+        captions_per_second=rate,
+        mask_bytes=plan.num_unique * each,
     )
 
 
@@ -270,10 +279,10 @@ def _input_facts(file: CaptionFile) -> dict[str, Any]:
     return facts
 
 
-def _recorded(config: ScanConfig) -> dict[str, Any]:
-    """The configuration as run.json keeps it: a local model by its absolute path, for workers started elsewhere."""
+def _recorded(config: ScanConfig, plan: CaptionPlan) -> dict[str, Any]:
+    """The configuration as run.json keeps it: with absolute paths, so that it can be gone on with from elsewhere."""
     model = os.path.abspath(config.model) if os.path.isdir(config.model) else config.model
-    return {**asdict(config), "model": model}
+    return {**asdict(config), "model": model, "captions": [file.path for file in plan.files]}
 
 
 def _plan(config: ScanConfig, staging: Folder) -> CaptionPlan:
@@ -287,16 +296,26 @@ def _plan(config: ScanConfig, staging: Folder) -> CaptionPlan:
     )
 
 
-def _find_or_plan(config: ScanConfig, folder: Folder) -> tuple[Run, bool]:
-    """The run of this configuration: the one in the folder when it is the same, else a new one; and which."""
+def _check(config: ScanConfig) -> ModelFolder:
+    """Refuse flags that do not go together or that the model cannot serve, before anything is planned."""
+    from pipelines.loading import find_layers
+
     if config.mask == "final" and config.extra_evaluation:
         raise AuditError("--extra-evaluation: goes with --mask first or energy")
-    if not config.captions:
-        raise AuditError("no captions given: be-audit scan CAPTIONS...")
+    model = find_model_folder(config)
+    known = find_layers(model) if config.mask_layers else []
+    for name in config.mask_layers:
+        if name not in known:
+            raise AuditError(f"--mask-layers {name}: the U-Net has no such cross-attention; it has {', '.join(known)}")
+    return model
+
+
+def _find_or_plan(config: ScanConfig, folder: Folder) -> tuple[Run, bool]:
+    """The run of this configuration: the one in the folder when it is the same, else a new one; and which."""
     existing = Run.find(folder)
     known = existing.plan.files if existing else []
     files = describe_captions(list(config.captions), caption_col=config.caption_col, known=known)
-    model = find_model_folder(config)
+    model = _check(config)
     fingerprint = fingerprint_of(config, model, files)
     if existing is not None:
         existing.check_same(fingerprint)
@@ -304,7 +323,7 @@ def _find_or_plan(config: ScanConfig, folder: Folder) -> tuple[Run, bool]:
     check_output(folder)
     plan = _plan(config, folder)
     fingerprint = fingerprint_of(config, model, plan.files)
-    return Run.create(folder, _recorded(config), fingerprint, plan), True
+    return Run.create(folder, _recorded(config, plan), fingerprint, plan), True
 
 
 def _rows_of(run: Run) -> dict[int, int]:
@@ -317,90 +336,3 @@ def _sum_counts(commits: Any) -> dict[str, int]:
         for key, value in made.counts.items():
             total[key] = total.get(key, 0) + value
     return total
-
-
-class ScanJob:
-    """Scan of one run with its model loaded: read, score, write, commit.
-
-    Args:
-        run: the run. model: the loaded model. batch_size: latents at a time.
-    """
-
-    def __init__(self, run: Run, model: DiffusionModel, batch_size: int) -> None:
-        self.run, self.ledger, self.fingerprint = run, run.scan, run.fingerprint
-        self.max_error_rate = float(run.config["max_error_rate"])
-        self.scorer = open_scorer(self.fingerprint, model, batch_size)
-        self.mask_type = mask_type(self.fingerprint["masks"], *model.latent_shape[1:])
-        from pipelines import MaskSource
-
-        self.mask_source = MaskSource(
-            self.fingerprint["mask"], self.fingerprint["mask_token"], tuple(self.fingerprint["mask_layers"])
-        ).describe()
-
-    def __call__(self, shard: int, on_rows: Callable[[int], None]) -> Commit:
-        clock = [time.monotonic()]
-        rows = read_shard(self.run.plan, shard, self.run.folder)
-        duplicate_of = self.run.plan.duplicates(shard)
-        empty = is_empty(rows["caption"])
-        own = np.flatnonzero(~empty & (duplicate_of < 0))
-        clock.append(time.monotonic())
-        captions = rows["caption"].take(pa.array(own)).to_pylist()
-        scored = score_captions(self.scorer, captions, on_rows)
-        clock.append(time.monotonic())
-        if len(scored.errors) > self.max_error_rate * max(len(own), 1):
-            first = next(iter(scored.errors.values()))
-            raise ShardFailed(f"{len(scored.errors)} of {len(own)} captions failed, the first: {first}")
-        table = self._table(shard, rows, duplicate_of, empty, own, scored)
-        counts = {
-            "ok": len(scored.rows),
-            "error": len(scored.errors),
-            "empty": int(empty.sum()),
-            "duplicate": int((duplicate_of >= 0).sum()),
-        }
-        seconds = {
-            "read": clock[1] - clock[0],
-            "score": clock[2] - clock[1],
-            "wall": time.monotonic() - clock[0],
-        }
-        return self.ledger.commit(shard, score_file(shard), table, counts, seconds)
-
-    def _table(self, shard: int, rows: pa.Table, duplicate_of: Any, empty: Any, own: Any, scored: Scored) -> pa.Table:
-        """A row for every input row; scores where there are some, nulls elsewhere."""
-        length = rows.num_rows
-        status = np.where(empty, "empty", "ok").astype(object)
-        error = np.full(length, None, object)
-        for place, reason in scored.errors.items():
-            status[own[place]], error[own[place]] = "error", reason
-        places = own[scored.rows]
-        arrays: dict[str, pa.Array] = {
-            "row_id": pa.array((np.int64(shard) << 32) | np.arange(length, dtype=np.int64)),
-            "caption": rows["caption"],
-            "status": pa.array(status, pa.string()),
-            "error": pa.array(error, pa.string()),
-            "duplicate_of": pa.array(duplicate_of, pa.int64(), mask=duplicate_of < 0),
-            "mask_source": pa.array(np.full(length, self.mask_source, object), pa.string()),
-            "refined": pa.array(np.zeros(length, bool)),
-        }
-        schema = scores_schema(self.mask_type, list(self.run.plan.keep_schema))
-        for name, (kind, _) in SCORE_COLUMNS.items():
-            if name == "mask" or (name in arrays and name not in scored.columns):
-                continue
-            arrays[name] = _spread(scored.columns.get(name), places, length, kind)
-        if self.mask_type is not None:
-            masks = scored.columns.get("mask", np.zeros((0, *self.mask_type.shape), np.float32))
-            packed = pack_mask_bits(masks) if self.fingerprint["masks"] == "bits" and len(masks) else masks
-            arrays["mask"] = tensor_array(packed, self.mask_type, places, length)
-        for name in self.run.plan.keep_cols:
-            arrays[name] = rows[name]
-        return pa.table([arrays[name] for name in schema.names], schema=schema)
-
-
-def _spread(values: Any, places: Any, length: int, kind: pa.DataType) -> pa.Array:
-    """Values at their places, null elsewhere and where a float is NaN."""
-    if values is None or not len(places):
-        return pa.nulls(length, kind)
-    spread = np.zeros(length, values.dtype)
-    null = np.ones(length, bool)
-    spread[places] = values
-    null[places] = np.isnan(values) if values.dtype.kind == "f" else False
-    return pa.array(spread, mask=null).cast(kind)

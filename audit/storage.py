@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -101,7 +102,8 @@ class Folder:
                 os.fsync(file.fileno())
             self._publish(temporary, target)
         except OSError as error:
-            Path(temporary).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it may lie below what is no folder
+                os.unlink(temporary)
             raise AuditError(f"{target}: cannot be written: {error.strerror or error}") from error
 
     def put(self, name: str, source: str | os.PathLike[str]) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.attention import cross_attention_layers
 from pipelines.formulas import noise_from_v
 
 SUPPORTED = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
@@ -99,6 +100,14 @@ def find_model(name: str, revision: str | None = None) -> ModelFolder:
         raise ModelError(f"--model {name}: the U-Net has no cross-attention in its down path, so no BE mask")
     commit = path.name if re.fullmatch(r"[0-9a-f]{40}", path.name) else None
     return ModelFolder(path, name, commit, SUPPORTED[architecture])
+
+
+def find_layers(folder: ModelFolder) -> list[str]:
+    """Names of a model's cross-attention layers, from its configuration alone: no weights are read."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return cross_attention_layers(UNet2DConditionModel.from_config(_read_json(folder.path, "unet/config.json", "")))
 
 
 class TokenFacts(NamedTuple):
