@@ -26,7 +26,9 @@ def be_audit(*arguments: object) -> Result:
     """Run a command in this process. What a user would see as a traceback is raised."""
     from audit.cli import cli
 
-    found = CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
+    found = CliRunner().invoke(
+        cli, [str(argument) for argument in arguments], prog_name="be-audit", catch_exceptions=False
+    )
     return Result(found.exit_code, found.stdout, found.stderr)
 
 
