@@ -131,8 +131,8 @@ def pack_mask_bits(masks: np.ndarray) -> np.ndarray:
 
 def tensor_array(values: np.ndarray, kind: pa.DataType, rows: np.ndarray | None = None, length: int = 0) -> pa.Array:
     """An array of tensors [N, ...] as an Arrow tensor column; with `rows`, placed there among `length`, else null."""
-    flat = np.ascontiguousarray(values, dtype=kind.value_type.to_pandas_dtype()).reshape(len(values), -1)
-    storage = pa.FixedSizeListArray.from_arrays(pa.array(flat.ravel(), kind.value_type), type=kind.storage_type)
+    flat = np.ascontiguousarray(values, dtype=kind.value_type.to_pandas_dtype()).ravel()
+    storage = pa.FixedSizeListArray.from_arrays(pa.array(flat, kind.value_type), type=kind.storage_type)
     if rows is not None:
         places = np.full(length, -1, np.int64)
         places[rows] = np.arange(len(rows))
