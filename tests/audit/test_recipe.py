@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from sklearn.metrics import roc_auc_score
 
 from audit import testbed
 
@@ -89,12 +88,3 @@ def test_a_missing_font_is_said_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert f"{font}: no such font" in done.stderr and "fonts-noto-color-emoji" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_reference_auc_counts_ties_half() -> None:
-    from audit.testbed.recipe.reference import auc
-
-    rng = np.random.default_rng(0)
-    positive, negative = rng.integers(0, 6, 40).astype(float), rng.integers(0, 5, 70).astype(float)
-    expected = roc_auc_score(np.repeat([1, 0], [40, 70]), np.concatenate([positive, negative]))
-    np.testing.assert_allclose(auc(positive, negative), expected)

@@ -19,12 +19,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from audit.metrics import auc, pixel_auc
 from audit.testbed.recipe.config import SPRITES, Recipe
 from audit.testbed.recipe.dataset import TRAINING, UNSEEN, tokenize
 from audit.testbed.recipe.descriptor import imagenet_normalise
 from audit.testbed.recipe.drawing import SIZE, render
 from audit.testbed.recipe.parts import DESCRIPTOR, NOISE, load_parts
-from audit.testbed.recipe.reference import EosAttention, auc, localised, sample, smooth, tpr_at
+from audit.testbed.recipe.reference import EosAttention, localised, sample, smooth, tpr_at
 from audit.testbed.recipe.sprites import load
 from audit.testbed.recipe.training import log
 from audit.testbed.recipe.world import VARIANTS, World
@@ -193,8 +194,9 @@ def print_detection(label: np.ndarray, seen: dict[str, np.ndarray]) -> None:
         for kind in ("local", "global"):
             rows = (label == kind) & copied
             if rows.any():
-                negative = score[label == "none"]
-                cells.append(f"{kind} AUC {auc(score[rows], negative):.3f} T@1%F {tpr_at(score[rows], negative):.3f}")
+                kept = rows | (label == "none")
+                tpr = tpr_at(score[rows], score[label == "none"])
+                cells.append(f"{kind} AUC {auc(score[kept], rows[kept]):.3f} T@1%F {tpr:.3f}")
         print(f"{name:38} {' | '.join(cells)}")
 
 
@@ -210,7 +212,7 @@ def print_localisation(world: World, prompts: Prompts, seen: dict[str, np.ndarra
     masks |= {"first-step energy": start, "first-step energy, smoothed": smooth(start), "score map of the end": end}
     common = template < len(world.template_names) // 2
     for name, mask in masks.items():
-        pixel = np.array([auc(m[r], m[~r]) for m, r in zip(mask[rows], region, strict=True)])
+        pixel = np.array([pixel_auc(m, r) for m, r in zip(mask[rows], region, strict=True)])
         print(f"{name:28} pixel AUC: common {pixel[common].mean():.2f}, rare {pixel[~common].mean():.2f}")
 
 

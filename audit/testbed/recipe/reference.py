@@ -96,13 +96,6 @@ def smooth(energy: np.ndarray) -> np.ndarray:
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)[:, 0].numpy()
 
 
-def auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Area under the ROC curve: the chance that a positive scores above a negative, ties counted half."""
-    order = np.sort(negative)
-    below, upto = np.searchsorted(order, positive, "left"), np.searchsorted(order, positive, "right")
-    return float((below + upto).mean() / 2 / len(negative))
-
-
 def tpr_at(positive: np.ndarray, negative: np.ndarray, fpr: float = 0.01) -> float:
     """Share of positives above the negatives' 1 - fpr quantile."""
     return float((positive > np.quantile(negative, 1 - fpr)).mean())
