@@ -77,7 +77,7 @@ class MitigateConfig:
     mask: str = option("final", "Mask of ld, of the unmitigated trajectory.", choices=tuple(MATCH_MASKS))
     target: float | None = option(
         None,
-        "Stop at this loss; default the median of the run's captions (--prompt: a quarter of its own).",
+        "Stop at this loss; default the median of the run's captions (--prompt: 0.15 of its own).",
         min=0.0,
     )
     threshold: float | None = option(None, "Trigger: mitigate only what scores above this; default all.")

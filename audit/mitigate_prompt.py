@@ -15,7 +15,7 @@ from audit.run import DEFAULT_RUN
 from audit.scan import find_model_folder
 from audit.score import draw
 
-FRACTION = 0.25  # of its own loss: the target of a prompt where none is given
+FRACTION = 0.15  # of its own loss, the target where none is given: ordinary captions against copies on the testbed
 
 
 def mitigate_prompt(config: MitigateConfig) -> dict[str, tuple[float, float]]:
@@ -41,11 +41,12 @@ def mitigate_prompt(config: MitigateConfig) -> dict[str, tuple[float, float]]:
     options: dict[str, Any] = {"steps": config.steps, "guidance_scale": config.guidance_scale}
     index = None if config.index is None else open_index(config.index)
     descriptor = None if index is None else index.load_descriptor(config.sscd, config.device)
-    folder, clip = find_model_folder(config), open_clip(find_clip(config.clip, config.model), config.device)
+    folder, clip_folder = find_model_folder(config), find_clip(config.clip, config.model)
     try:
         model = load(folder, config.device, config.dtype)
     except ModelError as error:
         raise AuditError(str(error)) from error
+    clip = open_clip(clip_folder, config.device)
     # 1. unmitigated
     sampler = TrajectorySampler(model, None, count, config.seed, batch_size=config.batch_size, **options)
     before = sampler([prompt] * count, list(range(count)))
