@@ -105,6 +105,7 @@ class CaptionPlan:
                     ids = [pa.array((shard << 32) | rows, pa.int64()), pa.array(of[rows], pa.int64())]
                     writer.write_batch(pa.record_batch(ids, schema=DUPLICATES))
             folder.put("duplicates.arrow", path)
+        _duplicate_batches.cache_clear()  # the folder may have held another run before
         facts = {
             "files": [file.to_dict() for file in self.files],
             "keep_schema": self.keep_schema.serialize().to_pybytes().hex(),
