@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 import pyarrow as pa
 
+from audit.mitigate import MITIGATED_COLUMNS
 from audit.report.flagged import FLAGGED_COLUMNS, VERDICTS, Flagged
 from audit.report.pictures import script, write_rows
 from audit.run import Run
@@ -87,7 +88,7 @@ def page_data(table: pa.Table, thumbnails: dict[int, dict[str, str | None]]) -> 
         "score": table["score_name"][0].as_py() if table.num_rows else "",
         "scores": [name for name in (*DETECTORS, *WINDOWS) if name in columns],
         "about": {name: column_text(name) for name in (*_SHOWN, "mask_source", "ld_t", "magnitude_t")}
-        | {name: text for name, (_, text) in MATCH_COLUMNS.items()},
+        | {name: text for name, (_, text) in (MITIGATED_COLUMNS | MATCH_COLUMNS).items()},
         "verdicts": VERDICT_TEXT,
         "order": [*VERDICTS, "unconfirmed"],
     }

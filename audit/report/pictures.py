@@ -24,6 +24,7 @@ LOSSLESS_SIDE = 128  # larger pictures are WebP at QUALITY; the exact ones stay 
 QUALITY = 88
 MASK_COLOUR = (255, 0, 128)
 _MOST_MATCHES = 100
+_MITIGATED = ("loss", "ld", "magnitude", "sscd", "distance", "alignment", "verdict")  # each _before and _after
 
 
 def script(function: str, *values: Any) -> bytes:
@@ -46,12 +47,14 @@ def write_rows(run: Run, folder: Folder, listed: set[int]) -> dict[int, dict[str
         return {}
     done = sorted(trajectories.ledger.done(trajectories.shards))
     decided = set(confirmed.ledger.done(done)) if confirmed else set()
+    mitigated = _mitigated(run, confirmed)
     thumbnails: dict[int, dict[str, str | None]] = {}
     written: set[str] = set()
     with ThreadPoolExecutor(8) as pool, Progress(len(done), "shards", "pictures") as progress:
         for shard in done:
             verdicts = read_table(run.folder, confirmed.file(shard)).to_pylist() if shard in decided else []  # type: ignore[union-attr]
             of = {row["row_id"]: row for row in verdicts}
+            moved = mitigated(shard)
             table = read_table(run.folder, trajectories.file(shard))
             table = table.filter(pc.is_in(table["row_id"], value_set=_array(listed)))
             rows: dict[int, list[dict[str, Any]]] = {}
@@ -59,12 +62,29 @@ def write_rows(run: Run, folder: Folder, listed: set[int]) -> dict[int, dict[str
                 rows.setdefault(image["row_id"], []).append(image)
             files: dict[str, Callable[[], bytes]] = {}
             for row_id, images in rows.items():
-                thumbnails[row_id] = _row_files(row_id, images, of.get(row_id), files)
+                thumbnails[row_id] = _row_files(row_id, images, of.get(row_id), moved, files)
             new = {name: make for name, make in files.items() if name not in written}
             list(pool.map(lambda item: _write(folder, item[0], item[1]()), new.items()))
             written |= new.keys()
             progress.add(1)
     return thumbnails
+
+
+def _mitigated(run: Run, confirmed: Stage | None) -> Callable[[int], dict[tuple[int, int], dict[str, Any]]]:
+    """Reader of the rows of mitigated/ of a shard (confirm's shards) by row_id and image_index.
+
+    A mitigation of an earlier confirm's verdicts is left out.
+    """
+    stage = Stage.find(run, "mitigate")
+    if stage is None or confirmed is None or stage.facts["fingerprint"]["confirm"] != confirmed.facts["digest"]:
+        return lambda _: {}
+    done = set(stage.ledger.done())
+
+    def read(shard: int) -> dict[tuple[int, int], dict[str, Any]]:
+        rows = read_table(run.folder, stage.file(shard)).to_pylist() if shard in done else []
+        return {(row["row_id"], row["image_index"]): row for row in rows}
+
+    return read
 
 
 def _write(folder: Folder, name: str, data: bytes) -> None:
@@ -92,7 +112,11 @@ def _images(table: Any) -> list[dict[str, Any]]:
 
 
 def _row_files(
-    row_id: int, images: list[dict[str, Any]], verdict: dict[str, Any] | None, files: dict[str, Callable[[], bytes]]
+    row_id: int,
+    images: list[dict[str, Any]],
+    verdict: dict[str, Any] | None,
+    mitigated: dict[tuple[int, int], dict[str, Any]],
+    files: dict[str, Callable[[], bytes]],
 ) -> dict[str, str | None]:
     """Add the files of one row to `files`, name -> maker of its bytes; returns its thumbnails."""
     shown: list[dict[str, Any]] = []
@@ -103,6 +127,7 @@ def _row_files(
             files[one["src"]] = _maker(image["image"])
         one["masks"] = {name: mask_url(image[name]) for name in TRAJECTORY_MASKS if image[name] is not None}
         one["steps"] = {name: _rounded(image[name]) for name in ("ld_t", "magnitude_t")}
+        one["mitigated"] = _mitigation(mitigated.get((row_id, image["image_index"])), one["src"], files)
         shown.append(one)
     detail: dict[str, Any] = {"images": shown, "best": None, "matches": []}
     reference = None
@@ -122,16 +147,32 @@ def _row_files(
     return {"image": of_best["src"], "reference": reference}
 
 
+def _mitigation(
+    row: dict[str, Any] | None, src: str | None, files: dict[str, Callable[[], bytes]]
+) -> dict[str, Any] | None:
+    """A row of mitigated/ for the page: the image after (the one before is `src`) and numbers (before, after)."""
+    if row is None or row["image_after"] is None:
+        return None if row is None else {"error": row["error"]}
+    after = src
+    if row["triggered"] or src is None:
+        after = _picture_name(f"{row['row_id']}-{row['image_index']}-mitigated", row["image_after"])
+        files[after] = _maker(row["image_after"])
+    pairs = {name: [_value(row[f"{name}_{when}"]) for when in ("before", "after")] for name in _MITIGATED}
+    told = {name: _value(row[name]) for name in ("triggered", "iterations", "target")}
+    return {"before": src, "after": after, "error": row["error"], **told, "pairs": pairs}
+
+
+def _value(value: Any) -> Any:
+    return _number(value) if isinstance(value, float) else value
+
+
 def _closest(match: dict[str, Any]) -> tuple[int, float]:
     return VERDICTS.index(match["verdict"]), -match["sscd"]
 
 
 def _plain(match: dict[str, Any]) -> dict[str, Any]:
     """A match for JSON: ids as text (they are beyond what JavaScript counts exactly), floats finite and short."""
-    return {
-        key: str(value) if key == "reference_id" else _number(value) if isinstance(value, float) else value
-        for key, value in match.items()
-    }
+    return {key: str(value) if key == "reference_id" else _value(value) for key, value in match.items()}
 
 
 def _number(value: float | None) -> float | None:

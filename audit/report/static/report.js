@@ -243,7 +243,21 @@ const BE_AUDIT = (() => {
       el("p", { class: "whole" }, el("bdi", {}, col.caption[row])),
       el("div", { class: "split" }, el("div", {}, pictures, scoreNumbers(row)),
         el("div", {}, sources(row, detail?.best), matchNumbers(detail?.best))),
+      detail?.images.some((one) => one.mitigated) ? mitigation(detail.images) : null,
       detail?.matches.length ? matches(detail.matches) : null);
+  }
+
+  // Every mitigated image beside what it was, with each number before and after.
+  function mitigation(images) {
+    const shown = images.filter((one) => one.mitigated).map(({ index, mitigated }) => {
+      if (mitigated.error) return el("p", { class: "note" }, `image ${index}: ${mitigated.error}`);
+      const picture = (title, src) => el("figure", {}, el("div", { class: "stack" }, el("img", { src, alt: `image ${index}, ${title.toLowerCase()}`, class: "picture" })), el("figcaption", {}, title));
+      const told = mitigated.triggered ? `${figure(mitigated.iterations)} updates, target ${figure(mitigated.target)}` : "Below the trigger: left as it was.";
+      const pairs = Object.entries(mitigated.pairs).filter(([, [before]]) => before !== null).map(([name, values]) =>
+        [el("code", {}, name), values.map(figure).join(" → "), data.about[`${name}_before`]]);
+      return el("div", { class: "split" }, el("div", { class: "figures" }, picture("Before", mitigated.before), picture("After", mitigated.after)), el("div", {}, el("p", { class: "note" }, told), list(pairs)));
+    });
+    return el("section", { class: "mitigation" }, el("h3", {}, "Mitigation"), ...shown);
   }
 
   const slider = (label, min, max, value, change) =>
