@@ -60,6 +60,10 @@ class Run:
             return None
         except (ValueError, KeyError, TypeError) as error:
             raise AuditError(f"{folder.path('run.json')}: cannot be read: restore it or use another folder") from error
+        except AuditError:
+            raise
+        except Exception as error:  # no permission, no credentials: every file system driver has its own types
+            raise AuditError(f"{folder.url}: cannot be read: {error}") from error
 
     @classmethod
     def create(cls, folder: Folder, config: dict[str, Any], fingerprint: dict[str, Any], plan: CaptionPlan) -> Run:

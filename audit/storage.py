@@ -89,7 +89,7 @@ class Folder:
         if not self.local:
             try:
                 self.fs.pipe_file(target, data)
-            except OSError as error:
+            except Exception as error:  # every driver has its own types
                 raise AuditError(f"{target}: cannot be written: {error}") from error
             self.fs.invalidate_cache()
             return
