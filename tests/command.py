@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -32,19 +33,21 @@ def be_audit(*arguments: object) -> Result:
     return Result(found.exit_code, found.stdout, found.stderr)
 
 
-def start(*arguments: object, log: Path) -> BaseProcess:
+def start(*arguments: object, log: Path, environment: Mapping[str, str] | None = None) -> BaseProcess:
     """Start a command in a process of its own, whose imports are done already (it is forked from a server that did).
 
-    Signals reach it as they reach any process. `log` takes what it prints.
+    Signals reach it as they reach any process. `log` takes what it prints; `environment` is added to its own.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.command_imports"])
-    process = context.Process(target=_main, args=([str(argument) for argument in arguments], str(log)))
+    words = [str(argument) for argument in arguments]
+    process = context.Process(target=_main, args=(words, str(log), dict(environment or {})))
     process.start()
     return process
 
 
-def _main(arguments: list[str], log: str) -> None:
+def _main(arguments: list[str], log: str, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     import torch
 
     from audit.cli import cli
