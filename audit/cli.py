@@ -292,7 +292,7 @@ def sql(query: str | None, run: str, kind: str, output: str | None) -> None:
     """Ask a run a question in SQL (DuckDB, read-only); works on a run in progress.
 
     QUERY is a name or a file; without one, the queries are listed. Views: scores, trajectories, confirmed, matches,
-    commits, attempts.
+    mitigated, commits, attempts.
     """
     from audit.sql import answer_as, queries, question, run_query
 

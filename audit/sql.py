@@ -1,7 +1,8 @@
 """`be-audit sql`: questions to a run in SQL, answered by DuckDB over its committed files; nothing can be written.
 
 Views: `scores` (a row an input row, duplicates and refinement resolved), `trajectories`, `confirmed`, `matches`,
-`commits`, `attempts`. A stage that has not begun is an empty view with its columns, so a query works at any time.
+`mitigated`, `commits`, `attempts`. A stage that has not begun is an empty view with its columns, so a query works at
+any time.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import duckdb
 import pyarrow as pa
 
 from audit.errors import AuditError
+from audit.mitigate import MITIGATED_COLUMNS
 from audit.report.export import table_as
 from audit.report.flagged import source_columns
 from audit.run import Run, Stage
@@ -31,7 +33,7 @@ from audit.schema import (
 from audit.status import STAGES
 from audit.tables import RESOLVED, dataset
 
-_PICTURES = ("image", *TRAJECTORY_MASKS)  # left in the files
+_PICTURES = ("image", "image_before", "image_after", *TRAJECTORY_MASKS)  # left in the files
 _COUNTS = ("ok", "error", "empty", "duplicate")
 _WORKER = (("host", pa.string()), ("pid", pa.int64()), ("rank", pa.int64()))
 _COMMITS = pa.schema(
@@ -120,6 +122,7 @@ def connect(run: Run) -> duckdb.DuckDBPyConnection:
     _scores(connection, run)
     _trajectories(connection, run)
     _confirmed(connection, run)
+    _register(connection, "mitigated", run, "mitigate", _schema(MITIGATED_COLUMNS, *_PICTURES))
     connection.register("commits", _commit_table(run))
     connection.register("attempts", _attempt_table(run))
     connection.execute("SET enable_external_access=false; SET lock_configuration=true")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import pyarrow as pa
 
+from audit.mitigate import MITIGATED_COLUMNS
 from audit.report.export import READING, TABLES
 from audit.report.flagged import DENY_COLUMNS, FLAGGED_COLUMNS
 from audit.schema import CONFIRMED_COLUMNS, MATCH_COLUMNS, SCORE_COLUMNS, TRAJECTORY_COLUMNS
@@ -47,6 +48,7 @@ def data_dictionary() -> str:
             "picture as PNG, at the generated size.",
             MATCH_COLUMNS,
         ),
+        _section("Run: mitigated/", "One row an image of a mitigated copy.", MITIGATED_COLUMNS),
         _section("Export: flagged", TABLES["flagged"], FLAGGED_COLUMNS),
         _section("Export: denylist", TABLES["denylist"], DENY_COLUMNS),
         f"## Reading the exports\n\n{READING}\n",
