@@ -49,6 +49,7 @@ bench: $(VENV)/.test setup ## speed and memory, each figure against a baseline i
 
 tables: $(VENV)/.test setup ## the paper's tables on the testbed, written to docs/
 	$(BIN)/python -m tests.benchmarks.tables
+	$(BIN)/python -m tests.benchmarks.tradeoff
 
 screenshot: $(VENV)/.test demo ## the pictures of the report in docs/images
 	$(BIN)/python -m tests.benchmarks.screenshot be-audit-demo/report

@@ -4,7 +4,7 @@
 
 N global and N local captions the model copies, one noise each, mitigated by every loss to several targets and by the
 baselines at several strengths; a point is kept in --work once it is measured. Writes tables/mitigation.csv, .png and
-.md below --docs. About 8 minutes on two quiet CPU cores. The testbed is small and not Stable Diffusion.
+.md below --docs. About 9 minutes on two CPU cores. The testbed is small and not Stable Diffusion.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 from PIL import Image
-from tqdm import tqdm
 
 from audit import testbed
 from audit.demo import COPIED
 from audit.matching import MATCH_MASKS
 from audit.mitigate_job import MASK_LOSS, move_and_sample
+from audit.progress import Progress
 from pipelines import Mitigator, TrajectorySampler, find_model, load
 from pipelines.alignment import load_clip
 from pipelines.baselines import insert_random_numbers, insert_random_tokens, rescaled_attention
@@ -40,10 +40,12 @@ from pipelines.descriptor import load_descriptor
 
 KINDS = ("global", "local")
 LOSSES = {"ld": ("ld", "final"), "ld, energy mask": ("ld", "energy"), "magnitude": ("magnitude", "final")}
-FACTORS = (3.0, 2.0, 1.5, 1.0)  # targets: this times the median loss of ordinary captions
+FACTORS = (3.0, 2.0, 1.5, 1.0, 0.7)  # targets: this times the median loss of ordinary captions
 INSERTIONS = (1, 2, 4)
 BASELINES = {"random tokens": INSERTIONS, "random numbers": INSERTIONS, "rescaled attention": (1.25, 2.0, 4.0)}
+FALLS = {"a quarter": 0.25, "half": 0.5}  # of the unmitigated mean sscd, where methods are compared
 RESAMPLES = 2000
+DOCS = Path(__file__).parents[2] / "docs"
 MEASURES = ("sscd", "copy_error", "alignment")
 
 
@@ -139,52 +141,44 @@ def interval(values: np.ndarray, draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def alignment_at_half(sscd: np.ndarray, alignment: np.ndarray) -> float:
-    """Alignment where the mean sscd has fallen to half, between two strengths linearly; NaN where it never does.
+def alignment_at(sscd: np.ndarray, alignment: np.ndarray, fall: float) -> float:
+    """Alignment where the mean sscd first falls by a share, linear between two strengths; NaN where it never does.
 
     Args:
-        sscd, alignment: means by strength, the unmitigated first, [P].
+        sscd, alignment: means by strength, the unmitigated first, [P]. fall: share of the first sscd.
     """
-    below = np.flatnonzero(sscd <= sscd[0] / 2)
+    level = (1 - fall) * sscd[0]
+    below = np.flatnonzero(sscd <= level)
     if not len(below) or below[0] == 0:  # at once only where there was no similarity
         return float("nan")
     at = below[0]
-    share = (sscd[at - 1] - sscd[0] / 2) / (sscd[at - 1] - sscd[at])
+    share = (sscd[at - 1] - level) / (sscd[at - 1] - sscd[at])
     return float(alignment[at - 1] + share * (alignment[at] - alignment[at - 1]))
 
 
-def halves(found: dict[Point, dict[str, Any]], kinds: np.ndarray, kind: str) -> list[dict[str, Any]]:
-    """Of every method: alignment when similarity is halved, and how much more than magnitude's, with intervals."""
+def compare(found: dict[Point, dict[str, Any]], kinds: np.ndarray, kind: str, fall: float) -> list[dict[str, str]]:
+    """Of every method: alignment where similarity has fallen so, and how much more than magnitude's, as text."""
     rows = np.flatnonzero(kinds == kind)
     draws = np.random.default_rng(0).integers(len(rows), size=(RESAMPLES, len(rows)))
+    samples = [np.arange(len(rows)), *draws]  # the first is the sample itself
     every: dict[str, np.ndarray] = {}
     for method in (*LOSSES, *BASELINES):
         points = [point for point in found if point.method in ("none", method)]
-        values = [np.array([found[point][name] for point in points])[:, rows] for name in ("sscd", "alignment")]
-        samples = [np.arange(len(rows)), *draws]  # the first is the sample itself
-        every[method] = np.array([alignment_at_half(*(value[:, draw].mean(1) for value in values)) for draw in samples])
+        sscd, alignment = (
+            np.array([found[point][name] for point in points])[:, rows] for name in ("sscd", "alignment")
+        )
+        every[method] = np.array([alignment_at(sscd[:, d].mean(1), alignment[:, d].mean(1), fall) for d in samples])
     table = []
     for method, values in every.items():
-        drawn, more = values[1:], (values - every["magnitude"])[1:]
-        low, high = _quantiles(drawn)
-        less, greater = _quantiles(more)
-        table.append(
-            {
-                "method": method,
-                "alignment": values[0],
-                "low": low,
-                "high": high,
-                "more": values[0] - every["magnitude"][0],
-                "more_low": less,
-                "more_high": greater,
-                "reached": float(np.isfinite(drawn).mean()),
-            }
-        )
+        more = values - every["magnitude"]
+        row = {"method": method, "alignment": span(values[0], *_quantiles(values[1:]))}
+        row["more"] = "" if method == "magnitude" else span(more[0], *_quantiles(more[1:]), "+")
+        table.append({**row, "reached": f"{np.isfinite(values[1:]).mean():.0%}"})
     return table
 
 
 def _quantiles(values: np.ndarray) -> tuple[float, float]:
-    """95 % of the resamples where similarity was halved; NaN where it was in fewer than 90 %."""
+    """95 % of the resamples that have a value; NaN where those are fewer than 90 %."""
     good = values[np.isfinite(values)]
     if len(good) < 0.9 * len(values):
         return float("nan"), float("nan")
@@ -266,14 +260,12 @@ def write_page(path: Path, bench: Bench, table: list[dict[str, Any]], found: dic
     ]
     for kind in KINDS:
         lines += [f"## {kind.capitalize()} copies", ""]
-        lines += ["Alignment where the mean SSCD is halved, linear between two settings:", ""]
-        lines += ["| method | alignment | more than magnitude | resamples that get there |", "|---|---|---|---|"]
-        for row in halves(found, bench.kinds, kind):
-            more = "" if row["method"] == "magnitude" else span(row["more"], row["more_low"], row["more_high"], "+")
-            share = f"{row['reached']:.0%}"
-            lines.append(f"| {row['method']} | {span(row['alignment'], row['low'], row['high'])} | {more} | {share} |")
+        for name, fall in FALLS.items():
+            lines += [f"Alignment where the mean SSCD has fallen by {name}, linear between two settings:", ""]
+            lines += ["| method | alignment | more than magnitude | resamples that get there |", "|---|---|---|---|"]
+            lines += ["| " + " | ".join(row.values()) + " |" for row in compare(found, bench.kinds, kind, fall)]
+            lines.append("")
         lines += [
-            "",
             "| method | setting | SSCD | copied | alignment | target | reached |",
             "|---|---|---|---|---|---|---|",
         ]
@@ -304,17 +296,21 @@ def span(value: float, low: float, high: float, sign: str = "") -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "be-audit-tradeoff")
-    parser.add_argument("--docs", type=Path, default=Path(__file__).parents[2] / "docs")
+    parser.add_argument("--docs", type=Path, help="default the checkout's docs; with --quick, --work")
     parser.add_argument("--captions", type=int, default=8, help="of each kind")
-    parser.add_argument("--quick", action="store_true", help="few captions and steps: does it run?")
+    parser.add_argument("--quick", action="store_true", help="few captions, steps and points: does it run?")
     args = parser.parse_args(arguments)
     bench = Bench(args.work, *((2, 2, 4) if args.quick else (args.captions, 50, 24)))
     settings: dict[str, Sequence[float]] = {**dict.fromkeys(LOSSES, FACTORS), **BASELINES}
+    if args.quick:
+        settings = {method: values[-1:] for method, values in settings.items()}
     points = [Point("none", 0.0), *(Point(method, each) for method in settings for each in settings[method])]
     found: dict[Point, dict[str, Any]] = {}
-    for point in tqdm(points, desc="trade-off", unit="point"):
-        found[point] = bench.point(point)
-    folder = args.docs / "tables"
+    with Progress(len(points), "points", "trade-off") as progress:
+        for point in points:
+            found[point] = bench.point(point)
+            progress.add(1)
+    folder = (args.docs or (args.work if args.quick else DOCS)) / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     table = write_csv(folder / "mitigation.csv", found, bench.kinds)
     draw(folder / "mitigation.png", table, usual_alignment(bench))
