@@ -9,9 +9,11 @@ from typing import Any
 
 import click
 
+from audit.calibrate import NO_FLAG, CalibrateConfig
 from audit.confirm import DEFAULT_INDEX, ConfirmConfig
 from audit.demo import DemoConfig
 from audit.errors import AuditError, Drained
+from audit.evaluate import EvaluateConfig
 from audit.index import IndexConfig
 from audit.mitigate import MitigateConfig
 from audit.options import config_of, options_from
@@ -233,6 +235,35 @@ def report(**values: Any) -> None:
     for line in done.unfinished:
         click.echo(f"not finished: {line}", err=True)
     click.echo(f"Report: {done.html or done.output}")
+
+
+@cli.command()
+@options_from(CalibrateConfig, *NO_FLAG)
+@click.pass_context
+def calibrate(ctx: click.Context, **values: Any) -> None:
+    """Find the scores that a chosen share of clean captions exceeds, for --thresholds of confirm and report.
+
+    CAPTIONS are known to be clean; they are scanned with the flags below, which must be those of the scans they are
+    for. Or give the run of a scan of clean captions.
+    """
+    from audit.calibrate import calibrate as run_calibrate
+    from audit.stopping import stop_on_signals
+
+    with stop_on_signals() as stop:
+        done = run_calibrate(config_of(CalibrateConfig, values), stop)
+    click.echo("\n".join(done.lines()))
+    ctx.exit(done.exit_code)
+
+
+@cli.command()
+@options_from(EvaluateConfig)
+def evaluate(**values: Any) -> None:
+    """Measure every score and verdict of a run against labels: AUC, F1, TPR at a low FPR, with intervals."""
+    from audit.evaluate import evaluate as run_evaluate
+
+    done = run_evaluate(config_of(EvaluateConfig, values))
+    click.echo("\n".join(done.lines()))
+    click.echo(f"Written: {', '.join(done.files)}")
 
 
 @cli.command()
