@@ -336,7 +336,7 @@ def sql(query: str | None, run: str, kind: str, output: str | None) -> None:
         with open(output, "wb") as file:
             file.write(answer)
     else:
-        click.get_binary_stream("stdout").write(answer)
+        sys.stdout.buffer.write(answer)
 
 
 def _duration(seconds: float) -> str:
