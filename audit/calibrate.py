@@ -117,7 +117,7 @@ def calibrate(config: CalibrateConfig, stop: Stop | None = None) -> Calibration:
     if left:
         raise AuditError(f"{run.url}: {left} of {len(run.plan)} shards are not scanned: go on with `be-audit scan`")
     scores = [*DETECTORS, *WINDOWS]
-    table = read_scores(run, ["status", "duplicate_of", *scores])
+    table = read_scores(run, ["status", "duplicate_of", "mask_source", *scores])
     table = table.filter(pc.is_null(table["duplicate_of"]))
     clean = table.filter(pc.equal(table["status"], "ok"))
     found = {
@@ -132,7 +132,7 @@ def calibrate(config: CalibrateConfig, stop: Stop | None = None) -> Calibration:
         "format": FORMAT,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": _model_facts(run),
-        "mask_source": _mask_source(run.fingerprint),
+        "mask_source": clean["mask_source"][0].as_py(),
         "steps": run.fingerprint["steps"],
         "method": config.method,
         "fpr": config.fpr,
@@ -162,14 +162,6 @@ def load_thresholds(path: str, run: Run) -> Thresholds:
             + "\nCalibrate again with the flags the run was scanned with."
         )
     return Thresholds(path, facts)
-
-
-def _mask_source(fingerprint: dict[str, Any]) -> str:
-    """`first:eos`, `final:eos:LAYER+LAYER`, `energy`: as in the `mask_source` column."""
-    if fingerprint["mask"] == "energy":
-        return "energy"
-    layers = "+".join(fingerprint["mask_layers"])
-    return f"{fingerprint['mask']}:{fingerprint['mask_token']}" + (f":{layers}" if layers else "")
 
 
 def _model_facts(run: Run) -> dict[str, Any]:

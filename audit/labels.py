@@ -31,13 +31,13 @@ class Truth:
 
 def match_labels(run: Run, config: EvaluateConfig) -> tuple[Truth, list[str]]:
     """Labels joined to the run's scored distinct captions, and notes on what was left out."""
-    labels = read_labels(config)
-    columns = ["row_id", "caption", "status", "duplicate_of"]
     if config.key is not None and config.key not in run.plan.keep_cols:
         kept = ", ".join(run.plan.keep_cols) or "none"
         raise AuditError(
             f"--key {config.key}: the run kept {kept}; scan with --keep-cols {config.key}, or join by caption"
         )
+    labels = read_labels(config)
+    columns = ["row_id", "caption", "status", "duplicate_of"]
     table = read_scores(run, [*columns, *([config.key] if config.key else [])])
     names = table[config.key or "caption"].cast(pa.string()).to_pylist()
     firsts = pc.coalesce(table["duplicate_of"], table["row_id"]).to_pylist()
@@ -84,7 +84,11 @@ def read_labels(config: EvaluateConfig) -> dict[str, tuple[str, str | None]]:
     if config.labels is None:
         raise AuditError("--labels FILE: give a file with a caption and a label a row")
     wanted = [name for name in (config.label_col, config.cluster_col) if name]
-    schema = describe(find_captions([config.labels])[0], config.key or config.caption_col)[1]
+    joined_by = config.key or config.caption_col  # read as captions are: text, in any format of theirs
+    try:
+        schema = describe(find_captions([config.labels])[0], joined_by)[1]
+    except AuditError as error:
+        raise AuditError(str(error).replace("--caption-col", "--key" if config.key else "--caption-col")) from error
     for flag, name in zip(("--label-col", "--cluster-col"), wanted, strict=False):
         if name not in schema.names:
             raise AuditError(f"{config.labels}: no column {name!r}; it has {', '.join(schema.names)}: pass {flag} NAME")
@@ -93,7 +97,7 @@ def read_labels(config: EvaluateConfig) -> dict[str, tuple[str, str | None]]:
         staging = Folder(temporary)
         plan = plan_captions(
             [config.labels],
-            caption_col=config.key or config.caption_col,
+            caption_col=joined_by,
             keep_cols=wanted,
             limit=None,
             rows_per_shard=1 << 20,
