@@ -6,8 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, UNet2DConditionModel
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from audit import testbed
@@ -47,9 +53,7 @@ def save_model(kind: str, folder: Path, seed: int = 0) -> Path:
         ).save_pretrained(folder)
         return folder
     if kind == "sd2":
-        shared["tokenizer"] = tokenizer = CLIPTokenizer.from_pretrained(
-            testbed.PIPELINE / "tokenizer", pad_token="!"
-        )
+        shared["tokenizer"] = tokenizer = CLIPTokenizer.from_pretrained(testbed.PIPELINE / "tokenizer", pad_token="!")
     scheduler = (
         DDIMScheduler(**SCHEDULE, clip_sample=False, prediction_type="v_prediction")
         if kind == "sd2"

@@ -40,7 +40,7 @@ def write_tables(output: Path, work: Path, quick: bool) -> Path:
     every = all_detectors(page, passes, seconds, quick)
     masks = mask_question(page, passes, first, whole, seconds)
     attention_per_step(page, passes, whole)
-    page.parts[at:at] = ["## What the tables say", *conclusions(found, quality, every, masks)]
+    page.parts[at:at] = ["## What the tables say", "\n".join(conclusions(found, quality, every, masks))]
     return page.write("tables.md")
 
 
@@ -85,14 +85,15 @@ def conclusions(found: list[Row], quality: list[Row], every: list[Row], masks: l
     beats = "beats" if paper["gain_low"] > 0 else "does not beat"
     return [
         f"- **The paper's first-step LD {beats} magnitude here** on copied local captions: AUC {between(paper, 'auc')} "
-        f"against {between(base, 'auc')}, gain {between(paper, 'gain', '+.3f')}. As far as known, because the BE "
-        "mask of "
-        f"the paper's two layers points at the true region only weakly in this model: pixel AUC "
-        f"{at['BE (EOS, final step)']:.3f}, where the energy mask of the first step has "
-        f"{at['energy mask, first step']:.3f} and the score-difference map "
-        f"{at['score-difference map, final step']:.3f}. "
-        f"Later steps make both scores worse: magnitude over all steps has an AUC of "
-        f"{copied['magnitude', 'all']['auc']:.3f}, LD {copied['LD, BE mask', 'all']['auc']:.3f}.",
+        f"against {between(base, 'auc')}, gain {between(paper, 'gain', '+.3f')}. What is known of why: the BE mask "
+        "of the "
+        f"paper's two layers has a pixel AUC of {at['BE (EOS, final step)']:.3f} against the true regions in this "
+        "model, "
+        f"the energy mask of the first step {at['energy mask, first step']:.3f}, the score-difference map "
+        f"{at['score-difference map, final step']:.3f}; LD weighs the noise difference by where the mask points. "
+        "Over all "
+        f"steps magnitude has an AUC of {copied['magnitude', 'all']['auc']:.3f}, LD "
+        f"{copied['LD, BE mask', 'all']['auc']:.3f}: the first step tells the most.",
         f"- **The best first-step column at one evaluation** on copied local captions is "
         f"`{max((r for r in scan.values() if r['evaluations'] == 1), key=lambda r: r['auc'])['score']}`. "
         "`ld_energy`: AUC "

@@ -201,11 +201,13 @@ def _by_truth(page: Page, name: str, rows: list[Row], label: Any, baseline: str,
             }, lambda row, t=truth, k=kind: row["truth"] == t and row["type"] == k)  # fmt: skip
             page.parts.pop()  # the link to the CSV, once below
     page.text(f"[tables/{name}.csv](tables/{name}.csv)")
-    for verdict in ("better", "worse", "not told apart"):
-        found = [
-            f"{label(row)} ({row['type']}, {row['truth']})"
-            for row in rows
-            if row["score"] != baseline and better_or_worse(row) == verdict
-        ]
-        if found:
-            page.text(f"Against `{baseline}`, by the 95 % interval of the gain, **{verdict}**: {'; '.join(found)}.")
+    for verdict in ("better", "worse"):
+        found = [f"{label(row)} ({row['type']}, {row['truth']})" for row in rows if _verdict(row, baseline) == verdict]
+        page.text(
+            f"Against `{baseline}`, by the 95 % interval of the gain, **{verdict}**: {'; '.join(found) or 'none'}. "
+            + ("The others are not told apart." if verdict == "worse" else "")
+        )
+
+
+def _verdict(row: Row, baseline: str) -> str:
+    return "itself" if row["score"] == baseline else better_or_worse(row)
