@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -38,6 +39,11 @@ class Commands(click.Group):
         except Drained:
             click.echo("Stopped: the shard in hand was dropped; the same command goes on from here.", err=True)
             ctx.exit(75)
+        except BrokenPipeError:
+            raise  # `| head` has seen enough: click ends quietly
+        except OSError as error:  # a full disk or a closed terminal while printing; files have their own lines
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(2)
         except (KeyboardInterrupt, click.Abort):
             click.echo("Interrupted.", err=True)
             ctx.exit(130)
@@ -51,7 +57,8 @@ class Commands(click.Group):
 def cli() -> None:
     """Find the captions a text-to-image model reproduces training images for, where in the picture, with proof.
 
-    The usual order: scan, confirm (which needs `index build`), report.
+    The usual order: scan, index build, confirm, report. RUN is ./be-audit-run or $BE_AUDIT_RUN where it is not named,
+    the index ./be-audit-index or $BE_AUDIT_INDEX.
     """
 
 
@@ -140,7 +147,8 @@ def index() -> None:
 
 @index.command("build")
 @options_from(IndexConfig)
-def index_build(**values: Any) -> None:
+@click.pass_context
+def index_build(ctx: click.Context, **values: Any) -> None:
     """Describe every picture and build the search index; a killed build goes on where it was.
 
     IMAGES are folders, .tar shards of img2dataset, parquet, saved or hub data sets, or embeddings already computed.
@@ -150,9 +158,12 @@ def index_build(**values: Any) -> None:
 
     with stop_on_signals() as stop:
         done = build_index(config_of(IndexConfig, values), stop)
+    used = done.info["descriptor"]
     click.echo(f"{done.index}: {done.ok:,} of {done.rows:,} pictures indexed, type {done.info['type']}.")
+    click.echo(f"Described by {used['name']}, {used['preprocessing']['resize']}.")
     for line in done.error_examples:
         click.echo(f"not readable: {line}", err=True)
+    ctx.exit(3 if done.errors else 0)
 
 
 @index.command("info")
@@ -333,8 +344,10 @@ def sql(query: str | None, run: str, kind: str, output: str | None) -> None:
         return
     answer = answer_as(run_query(query, run), kind)
     if output is not None:
-        with open(output, "wb") as file:
-            file.write(answer)
+        try:
+            Path(output).write_bytes(answer)
+        except OSError as error:
+            raise AuditError(f"-o {output}: cannot be written: {error.strerror or error}") from error
     else:
         sys.stdout.buffer.write(answer)
 
@@ -351,12 +364,3 @@ def _bytes(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
-
-
-def main() -> None:
-    """Entry point of the console script."""
-    sys.exit(cli())
-
-
-if __name__ == "__main__":
-    main()

@@ -168,6 +168,12 @@ def resume_confirm(run: Run, stop: Stop | None) -> ConfirmSummary | None:
     return confirm(replace(config_of(ConfirmConfig, stage.facts["config"]), run=run.url, replace=False), stop)
 
 
+def _recorded(config: ConfirmConfig) -> dict[str, Any]:
+    """As the stage keeps it: a local index by its absolute path, to be found from elsewhere."""
+    index = config.index if "://" in config.index else os.path.abspath(config.index)
+    return {**asdict(config), "index": index}
+
+
 def _begin_trajectories(run: Run, config: ConfirmConfig) -> Stage:
     """Pick the candidates and begin their trajectories; the scan must be complete, or the best would be missing."""
     left = len(run.plan) - len(run.scan.done())
@@ -175,6 +181,8 @@ def _begin_trajectories(run: Run, config: ConfirmConfig) -> Stage:
         raise AuditError(f"{run.url}: {left} of {len(run.plan)} shards are not scanned yet: go on with `be-audit scan`")
     threshold, by = config.threshold, config.by
     if config.thresholds is not None:
+        if threshold is not None:
+            raise AuditError("--threshold and --thresholds: give one of them")
         from audit.calibrate import load_thresholds
 
         threshold = load_thresholds(config.thresholds, run).threshold(by)
@@ -193,7 +201,7 @@ def _begin_trajectories(run: Run, config: ConfirmConfig) -> Stage:
     per_shard = max(1, SHARD_IMAGES // config.num_images)
     shards = pa.array(np.arange(chosen.num_rows) // per_shard, pa.int32())
     items = with_images(chosen.append_column("shard", shards), config.num_images)
-    return Stage.begin(run, "trajectories", "trajectories", fingerprint, items, config.replace, asdict(config))
+    return Stage.begin(run, "trajectories", "trajectories", fingerprint, items, config.replace, _recorded(config))
 
 
 def _generate(run: Run, stage: Stage, config: ConfirmConfig, stop: Stop) -> Any:
@@ -218,7 +226,7 @@ def _begin_confirm(
     }
     first = pc.equal(trajectories.items["image_index"], 0)
     items = trajectories.items.filter(first).drop_columns(["image_index"])
-    return Stage.begin(run, "confirm", "confirmed", fingerprint, items, config.replace, asdict(config))
+    return Stage.begin(run, "confirm", "confirmed", fingerprint, items, config.replace, _recorded(config))
 
 
 def _find_null(run: Run, trajectories: Stage, index: Index, config: ConfirmConfig) -> Null:
@@ -388,17 +396,19 @@ def summary_lines(done: ConfirmSummary) -> list[str]:
     lines = [f"{done.run}: {done.candidates} candidates: {counts} ({done.seconds:.1f} s)."]
     null = done.null
     if null["pictures"]:
+        low, high = null["low"], null["high"]
+        between = f"at most {high:.4g}" if low is None else f"[{low:.4g}, {'inf' if high is None else f'{high:.4g}'}]"
         lines.append(
-            f"global: sscd > {COPY:g}. local: masked distance < {null['threshold']:.4g} "
-            f"(95 % [{null['low'] or float('-inf'):.4g}, {null['high'] or float('-inf'):.4g}]; "
+            f"global: sscd > {COPY:g}. local: masked distance < {null['threshold']:.4g} (95 % {between}; "
             f"false-positive rate {null['match_fpr']:g} a candidate, from {null['pictures']} training pictures)."
         )
+        if low is None:
+            lines.append(f"{null['pictures']} pictures are few for that rate: index more, or raise --match-fpr.")
     elif null["threshold"] is None:
-        lines.append("The index holds no pixels: only global copies can be told.")
+        what = "no image was generated" if done.failed else "the index holds no pixels"
+        lines.append(f"No local threshold: {what}; only global copies can be told.")
     if done.unreadable:
         lines.append(f"{done.unreadable} training pictures could not be read any more and were compared by sscd alone.")
     if done.failed:
         lines.append(f"{done.failed} trajectories failed: be-audit status {done.run}")
-    if os.environ.get("BE_AUDIT_DEBUG"):
-        lines.append(json.dumps(null))
     return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -16,6 +17,26 @@ Config = TypeVar("Config")
 def option(default: Any, help: str, **more: Any) -> Any:
     """A configuration field that is also a flag; `more` as in `options_from`."""
     return dataclasses.field(default=default, metadata={"help": help, **more})
+
+
+class Finite(click.types.FloatParamType):
+    """A float that is a number: not nan, not inf."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return float(number)
+
+
+class FiniteRange(click.FloatRange):
+    """A float within bounds; nan lies within none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return float(number)
 
 
 class CommaList(click.ParamType):
@@ -70,11 +91,11 @@ def _parameter(place: dataclasses.Field[Any], hint: Any) -> Any:
     elif kind is tuple:
         shared["type"] = CommaList()
     elif "min" in meta or "max" in meta:
-        range_type: Any = click.IntRange if kind is int else click.FloatRange
+        range_type: Any = click.IntRange if kind is int else FiniteRange
         shared["type"] = range_type(meta.get("min"), meta.get("max"))
     else:
-        shared["type"] = kind
-    return click.option(*names, show_default=default not in (None, (), ""), **shared)
+        shared["type"] = Finite() if kind is float else kind
+    return click.option(*names, show_envvar=True, show_default=default not in (None, (), ""), **shared)
 
 
 def _plain(hint: Any) -> Any:

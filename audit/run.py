@@ -308,16 +308,15 @@ def stage_status(ledger: Ledger, planned: dict[int, int], max_failed: int = 1) -
 
 
 def _rate(commits: Iterable[Commit]) -> float:
-    """Rows a second: of every worker the rows and seconds of its recent shards, added up over workers."""
-    by_worker: dict[tuple[Any, Any], tuple[int, float]] = {}
-    recent = sorted(commits, key=lambda made: made.finished)
-    if not recent:
-        return 0.0
-    newest = datetime.fromisoformat(recent[-1].finished)
-    for made in recent:
-        if (newest - datetime.fromisoformat(made.finished)).total_seconds() > 600:
-            continue
-        worker = (made.worker.get("host"), made.worker.get("pid"))
-        rows, took = by_worker.get(worker, (0, 0.0))
-        by_worker[worker] = (rows + made.rows, took + made.seconds.get("wall", 0.0))
-    return sum(rows / took for rows, took in by_worker.values() if took > 0)
+    """Rows a second over the last 10 minutes of work: rows over the time in which at least one worker was busy."""
+    spans = []
+    for made in commits:
+        end = datetime.fromisoformat(made.finished).timestamp()
+        spans.append((end - made.seconds.get("wall", 0.0), end, made.rows))
+    newest = max((end for _, end, _ in spans), default=0.0)
+    rows, busy, until = 0, 0.0, 0.0
+    for start, end, count in sorted(span for span in spans if span[1] > newest - 600):
+        rows += count
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return rows / busy if busy > 0 else 0.0

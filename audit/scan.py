@@ -52,7 +52,7 @@ class ScanConfig:
     num_noises: int = option(1, "Initial noises every caption is scored with.", min=1)
     steps: int = option(50, "Sampling steps.", min=1)
     guidance_scale: float = option(7.5, "Classifier-free guidance scale.")
-    seed: int = option(0, "Seed of the noise bank.", min=0)
+    seed: int = option(0, "Seed of the noise bank.", min=0, max=2**63 - 1)
     dtype: str = option(
         "auto", "auto is float16 on CUDA, else float32.", choices=("auto", "float32", "float16", "bfloat16")
     )
@@ -221,7 +221,10 @@ def find_rank(config: ScanConfig) -> tuple[int, int]:
     """
     rank, world = config.rank, config.world_size
     if world == 1 and rank == 0:
-        for of_rank, of_world in (("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        for of_rank, of_world in (
+            ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
+            ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+        ):
             if of_rank in os.environ and of_world in os.environ:
                 first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0")) if "ARRAY" in of_rank else 0
                 rank, world = int(os.environ[of_rank]) - first, int(os.environ[of_world])
@@ -303,6 +306,9 @@ def _check(config: ScanConfig) -> ModelFolder:
     if config.mask == "final" and config.extra_evaluation:
         raise AuditError("--extra-evaluation: goes with --mask first or energy")
     model = find_model_folder(config)
+    trained = int(model.scheduler_config().get("num_train_timesteps", 1000))
+    if config.steps > trained:
+        raise AuditError(f"--steps {config.steps}: this model has {trained} timesteps")
     known = find_layers(model) if config.mask_layers else []
     for name in config.mask_layers:
         if name not in known:

@@ -29,7 +29,7 @@ class ScoreConfig:
     num_noises: int = option(1, "Initial noises the prompt is scored with.", min=1)
     steps: int = option(50, "Sampling steps.", min=1)
     guidance_scale: float = option(7.5, "Classifier-free guidance scale.")
-    seed: int = option(0, "Seed of the noise bank.", min=0)
+    seed: int = option(0, "Seed of the noise bank.", min=0, max=2**63 - 1)
     dtype: str = option(
         "auto", "auto is float16 on CUDA, else float32.", choices=("auto", "float32", "float16", "bfloat16")
     )

@@ -88,7 +88,7 @@ def open_scorer(fingerprint: dict[str, Any], model: Any, batch_size: int) -> Sco
             model, source, batch_size=batch_size, extra_evaluation=fingerprint["extra_evaluation"], **shared
         )
     except ValueError as error:
-        raise AuditError(f"--mask-layers: {error}") from error
+        raise AuditError(str(error)) from error
 
     def score(captions: list[str], on_batch: Callable[[int], None]) -> Columns:
         found = vars(first(captions, on_batch))

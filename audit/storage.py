@@ -72,9 +72,12 @@ class Folder:
         return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
 
     def remove(self, name: str) -> None:
-        """Remove a file or a subtree; no error when it is not there."""
-        if self.fs.exists(self.path(name)):
-            self.fs.rm(self.path(name), recursive=True)
+        """Remove a file or a subtree; no error when it is not there. Raises AuditError where it may not be removed."""
+        try:
+            if self.fs.exists(self.path(name)):
+                self.fs.rm(self.path(name), recursive=True)
+        except OSError as error:
+            raise AuditError(f"{self.path(name)}: cannot be removed: {error.strerror or error}") from error
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file that appears whole or not at all.

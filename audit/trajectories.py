@@ -38,7 +38,7 @@ def open_sampler(fingerprint: dict[str, Any], model: DiffusionModel, num_images:
             batch_size=max(1, batch_size // 2),
         )
     except ValueError as error:
-        raise AuditError(f"--mask-layers: {error}") from error
+        raise AuditError(str(error)) from error
 
 
 class TrajectoryJob:

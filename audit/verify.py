@@ -80,21 +80,25 @@ def _check(run: Run, deep: bool) -> Verified:
 
 
 def _check_stage(ledger: Ledger, shards: Any, found: Verified, file: Any) -> int:
-    count = 0
+    pending: list[int] = []
     for shard in shards:
-        count += 1
         made = ledger.read(shard)
         if made is None:
             there = ledger.folder.exists(ledger.name(shard))
             reason = f"{ledger.name(shard)}: " + ("cannot be read or is of another run" if there else "no commit")
             if not there and not ledger.folder.exists(file(shard)):
-                reason = f"{ledger.stage} shard {shard}: not done yet"
+                pending.append(shard)
+                continue
         else:
             reason = ledger.problem(made, deep=True) or ""
         if reason:
             found.problems.append(reason)
             found.bad.setdefault(ledger.stage, []).append(shard)
-    return count
+    if pending:  # one line for all: a run in progress may have a million of them
+        some = ", ".join(map(str, pending[:10])) + (", ..." if len(pending) > 10 else "")
+        found.problems.append(f"{ledger.stage}: {len(pending)} of {len(shards)} shards not done yet ({some})")
+        found.bad.setdefault(ledger.stage, []).extend(pending)
+    return len(shards)
 
 
 def _check_rows(run: Run, shard: int) -> str | None:

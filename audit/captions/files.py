@@ -100,6 +100,7 @@ def _expand(text: str) -> list[Source]:
     try:
         fs, path = fsspec.core.url_to_fs(text)
         local = isinstance(fs, LocalFileSystem)
+        path = os.path.normpath(path) if local else path  # `../data/x` and `x` are one file
         if fs.isfile(path):
             return [Source(path if local else text, _format(text))]
         if fs.isdir(path):

@@ -139,6 +139,9 @@ def plan(folder: Folder, sources: list[Source], descriptor: Descriptor, config: 
             lines = "; ".join(diff_lines(old.get("facts", {}), facts))
             raise AuditError(f"{folder.url}: holds another index ({lines}): name another folder with -o, or remove it")
     else:
+        there = [name for name in folder.list() if not name.startswith((".", "_"))]
+        if there or (folder.local and folder.fs.isfile(folder.root)):
+            raise AuditError(f"-o {folder.url}: not an empty folder and no index (it has {(there or ['data'])[0]})")
         content = {"fingerprint": fingerprint, "descriptor_name": descriptor.name, "facts": facts}
         folder.write(FACTS, json.dumps(content, indent=1).encode())
     return fingerprint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from datetime import datetime, timezone
 from typing import Any
 
@@ -16,6 +17,15 @@ from audit.status import run_status
 
 BINS = 60
 SETTINGS = ("steps", "guidance_scale", "seed", "num_noises", "dtype")
+
+
+def _inputs(run: Run) -> list[dict[str, Any]]:
+    """The input files and how many of their rows the run has."""
+    rows: Counter[int] = Counter()
+    shards = run.plan.shards
+    for file, count in zip(shards["file_index"].to_pylist(), shards["row_count"].to_pylist(), strict=True):
+        rows[file] += count
+    return [{"file": file.path, "rows": rows[number]} for number, file in enumerate(run.plan.files)]
 
 
 def report_facts(run: Run, flagged: Flagged) -> dict[str, Any]:
@@ -33,7 +43,7 @@ def report_facts(run: Run, flagged: Flagged) -> dict[str, Any]:
         "digest": run.digest,
         "version": run.facts["versions"].get("be-audit", ""),
         "model": {"name": run.config["model"], "revision": model.get("revision"), "sha256": model["weights_sha256"]},
-        "captions": [{"file": each["path"], "rows": each["rows"]} for each in run.fingerprint["inputs"]],
+        "captions": _inputs(run),
         "settings": {name: run.fingerprint[name] for name in SETTINGS},
         "mask": run.fingerprint["mask"],
         "planned": {"rows": run.facts["rows"], "unique": run.facts["unique"]},

@@ -237,10 +237,24 @@ def test_commands_without_a_run_say_which_command_makes_one(tmp_path: Path, monk
 
 
 def test_a_real_process_prints_no_traceback(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "audit.cli", "scan", "gone.parquet", "--model", "testbed"]
+    command = [sys.executable, "-m", "audit", "scan", "gone.parquet", "--model", "testbed"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "Error: gone.parquet: no such file or folder\n"
+
+
+def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
+    for flags in (["--guidance-scale", "nan"], ["--guidance-scale", "inf"], ["--max-error-rate", "nan"]):
+        done = be_audit("scan", "captions.parquet", "--model", "testbed", *flags)
+        assert done.code == 2 and "is not a finite number" in done.err + done.out
+
+
+def test_steps_beyond_the_models_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_text("TEXT\na cat\n")
+    done = be_audit("scan", path, "--model", "testbed", "--steps", "1001", "-o", tmp_path / "run")
+    assert (done.code, done.err) == (2, "Error: --steps 1001: this model has 1000 timesteps\n")
+    assert not (tmp_path / "run").exists()
 
 
 # --- flags ------------------------------------------------------------------------------------------------------

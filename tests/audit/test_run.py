@@ -189,15 +189,16 @@ def test_status_counts_commits_alone(config: ScanConfig) -> None:
     assert printed.code == 0 and json.loads(printed.out)["stages"][0]["done"] == 1
 
 
-def test_rate_adds_up_over_workers(config: ScanConfig) -> None:
+def test_rate_counts_parallel_work_once_and_pauses_not_at_all(config: ScanConfig) -> None:
     run = Run.open(config.output)
-    for shard, pid in ((0, 7), (1, 8), (2, 8)):
+    # two workers side by side for two seconds; a restart later, one alone for two more
+    for shard, second in ((0, "10"), (1, "10"), (2, "40")):
         path = Path(config.output, run.scan.name(shard))
         made = json.loads(path.read_text())
-        made["worker"]["pid"], made["seconds"]["wall"] = pid, 2.0
+        made["finished"], made["seconds"]["wall"] = f"2026-01-01T00:00:{second}+00:00", 2.0
         path.write_text(json.dumps(made))
     rate = stage_status(run.scan, {0: 8, 1: 8, 2: 4}).rate
-    assert rate == pytest.approx(8 / 2 + (8 + 4) / 4)
+    assert rate == pytest.approx((8 + 8 + 4) / (2 + 2))
 
 
 def items(captions: list[str]) -> pa.Table:

@@ -120,7 +120,7 @@ def test_machines_share_a_run_by_rank(config: ScanConfig, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "slurm, expected",
     [
-        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "8"}, (3, 8)),
+        ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8"}, (3, 8)),
         ({"SLURM_ARRAY_TASK_ID": "6", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "5"}, (1, 4)),
         ({}, (0, 1)),
     ],
@@ -365,3 +365,15 @@ def test_a_model_changed_under_a_worker_is_refused(config: ScanConfig, tmp_path:
     (tmp_path / "run" / "run.json").write_text(json.dumps(facts))
     with pytest.raises(AuditError, match="other weights than the run was begun with"):
         audit.jobs.open_job(other.output, "scan", "cpu", 8)
+
+
+def test_another_way_to_write_a_path_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    pq.write_table(pa.table({"TEXT": ["a cat", "a dog"]}), tmp_path / "a" / "captions.parquet")
+    base = {"model": "testbed", "steps": 2, "device": "cpu"}
+    monkeypatch.chdir(tmp_path / "a")
+    scan(ScanConfig(captions=("captions.parquet",), output="run", **base))
+    monkeypatch.chdir(tmp_path / "b")
+    again = scan(ScanConfig(captions=("../a/captions.parquet",), output="../a/run", **base))
+    assert (again.committed_before, again.committed_now) == (1, 0)

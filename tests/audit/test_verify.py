@@ -130,7 +130,7 @@ def test_an_unfinished_run_is_not_whole_and_repair_finishes_it(original: ScanCon
     (run / SCORE).unlink()
     (run / COMMIT).unlink()
     found = be_audit("verify", run)
-    assert (found.code, found.err) == (3, "scan shard 2: not done yet\n")
+    assert (found.code, found.err) == (3, "scan: 1 of 5 shards not done yet (2)\n")
     assert be_audit("verify", run, "--repair").code == 0
 
 
