@@ -106,8 +106,10 @@ def test_flagged(run: Run, scores: pd.DataFrame, confirmed: pd.DataFrame) -> Non
 
 def test_templates(run: Run, scores: pd.DataFrame) -> None:
     first = scores[(scores["status"] == "ok") & scores["duplicate_of"].isna()]
-    opening = first["caption"].str.lower().str.split(" ").str[:2].str.join(" ")
-    groups = first.groupby(opening)["ld_energy"].agg(["size", "mean", "max"]).sort_values("mean", ascending=False)
+    numbers_alike = first["caption"].str.lower().str.replace("[0-9]+", "0", regex=True)
+    opening = numbers_alike.str.extract("^[^a-z0-9]*([a-z0-9]+[^a-z0-9]+[a-z0-9]+)")[0]
+    groups = first.groupby(opening)["ld_energy"].agg(["size", "mean", "max"])
+    groups = groups[groups["size"] >= 3].sort_values("mean", ascending=False).head(50)
     found = frame_of("templates", run)
     assert found["opening"].tolist() == groups.index.tolist()
     assert found["captions"].tolist() == groups["size"].tolist()
@@ -131,7 +133,7 @@ def test_histogram(run: Run, scores: pd.DataFrame, confirmed: pd.DataFrame) -> N
     found = frame_of("histogram", run)
     assert dict(zip(found["bin"], found["captions"], strict=True)) == {n: c for n, c in enumerate(counts) if c}
     np.testing.assert_allclose(found["from_score"], edges[found["bin"]], rtol=1e-5)
-    assert found["reproduced"].sum() == confirmed["verdict"].isin(["global", "local"]).sum() == 4
+    assert found["reproduced"].sum() == confirmed["verdict"].isin(["global", "local"]).sum() > 0
 
 
 def test_domains(run: Run, scores: pd.DataFrame, confirmed: pd.DataFrame) -> None:
@@ -154,7 +156,8 @@ def test_throughput(run: Run) -> None:
     frame = pd.DataFrame([{"stage": c["stage"], "rows": c["rows"], "wall": c["seconds"]["wall"]} for c in commits])
     groups = frame.groupby("stage").agg(shards=("rows", "size"), rows=("rows", "sum"), wall=("wall", "sum"))
     found = frame_of("throughput", run).set_index("stage")
-    assert found.index.tolist() == groups.index.tolist() == ["confirm", "refine", "scan", "trajectories"]
+    assert {"confirm", "refine", "scan", "trajectories"} == set(found.index)
+    assert found.index.tolist() == groups.index.tolist()
     assert found["rows"].tolist() == groups["rows"].tolist() and found["shards"].tolist() == groups["shards"].tolist()
     np.testing.assert_allclose(found["rows_per_second"], groups["rows"] / groups["wall"])
 
@@ -173,12 +176,8 @@ def test_verdicts(run: Run, confirmed: pd.DataFrame) -> None:
     found = frame_of("verdicts", run)
     assert found["verdict"].tolist() == groups["verdict"].tolist()
     np.testing.assert_allclose(found["median_score"], groups["median"])
-    assert found.set_index("verdict")["own_picture"].to_dict() == {
-        "global": 2,
-        "local": 2,
-        "none": 1,
-        "no_reference": 0,
-    }
+    own = confirmed["best"].map(lambda best: best is not None and best["own"]).groupby(confirmed["verdict"]).sum()
+    assert found.set_index("verdict")["own_picture"].to_dict() == own.to_dict()
 
 
 def test_every_query_is_tested_here_and_says_its_question() -> None:
