@@ -13,7 +13,7 @@ import pyarrow as pa
 from PIL import Image
 
 from audit.captions import plan_captions, read_shard
-from audit.confirm import confirmed_table
+from audit.confirm_job import confirmed_table
 from audit.refine import begin_refine, best_rows, with_images
 from audit.run import Run, Stage, score_file
 from audit.schema import MATCH_COLUMNS, TRAJECTORY_COLUMNS, TRAJECTORY_MASKS, scores_schema, tensor_array

@@ -167,7 +167,8 @@ def all_detectors(page: Page, passes: Passes, seconds: dict[str, float], quick: 
     page.text("## 4. All detectors at the first step")
     page.text(
         "One noise. `ld` has the EOS mask of the first step (scan's default), `cosine_low` and `anisotropy` need "
-        "`--extra-evaluation`. U-Net evaluations and milliseconds are those a caption costs the scorer that gives the "
+        "`--extra-evaluation`. U-Net evaluations and milliseconds (one thread) are those a caption costs the scorer "
+        "that gives the "
         "column: all columns of one evaluation come together, so their cost is the same; for `ld_energy` alone "
         "(`--mask energy`) the masks' attention is not captured. *gain* is against magnitude."
     )
