@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,6 +52,9 @@ def score(config: ScoreConfig) -> dict[str, float]:
 
     if not config.prompt.strip():
         raise AuditError("--prompt: is empty; give the caption to score")
+    output = Path(config.output)
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise AuditError(f"-o {config.output}: cannot be written: give a file in a folder that is there")
     shared: dict[str, Any] = {
         "num_noises": config.num_noises,
         "seed": config.seed,
@@ -114,9 +119,11 @@ def draw(prompt: str, panels: dict[str, Any], strip: dict[str, Any], output: str
             axis.set_title(title, fontsize=8)
     short = prompt if len(prompt) < 90 else prompt[:87] + "..."
     figure.suptitle(short.replace("$", r"\$"), fontsize=9, x=0.01, ha="left")
-    figure.tight_layout()
     try:
-        figure.savefig(output, dpi=130)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a prompt may have letters the font has not
+            figure.tight_layout()
+            figure.savefig(output, dpi=130)
     except (OSError, ValueError) as error:
         raise AuditError(f"-o {output}: cannot be written: {error}") from error
     finally:

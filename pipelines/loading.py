@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import warnings
@@ -352,6 +353,7 @@ def _download(name: str, revision: str | None) -> Path:
     from diffusers import DiffusionPipeline
     from huggingface_hub import hf_hub_download, snapshot_download
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not the user's concern
     try:
         # the index first: an unsupported architecture is refused before gigabytes are fetched
         index = Path(hf_hub_download(name, "model_index.json", revision=revision))
