@@ -153,6 +153,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     base = next(each for each in series if each.stage == "scan" and each.score == BASELINE)
     figures: list[Figure] = []
     curves: dict[str, dict[str, Any]] = {}
+    left_out: dict[tuple[str, str, str], dict[str, None]] = {}
     with Progress(len(series) * len(types), "scores", "evaluate") as progress:
         for each in series:
             values = _aligned(each, truth.row_ids)
@@ -162,7 +163,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
                 progress.add(1)
                 if not is_memorised.any() or is_memorised.all():
                     missing = "clean" if is_memorised.any() else "memorised"
-                    notes.append(f"{each.stage} {each.score}, {name}: no {missing} caption has it, not evaluated.")
+                    left_out.setdefault((each.stage, name, missing), {})[each.score] = None
                     continue
                 clusters = None if truth.clusters is None else truth.clusters[rows]
                 baseline = _aligned(base, truth.row_ids)[rows]
@@ -170,6 +171,10 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
                 label = each.score if each.images == "one" else f"{each.score} ({each.images})"
                 curves.setdefault(f"{each.stage}: {name} against clean", {})[label] = roc(values[rows], is_memorised)
     counts = {str(label): int((truth.labels == label).sum()) for label in sorted(set(truth.labels))}
+    notes += [
+        f"{stage}, {name}: no {missing} caption has these scores, not evaluated: {', '.join(scores)}."
+        for (stage, name, missing), scores in left_out.items()
+    ]
     notes += _size_notes(int(clean.sum()))
     found = Evaluation(
         (config.output or join(config.run, "evaluate")).rstrip("/"), counts, figures, _verdicts(run, truth), notes
