@@ -93,9 +93,10 @@ def scan(ctx: click.Context, **values: Any) -> None:
         click.echo(f"rows             {found.rows:,} ({found.empty:,} empty)")
         click.echo(f"unique captions  {found.unique:,}")
         click.echo(f"shards           {found.shards:,} of {config.rows_per_shard:,} rows")
-        click.echo(
-            f"estimated time   {_duration(found.seconds)} ({found.captions_per_second:.1f} captions/s, one batch)"
-        )
+        rate = f"{found.captions_per_second:.1f} captions/s on one worker, one batch"
+        click.echo(f"estimated time   {_duration(found.seconds)} ({rate})")
+        if config.refine:
+            click.echo(f"--refine adds    {_duration(found.refine_seconds)}")
         click.echo(f"masks            {_bytes(found.mask_bytes)} (--masks {config.masks}, before compression)")
         click.echo("Nothing was written.")
         return

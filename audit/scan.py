@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -111,7 +112,10 @@ class ScanSummary:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a dry run found; seconds from one measured batch, bytes of the masks before compression."""
+    """What a dry run found; seconds on one worker from one measured batch, bytes of the masks before compression.
+
+    `refine_seconds` is what `--refine` adds.
+    """
 
     rows: int
     unique: int
@@ -120,6 +124,7 @@ class Estimate:
     seconds: float
     captions_per_second: float
     mask_bytes: int
+    refine_seconds: float = 0.0
 
 
 def scan(config: ScanConfig, stop: Stop | None = None) -> ScanSummary:
@@ -194,14 +199,23 @@ def estimate(config: ScanConfig) -> Estimate:
             if len(captions) >= config.batch_size:
                 break
         batch = captions[: config.batch_size]
-        rate = 0.0
+        rate = refine_seconds = 0.0
+        if batch and config.refine:
+            from audit.trajectories import open_sampler
+
+            sampler = open_sampler(fingerprint, model, config.num_noises, config.batch_size)
+            few = batch[:4]
+            started = time.monotonic()
+            sampler(few)
+            each = (time.monotonic() - started) / len(few)
+            refine_seconds = each * math.ceil(config.refine * plan.num_unique) * config.num_noises
         if batch:
             scorer(batch[:1], lambda _: None)  # warm up
             started = time.monotonic()
             scorer(batch, lambda _: None)
             rate = len(batch) / (time.monotonic() - started)
     _, height, width = model_folder.latent_shape()
-    each = {"none": 0, "bits": height * -(-width // 8), "float16": 2 * height * width}[config.masks]
+    mask_bytes = {"none": 0, "bits": height * -(-width // 8), "float16": 2 * height * width}[config.masks]
     return Estimate(
         rows=plan.num_rows,
         unique=plan.num_unique,
@@ -209,7 +223,8 @@ def estimate(config: ScanConfig) -> Estimate:
         shards=len(plan),
         seconds=plan.num_unique / rate if rate else 0.0,
         captions_per_second=rate,
-        mask_bytes=plan.num_unique * each,
+        mask_bytes=plan.num_unique * mask_bytes,
+        refine_seconds=refine_seconds,
     )
 
 

@@ -39,6 +39,16 @@ def training_size(key: str, count: int) -> int:
     return min(count, max(16_384, 39 * lists, min(64 * lists, 1_000_000)))
 
 
+def make(key: str, dim: int) -> Any:
+    """An empty FAISS index. Raises AuditError for a factory string FAISS does not know."""
+    import faiss
+
+    try:
+        return faiss.index_factory(dim, key, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise AuditError(f"--type {key}: FAISS does not know this for {dim} dimensions: {_reason(error)}") from error
+
+
 def build(vectors: np.ndarray, key: str, seed: int, path: Path) -> dict[str, Any]:
     """Train on a seeded random sample, add everything in blocks, write to `path`.
 
@@ -53,10 +63,7 @@ def build(vectors: np.ndarray, key: str, seed: int, path: Path) -> dict[str, Any
     import faiss
 
     count, dim = vectors.shape
-    try:
-        index = faiss.index_factory(dim, key, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        raise AuditError(f"--type {key}: FAISS does not know this for {dim} dimensions: {_reason(error)}") from error
+    index = make(key, dim)
     sample = sample_positions(count, training_size(key, count), seed)
     try:
         index.train(normalised(vectors[sample]))

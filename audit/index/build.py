@@ -96,6 +96,8 @@ def build_index(config: IndexConfig, stop: Stop | None = None) -> IndexSummary:
     sources = find_sources(config.images, columns)
     weights = find_descriptor(config.sscd)
     descriptor = open_descriptor(weights, config.device, config.preprocessing)
+    if config.type != "auto":
+        ann.make(config.type, descriptor.dim)  # a mistyped one is said before any picture is read
     folder = Folder(config.output)
     fingerprint = plan(folder, sources, descriptor, config)
     ledger = Ledger(folder, STAGE, fingerprint)

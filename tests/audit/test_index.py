@@ -271,3 +271,11 @@ def test_facts_for_readers_of_the_folder(pictures: Path, tmp_path: Path) -> None
     assert table["id"].to_pylist() == [(1 << 32) + row for row in range(10)]
     facts = json.loads((tmp_path / "i" / "index.json").read_text())
     assert facts["facts"]["descriptor"]["preprocessing"]["normalise"] == "imagenet"
+
+
+def test_a_mistyped_type_is_said_before_any_picture_is_read(tmp_path: Path) -> None:
+    with pytest.raises(AuditError, match="--type Foo: FAISS does not know this"):
+        build_index(
+            IndexConfig(images=(str(testbed.PICTURES),), output=str(tmp_path / "ix"), sscd="testbed", type="Foo")
+        )
+    assert not (tmp_path / "ix").exists()

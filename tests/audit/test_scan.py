@@ -301,7 +301,7 @@ def test_dry_run_writes_nothing(config: ScanConfig, tmp_path: Path, monkeypatch:
     assert found.code == 0, found
     for line in ("rows             60 (5 empty)", "unique captions  50", "shards           3 of 25 rows"):
         assert line in found.out
-    assert "captions/s, one batch)" in found.out and "masks            2 kB (--masks bits" in found.out
+    assert "captions/s on one worker, one batch)" in found.out and "masks            2 kB (--masks bits" in found.out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -365,6 +365,14 @@ def test_a_model_changed_under_a_worker_is_refused(config: ScanConfig, tmp_path:
     (tmp_path / "run" / "run.json").write_text(json.dumps(facts))
     with pytest.raises(AuditError, match="other weights than the run was begun with"):
         audit.jobs.open_job(other.output, "scan", "cpu", 8)
+
+
+def test_dry_run_counts_what_refine_adds(config: ScanConfig) -> None:
+    plain, refined = estimate(config), estimate(replace(config, refine=0.5))
+    assert plain.refine_seconds == 0 < refined.refine_seconds
+    assert (
+        "--refine adds" in be_audit("scan", *config.captions, "--model", config.model, "--refine", 0.5, "--dry-run").out
+    )
 
 
 def test_another_way_to_write_a_path_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
