@@ -112,9 +112,14 @@ def confirm(config: ConfirmConfig, stop: Stop | None = None) -> ConfirmSummary:
     descriptor = index.load_descriptor(config.sscd, config.device)
     trajectories = _begin_trajectories(run, config)
     generated = _generate(run, trajectories, config, stop)
-    null = _find_null(run, trajectories, index, config)
-    stage = _begin_confirm(run, trajectories, index, descriptor.facts(), config)
-    run.folder.write("stages/null.json", json.dumps({**null.facts(), "confirm": stage.facts["digest"]}).encode())
+    fingerprint = _fingerprint(trajectories, index, descriptor.facts(), config)
+    stored = _stored_null(run, digest({**fingerprint, "run": run.digest}))
+    null = stored or _find_null(run, trajectories, index, config)
+    first = pc.equal(trajectories.items["image_index"], 0)
+    items = trajectories.items.filter(first).drop_columns(["image_index"])
+    stage = Stage.begin(run, "confirm", "confirmed", fingerprint, items, config.replace, _recorded(config))
+    if stored is None:
+        run.folder.write("stages/null.json", json.dumps({**null.facts(), "confirm": stage.facts["digest"]}).encode())
     job = ConfirmJob(run, trajectories, stage, index, descriptor, config, null)
     shards = stage.shards
     done = stage.ledger.done(shards)
@@ -206,19 +211,26 @@ def _generate(run: Run, stage: Stage, config: ConfirmConfig, stop: Stop) -> Any:
     return run_stage(run, "trajectories", stage.ledger, todo, config, stop, rows, "images", done)
 
 
-def _begin_confirm(
-    run: Run, trajectories: Stage, index: Index, descriptor: dict[str, Any], config: ConfirmConfig
-) -> Stage:
+def _fingerprint(
+    trajectories: Stage, index: Index, descriptor: dict[str, Any], config: ConfirmConfig
+) -> dict[str, Any]:
+    """What a verdict depends on."""
     names = ("neighbours", "match_mask", "match_fpr", "ls_threshold", "null_pictures")
-    fingerprint = {
+    return {
         "trajectories": trajectories.facts["digest"],
         "index": index.fingerprint,
         "descriptor": descriptor["sha256"],
         **{name: getattr(config, name) for name in names},
     }
-    first = pc.equal(trajectories.items["image_index"], 0)
-    items = trajectories.items.filter(first).drop_columns(["image_index"])
-    return Stage.begin(run, "confirm", "confirmed", fingerprint, items, config.replace, _recorded(config))
+
+
+def _stored_null(run: Run, stage_digest: str) -> Null | None:
+    """The threshold this very confirm was begun with: all its verdicts rest on one, resumed or not."""
+    try:
+        facts = json.loads(run.folder.read("stages/null.json"))
+        return Null.from_facts(facts) if facts["confirm"] == stage_digest else None
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
 
 
 def _find_null(run: Run, trajectories: Stage, index: Index, config: ConfirmConfig) -> Null:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -148,6 +149,25 @@ def test_stopped_and_damaged_confirms_go_on(run: ConfirmConfig) -> None:
     assert not broken.whole and len(broken.problems) == 2
     assert verify_run(run.run, repair=True).whole
     assert read_stage(Run.open(run.run), "confirm").to_pylist() == whole
+
+
+def test_a_confirm_that_goes_on_keeps_the_threshold_it_began_with(run: ConfirmConfig) -> None:
+    """Trajectories that come later would calibrate another one, and verdicts of one confirm would not agree."""
+    many = replace(run, num_images=2, top_fraction=None, top_k=20)
+    confirm(many)
+    file = Path(run.run) / "stages/null.json"
+    begun = json.loads(file.read_text())
+    Stage.find(Run.open(run.run), "confirm").ledger.drop(1)  # type: ignore[union-attr]
+    file.write_text(json.dumps({**begun, "threshold": 1e9}))  # as if other masks had been there at the beginning
+    confirm(many)
+    assert json.loads(file.read_text())["threshold"] == 1e9
+    rows = read_stage(Run.open(run.run), "confirm").to_pylist()
+    redone = [row["verdict"] for row in rows[16:]]
+    assert len(redone) == 4 and "none" not in redone
+    file.write_text("{")  # damaged: calibrated again, on what there is
+    Stage.find(Run.open(run.run), "confirm").ledger.drop(1)  # type: ignore[union-attr]
+    confirm(many)
+    assert json.loads(file.read_text()) == begun
 
 
 def test_short_forms_work_as_typed(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
