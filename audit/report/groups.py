@@ -77,9 +77,9 @@ def _words(caption: str) -> list[str]:
 def _keys(words: list[str]) -> list[tuple[str, ...]]:
     strong = [word for word in words if word not in _WEAK]
     keys = []
-    if len(strong) > OPENING:
+    if len(strong) >= OPENING:  # a caption that is the opening and nothing else belongs to it
         keys.append(("open", *strong[:OPENING]))
-    if len(strong) > CLOSING:
+    if len(strong) >= CLOSING:
         keys.append(("close", *strong[-CLOSING:]))
     return keys
 
@@ -88,7 +88,7 @@ def _label(caption: str, side: str) -> str:
     """The template as its first caption writes it, with # for numbers: `Shaw Floors …`."""
     text = unicodedata.normalize("NFKC", caption[:_LONGEST])
     strong = [word for word in _WORD.finditer(text) if _NUMBER.sub("0", word.group().casefold()) not in _WEAK]
-    if len(strong) < CLOSING:  # case folding can split words
+    if len(strong) < (OPENING if side == "open" else CLOSING):  # case folding can split words
         return caption
     shared = text[: strong[OPENING - 1].end()] + " …" if side == "open" else "… " + text[strong[-CLOSING].start() :]
     return _NUMBER.sub("#", shared)

@@ -30,6 +30,9 @@ def test_templates_are_one_finding_and_unrelated_captions_are_not() -> None:
     groups = group_captions([*floors, *suffixed, *alone])
     assert groups.of == [0, 0, 0, 1, 1, 1, 2, 3, 4, 5]
     assert groups.labels[:2] == ["Shaw Floors …", "… Wall Art Print"]
+    bare = group_captions(["Shaw Floors", *floors, "Wall Art Print", *suffixed])  # the shared words and nothing else
+    assert bare.of == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert bare.labels[0] == "Shaw Floors …"
 
 
 def test_captions_equal_up_to_case_numbers_and_order_are_near_equal() -> None:
