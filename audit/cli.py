@@ -281,7 +281,11 @@ def evaluate(**values: Any) -> None:
 @cli.command()
 @options_from(ScoreConfig)
 def score(**values: Any) -> None:
-    """Print every score of one prompt and draw its masks."""
+    """Print every score of one prompt and draw its masks.
+
+    ld is LD under the attention mask of the first step, ld_energy under the energy mask, ld_first (--trajectory) under
+    the paper's BE mask.
+    """
     from audit.score import score as score_prompt
 
     config = config_of(ScoreConfig, values)

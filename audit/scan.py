@@ -38,11 +38,13 @@ class ScanConfig:
     caption_col: str | None = option(None, "Caption column; found by itself (TEXT, caption, text, prompt, ...).")
     limit: int | None = option(None, "Scan the first N rows only.", min=1)
     mask: str = option(
-        "first", "Mask of ld: first step, final step (the paper's), energy.", choices=("first", "final", "energy")
+        "energy",
+        "Mask of ld: energy map of the first step, or EOS attention of the first or final (the paper's) step.",
+        choices=("energy", "first", "final"),
     )
-    mask_token: str = option("eos", "Whose attention is the mask.", choices=("eos", "bos", "padding"))
+    mask_token: str = option("eos", "Whose attention --mask first or final is.", choices=("eos", "bos", "padding"))
     mask_layers: tuple[str, ...] = option(
-        (), "Cross-attention layers of the mask, comma-separated; default the paper's two."
+        (), "Cross-attention layers of --mask first or final, comma-separated; default the paper's two."
     )
     refine: float = option(
         0.0, "Then run the full trajectory on this fraction of the rows, the best-scored.", min=0.0, max=1.0
@@ -320,6 +322,9 @@ def _check(config: ScanConfig) -> ModelFolder:
 
     if config.mask == "final" and config.extra_evaluation:
         raise AuditError("--extra-evaluation: goes with --mask first or energy")
+    if config.mask == "energy" and (config.mask_layers or config.mask_token != "eos"):
+        flag = "--mask-layers" if config.mask_layers else "--mask-token"
+        raise AuditError(f"{flag}: chooses an attention, and --mask energy has none; add --mask first or --mask final")
     model = find_model_folder(config)
     trained = int(model.scheduler_config().get("num_train_timesteps", 1000))
     if config.steps > trained:

@@ -93,7 +93,7 @@ def make_run(
         "seed": 0,
         "num_noises": 1,
         "dtype": "float32",
-        "mask": "first",
+        "mask": "energy",
     }
     run = Run.create(Folder(folder / "RUN"), config, fingerprint, plan)
     values = np.asarray(
@@ -121,7 +121,7 @@ def _scores(run: Run, shard: int, values: np.ndarray, failed: set[int]) -> pa.Ta
         "duplicate_of": pa.array(of, pa.int64(), mask=of < 0),
         "num_tokens": pa.array(np.full(rows.num_rows, 9), pa.int32(), mask=~scored),
         "truncated": pa.array(np.zeros(rows.num_rows, bool), mask=~scored),
-        "mask_source": pa.array(["first:eos"] * rows.num_rows),
+        "mask_source": pa.array(["energy"] * rows.num_rows),
         "refined": pa.array(np.zeros(rows.num_rows, bool)),
     }
     for place, name in enumerate(("magnitude", "ld", "ld_std", "ld_energy", "webster", "attention_entropy", "cosine")):

@@ -60,7 +60,7 @@ def test_thresholds_of_another_model_are_refused_field_by_field(tmp_path: Path) 
         load_thresholds(output, run)
     lines = str(refusal.value).splitlines()
     assert lines[1:5] == [
-        "  mask: first -> final",
+        "  mask: energy -> final",
         f"  model.weights_sha256: {'0' * 64} -> {'1' * 64}",
         "  num_noises: 1 -> 4",
         "  steps: 50 -> 20",

@@ -173,16 +173,20 @@ CASES: dict[str, tuple[Callable[[Path, str], list[object]], str]] = {
     "unknown flag": (flag("--batchsize", 3), "No such option"),
     "batch size 0": (flag("--batch-size", 0), "0 is not in the range x>=1"),
     "batch size of letters": (flag("--batch-size", "many"), "'many' is not a valid integer"),
-    "unknown mask": (flag("--mask", "last"), "'last' is not one of 'first', 'final', 'energy'"),
+    "unknown mask": (flag("--mask", "last"), "'last' is not one of 'energy', 'first', 'final'"),
     "negative refinement": (flag("--refine", -0.1), "-0.1 is not in the range 0.0<=x<=1.0"),
     "extra evaluation of a trajectory": (
         flag("--mask", "final", "--extra-evaluation"),
         "--extra-evaluation: goes with",
     ),
+    "token of no attention": (
+        flag("--mask-token", "bos"),
+        "--mask-token: chooses an attention, and --mask energy has none; add --mask first or --mask final",
+    ),
     "rank beyond the world": (flag("--rank", 2, "--world-size", 2), "--rank 2: must be below --world-size 2"),
     "no such device": (flag("--device", "cuda:99"), "--device cuda:99: this machine has"),
     "no such layer": (
-        flag("--mask-layers", "up_blocks.9.attn2"),
+        flag("--mask", "first", "--mask-layers", "up_blocks.9.attn2"),
         "--mask-layers up_blocks.9.attn2: the U-Net has no such cross-attention; it has down_blocks.0",
     ),
     "column it has not": (flag("--keep-cols", "height"), "--keep-cols height: no input has one column of that name"),

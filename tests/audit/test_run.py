@@ -29,13 +29,24 @@ def config(tmp_path: Path, sd1: str) -> ScanConfig:
     """A finished scan of 20 rows in 3 shards, with inputs and model of its own to be changed."""
     model = shutil.copytree(sd1, tmp_path / "model")
     pq.write_table(pa.table({"TEXT": some_captions(20), "txt": some_captions(20)}), tmp_path / "captions.parquet")
-    made = ScanConfig((str(tmp_path / "captions.parquet"),), str(tmp_path / "run"), str(model), rows_per_shard=8)
+    made = ScanConfig(
+        (str(tmp_path / "captions.parquet"),), str(tmp_path / "run"), str(model), mask="first", rows_per_shard=8
+    )
     assert scan(made).exit_code == 0
     return made
 
 
 def command(config: ScanConfig, *more: object) -> tuple[object, ...]:
-    flags = ("-o", config.output, "--model", config.model, "--rows-per-shard", config.rows_per_shard)
+    flags = (
+        "-o",
+        config.output,
+        "--model",
+        config.model,
+        "--mask",
+        config.mask,
+        "--rows-per-shard",
+        config.rows_per_shard,
+    )
     return ("scan", *config.captions, *flags, *more)
 
 

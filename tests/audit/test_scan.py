@@ -20,7 +20,7 @@ from audit.run import Run, score_file
 from audit.scan import ScanConfig, estimate, find_rank, scan
 from audit.schema import SCORE_COLUMNS, tensor_values
 from audit.tables import dataset, read_scores, read_stage
-from pipelines import FirstStepScorer, find_model, load
+from pipelines import FirstStepScorer, MaskSource, find_model, load
 from pipelines.loading import DiffusionModel, Embeddings
 from tests.command import be_audit
 from tests.conftest import some_captions
@@ -68,9 +68,9 @@ def test_stored_rows_are_the_reference(config: ScanConfig, captions_file: Path, 
         else:
             first[caption] = number
             assert (row["status"], row["error"], row["duplicate_of"]) == ("ok", None, None)
-            assert (row["mask_source"], row["refined"], row["ld_first"]) == ("first:eos", False, None)
+            assert (row["mask_source"], row["refined"], row["ld_first"]) == ("energy", False, None)
             if number % 9 == 0:
-                expected = reference.score(caption)
+                expected = reference.score(caption, mask="energy")
                 for name in (*SCORES, "num_tokens", "truncated"):
                     value = pytest.approx(expected[name], rel=1e-4, abs=1e-6)
                     assert row[name] == value, name
@@ -78,6 +78,19 @@ def test_stored_rows_are_the_reference(config: ScanConfig, captions_file: Path, 
                     np.reshape(row["mask"], expected["mask"].shape), expected["mask"], rtol=2e-3, atol=1e-4
                 )
     assert len(first) == 50
+
+
+def test_the_attention_mask_is_one_flag_away(config: ScanConfig, sd1: str, tmp_path: Path) -> None:
+    scan(other := replace(config, output=str(tmp_path / "run"), mask="first", limit=6))
+    reference = Reference(Path(sd1))
+    for row in table(other).to_pylist():
+        if row["status"] == "ok":
+            expected = reference.score(row["caption"])
+            assert row["mask_source"] == "first:eos"
+            for name in SCORES:
+                assert row[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+            mask = np.reshape(row["mask"], expected["mask"].shape)
+            np.testing.assert_allclose(mask, expected["mask"], rtol=2e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{"batch_size": 1}, {"batch_size": 7}, {"batch_size": 64}])
@@ -257,7 +270,7 @@ def test_masks_are_stored_as_asked(config: ScanConfig, tmp_path: Path, sd1: str)
     scan(bits := replace(config, output=str(tmp_path / "bits"), masks="bits"))
     packed = tensor_values(table(bits)["mask"].drop_null())
     model = load(find_model(sd1), "cpu", "float32")
-    exact = FirstStepScorer(model)(some_captions(49)).mask
+    exact = FirstStepScorer(model, MaskSource("energy"))(some_captions(49)).mask
     assert packed.dtype == np.uint8 and packed.shape == (50, 16, 2)
     above = np.unpackbits(packed, axis=-1)[:49].astype(bool)
     assert (above == (exact > exact.mean((1, 2), keepdims=True))).mean() > 0.999  # but for ties of rounding

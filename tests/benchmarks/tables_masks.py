@@ -14,6 +14,7 @@ from audit.metrics import auc, best_iou, iou_at, tpr_at_fpr
 from audit.plots import new_figure, png_of
 from pipelines import formulas
 from pipelines.attention import TOKENS
+from tests.benchmarks.published import published_masks
 from tests.benchmarks.tables_page import Page, Row, between, figure
 from tests.benchmarks.tables_passes import Arrays, Passes
 from tests.benchmarks.tables_scores import EOS, TRUTHS, ld, masks_by_name, sample_of
@@ -136,6 +137,7 @@ def mask_quality(page: Page, passes: Passes, first: Arrays, whole: Arrays) -> li
         page.table("masks", rows, columns, lambda row, t=truth: row["truth"] == t and row["templates"] == "all")
         page.parts.pop()
     page.text("[tables/masks.csv](tables/masks.csv)")
+    published_masks(page)
     return rows
 
 

@@ -15,19 +15,13 @@ from audit.index import Index, IndexConfig, build_index
 from audit.matching import References, match_image
 from pipelines import formulas
 from pipelines.attention import TOKENS
+from tests.benchmarks import published
 from tests.benchmarks.tables_page import Page, Row, as_row, better_or_worse, between, figure
 from tests.benchmarks.tables_passes import Arrays, Passes, choose, detectors
 
 EOS = TOKENS.index("eos")
 TRUTHS = {"design label": "by design label", "measured copying": "by what is measured to be copied"}
 MATCH_SCORES = ("sscd", "s", "ls", "ls_norm", "ls_energy", "ls_score")
-# AUC / TPR@1%FPR on Stable Diffusion 1.4, one generation, as the papers print them; other captions than here
-PUBLISHED = {
-    "magnitude": "0.960 / 0.760 (Wen et al. 2024); 0.976 / 0.896 (Asthana & Belagiannis 2026)",
-    "attention_entropy": "0.846 / 0.116 (Ren et al.'s, as run by Asthana & Belagiannis 2026)",
-    "cosine_low": "0.923 / 0.424 (Asthana & Belagiannis 2026)",
-    "anisotropy": "0.994 / 0.935 (Asthana & Belagiannis 2026)",
-}
 
 
 def sample_of(frame: pd.DataFrame, truth: str, kind: str) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -89,6 +83,7 @@ def detection(page: Page, passes: Passes, first: Arrays, whole: Arrays) -> list[
         "resamples."
     )
     _by_truth(page, "detection", rows, lambda row: f"{row['score']}, {row['window']}", "magnitude")
+    published.published_detection(page)
     return rows
 
 
@@ -112,6 +107,7 @@ def evaluation(page: Page, passes: Passes, first: Arrays, whole: Arrays, work: P
         "*gain* is against S."
     )
     _by_truth(page, "evaluation", rows, lambda row: f"`{row['score']}`", "s")
+    page.text("On Stable Diffusion no published figures of LS were found outside Chen et al. 2025 itself.")
     return rows
 
 
@@ -163,25 +159,25 @@ def all_detectors(page: Page, passes: Passes, seconds: dict[str, float], quick: 
                 args = (memorised[kept], columns["magnitude"][kept], frame.cluster[kept])
                 found = figure(name, kind, columns[name][kept], *args)
                 extra = {"evaluations": evaluations, "milliseconds": 1000 * seconds[timing]}
-                rows.append(as_row(found, truth=truth, **extra, published_sd14=PUBLISHED.get(name, "")))
+                rows.append(as_row(found, truth=truth, **extra, published_sd14=published.DETECTORS.get(name, "")))
     page.text("## 4. All detectors at the first step")
     page.text(
-        "One noise. `ld` has the EOS mask of the first step (scan's default), `cosine_low` and `anisotropy` need "
+        "One noise. `ld` has the EOS mask of the first step (`--mask first`), `cosine_low` and `anisotropy` need "
         "`--extra-evaluation`. U-Net evaluations and milliseconds (one thread) are those a caption costs the scorer "
         "that gives the "
-        "column: all columns of one evaluation come together, so their cost is the same; for `ld_energy` alone "
-        "(`--mask energy`) the masks' attention is not captured. *gain* is against magnitude."
+        "column: all columns of one evaluation come together, so their cost is the same; with `--mask energy`, scan's "
+        "default, the masks' attention is not captured and `ld` is `ld_energy`. *gain* is against magnitude."
     )
     cost_columns = {
         "evaluations": lambda row: f"{row['evaluations']}",
         "ms / caption": lambda row: f"{row['milliseconds']:.0f}",
     }
     _by_truth(page, "detectors", rows, lambda row: f"`{row['score']}`", "magnitude", cost_columns)
-    published = "; ".join(f"`{name}` {figures}" for name, figures in PUBLISHED.items())
+    figures = "; ".join(f"`{name}` {each}" for name, each in published.DETECTORS.items())
     page.text(
         "For orientation, published AUC / TPR@1%FPR of the same scores on **Stable Diffusion 1.4**, with other "
         "captions "
-        f"and not comparable with the testbed's: {published}."
+        f"and not comparable with the testbed's: {figures}."
     )
     return rows
 
