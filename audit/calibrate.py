@@ -200,6 +200,10 @@ def _find_run(config: CalibrateConfig) -> Run | None:
 
 def _scan(config: CalibrateConfig, stop: Stop | None) -> Run:
     values = {place.name: getattr(config, place.name) for place in dataclasses.fields(ScanConfig)}
+    if config.method in ("cosine_low", "anisotropy") and not config.extra_evaluation:
+        raise AuditError(f"--method {config.method}: needs --extra-evaluation")
+    if config.method in WINDOWS and config.mask != "final":
+        raise AuditError(f"--method {config.method}: needs --mask final")
     output = f"{config.output}.run"
     done = scan(ScanConfig(**{**values, "output": output, "masks": "none", "keep_cols": ()}), stop)
     if not done.complete:

@@ -66,7 +66,7 @@ def cli() -> None:
 @options_from(DemoConfig)
 @click.pass_context
 def demo(ctx: click.Context, **values: Any) -> None:
-    """Run the whole audit on the embedded testbed; ends with the report's path."""
+    """Run the whole audit on the embedded testbed, to its report."""
     from audit.demo import demo as run_demo
     from audit.stopping import stop_on_signals
 
@@ -127,7 +127,9 @@ def scan(ctx: click.Context, **values: Any) -> None:
 @options_from(ConfirmConfig)
 @click.pass_context
 def confirm(ctx: click.Context, **values: Any) -> None:
-    """Regenerate the most suspicious captions and decide what was copied, from which picture, where.
+    """Regenerate the best-scored captions; decide what is copied.
+
+    From which picture, and where in it, is decided too.
 
     Needs an index of the training pictures: be-audit index build.
     """
@@ -210,7 +212,7 @@ def index_verify(ctx: click.Context, path: str, deep: bool, repair: bool) -> Non
 @options_from(MitigateConfig)
 @click.pass_context
 def mitigate(ctx: click.Context, **values: Any) -> None:
-    """Change the prompts of proven copies until they no longer copy, and measure what it did.
+    """Change the prompts of copies until they no longer copy.
 
     Works on the copies confirm found in RUN, or on one --prompt. Typed again, it goes on where it stopped.
     """
@@ -235,7 +237,7 @@ def mitigate(ctx: click.Context, **values: Any) -> None:
 @cli.command()
 @options_from(ReportConfig)
 def report(**values: Any) -> None:
-    """Write what people look at and hand on: an HTML report, tables, and the rows to drop from a training set.
+    """Write the HTML report, tables, and the rows to drop.
 
     Works on a run in progress too, and says so on its first screen.
     """
@@ -253,7 +255,9 @@ def report(**values: Any) -> None:
 @options_from(CalibrateConfig, *NO_FLAG)
 @click.pass_context
 def calibrate(ctx: click.Context, **values: Any) -> None:
-    """Find the scores that a chosen share of clean captions exceeds, for --thresholds of confirm and report.
+    """Find thresholds at a chosen false-positive rate.
+
+    They are the scores that this share of clean captions exceeds, for --thresholds of confirm and report.
 
     CAPTIONS are known to be clean; they are scanned with the flags below, which must be those of the scans they are
     for. Or give the run of a scan of clean captions.
@@ -270,7 +274,10 @@ def calibrate(ctx: click.Context, **values: Any) -> None:
 @cli.command()
 @options_from(EvaluateConfig)
 def evaluate(**values: Any) -> None:
-    """Measure every score and verdict of a run against labels: AUC, F1, TPR at a low FPR, with intervals."""
+    """Measure every score and verdict of a run against labels.
+
+    AUC, best F1, TPR at a low FPR, with bootstrap intervals, and plots.
+    """
     from audit.evaluate import evaluate as run_evaluate
 
     done = run_evaluate(config_of(EvaluateConfig, values))
@@ -336,7 +343,9 @@ def verify(ctx: click.Context, run: str, deep: bool, repair: bool) -> None:
 @click.option("--format", "kind", type=click.Choice(SQL_FORMATS), default="table", show_default=True)
 @click.option("-o", "--output", type=click.Path(dir_okay=False, writable=True), help="Write to a file, not to stdout.")
 def sql(query: str | None, run: str, kind: str, output: str | None) -> None:
-    """Ask a run a question in SQL (DuckDB, read-only); works on a run in progress.
+    """Ask a run a question in SQL (DuckDB, read-only).
+
+    Works on a run in progress.
 
     QUERY is a name or a file; without one, the queries are listed. Views: scores, trajectories, confirmed, matches,
     mitigated, commits, attempts.

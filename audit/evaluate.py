@@ -20,7 +20,7 @@ from audit.labels import Truth, is_clean, match_labels, memorised_types
 from audit.metrics import Confusion, auc, best_f1, confusion, max_f1, roc, tpr_at_fpr
 from audit.options import option
 from audit.progress import Progress
-from audit.run import DEFAULT_RUN, Run
+from audit.run import DEFAULT_RUN, Run, check_writable
 from audit.schema import DETECTORS, WINDOWS
 from audit.storage import Folder, join
 from audit.tables import read_scores, read_stage
@@ -151,6 +151,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     clean = is_clean(truth.labels, config)
     series = list(find_series(run, truth.row_ids))
     base = next(each for each in series if each.stage == "scan" and each.score == BASELINE)
+    output = (config.output or join(config.run, "evaluate")).rstrip("/")
+    check_writable(Folder(output))
     figures: list[Figure] = []
     curves: dict[str, dict[str, Any]] = {}
     left_out: dict[tuple[str, str, str], dict[str, None]] = {}
@@ -176,9 +178,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         for (stage, name, missing), scores in left_out.items()
     ]
     notes += _size_notes(int(clean.sum()))
-    found = Evaluation(
-        (config.output or join(config.run, "evaluate")).rstrip("/"), counts, figures, _verdicts(run, truth), notes
-    )
+    found = Evaluation(output, counts, figures, _verdicts(run, truth), notes)
     distributions = {
         f"{each.stage} {each.score}": {
             label: _aligned(each, truth.row_ids)[truth.labels == label] for label in counts if label

@@ -136,7 +136,12 @@ def check_output(folder: Folder) -> None:
     there = [name for name in folder.list() if not name.startswith(".")]
     if there and "run.json" not in there and not set(there) <= _OURS:
         raise AuditError(f"-o {folder.url}: the folder is not empty and not a run (it has {there[0]}); give a new one")
-    folder.write(".writable", b"")  # raises AuditError where it is not
+    check_writable(folder)
+
+
+def check_writable(folder: Folder) -> None:
+    """Raise AuditError where nothing can be written, before work is spent on what should go there."""
+    folder.write(".writable", b"")
     folder.remove(".writable")
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import textwrap
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -364,8 +365,8 @@ def _download(name: str, revision: str | None) -> Path:
         return Path(DiffusionPipeline.download(name, revision=revision))
     except Exception as error:  # the hub client raises a dozen unrelated types for "cannot be had"
         at = f" at revision {revision}" if revision else ""
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"--model {name}: no such folder, and the hub does not give it{at}: {reason[:200]}") from error
+        reason = textwrap.shorten(str(error).strip().split("\n\n")[0] or type(error).__name__, 400)
+        raise ModelError(f"--model {name}: no such folder, and the hub does not give it{at}: {reason}") from error
 
 
 def _read_json(path: Path, file: str, name: str) -> dict[str, Any]:

@@ -154,6 +154,9 @@ def test_a_users_mistakes_are_one_line_and_touch_nothing(tmp_path: Path) -> None
     assert "is a folder" in fails(run.url, "-o", tmp_path)
     assert "--steps 20" in fails(run.url, "-o", new, "--steps", 20)
     assert "--mask final" in fails(run.url, "-o", new, "--mask", "final")
+    clean = Path(run.url).parent / "captions.csv"
+    assert "--method anisotropy: needs --extra-evaluation" in fails(clean, "-o", new, "--method", "anisotropy")
+    assert "--method ld_10: needs --mask final" in fails(clean, "-o", new, "--method", "ld_10")
     assert "1 of 2 shards are not scanned" in fails(part.url, "-o", new)
     assert "--method ld_all" in fails(run.url, "-o", new, "--method", "ld_all")
     done = be_audit("report", run.url, "--thresholds", tmp_path / "gone.json")

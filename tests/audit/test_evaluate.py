@@ -186,6 +186,8 @@ def test_a_users_mistakes_are_one_line_and_exit_2(run: Run, labels: str, tmp_pat
     by_url = tmp_path / "by_url.csv"
     by_url.write_text("url,label\nu0,local\nu8,none\n")  # both are caption a
     assert "equal captions are labelled 'local' and 'none'" in fails("--labels", by_url, "--key", "url")
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in fails("--labels", labels, "-o", tmp_path / "file" / "below")
 
 
 def test_the_command_prints_the_table_and_a_report_can_follow(run: Run, labels: str) -> None:

@@ -65,8 +65,8 @@ def introduction(page: Page, passes: Passes, quick: bool) -> None:
         "interval "
         "without width means that every resample was perfect, not that nothing is uncertain. A flag is `score > "
         "threshold`; TPR@1%FPR is the largest TPR whose FPR is at most 1 %, nothing interpolated. Under tables 1, 3 "
-        "and 4 stand figures of the same methods on Stable Diffusion as other papers print them, labelled so. The tables "
-        "of Chen et al. 2025 themselves were not at hand when this was written, and nothing is quoted from them."
+        "and 4 stand figures of the same methods on Stable Diffusion as other papers print them, labelled so. The "
+        "tables of Chen et al. 2025 themselves were not at hand when this was written, and nothing is quoted from them."
     )
 
 
