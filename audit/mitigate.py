@@ -214,9 +214,11 @@ def _begin(run: Run, config: MitigateConfig) -> tuple[Stage, int]:
         threshold = load_thresholds(config.thresholds, run).threshold(by)
     target = config.target
     if target is None:
-        scores = read_scores(run, ["status", "duplicate_of", by])
+        # ld under an attention mask that points nowhere is the magnitude: the nearest that an energy scan has
+        near = "magnitude" if by == "ld" and run.fingerprint["mask"] == "energy" else by
+        scores = read_scores(run, ["status", "duplicate_of", near])
         scores = scores.filter(pc.and_(pc.equal(scores["status"], "ok"), pc.is_null(scores["duplicate_of"])))
-        target = float(np.nanmedian(scores[by].to_numpy()))
+        target = float(np.nanmedian(scores[near].to_numpy()))
     fingerprint = {
         "confirm": confirmed.facts["digest"],
         "captions": chosen.num_rows,

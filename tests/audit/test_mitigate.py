@@ -89,7 +89,7 @@ def test_copies_stop_copying_and_every_before_is_what_confirm_saw(run: MitigateC
     done = mitigate(run)
     assert (done.captions, done.images, done.untriggered, done.failed, done.exit_code) == (4, 4, 0, 0, 0)
     assert done.verdicts["global"][0] == 4 and done.verdicts["global"][1] == 0
-    scores = read_scores(Run.open(run.run))["ld"].to_numpy()
+    scores = read_scores(Run.open(run.run))["magnitude"].to_numpy()  # ld of no mask: the scan has the energy mask
     assert done.target == pytest.approx(np.median(scores))
     known = stored(run)
     clip = load_clip(testbed.CLIP, "cpu")
@@ -135,11 +135,11 @@ def test_a_row_is_what_the_mitigator_gives_it_alone(run: MitigateConfig) -> None
 
 def test_rows_at_or_below_the_trigger_are_left_as_they_are(run: MitigateConfig) -> None:
     known = stored(run)
-    scores = sorted(row["ld_first_mask"] for row in known.values())  # the scan's score, of this noise
+    scores = sorted(row["ld_energy"] for row in known.values())  # the scan's score, of this noise
     done = mitigate(replace(run, threshold=float(scores[1])))
     assert done.untriggered == 2
     for row in rows_of(run):
-        above = known[row["row_id"]]["ld_first_mask"] > scores[1]
+        above = known[row["row_id"]]["ld_energy"] > scores[1]
         assert row["triggered"] == above
         assert (row["image_after"] == row["image_before"]) is not above
         if not above:
