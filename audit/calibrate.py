@@ -32,7 +32,7 @@ MODEL_FIELDS = (
     *("mask", "mask_token", "mask_layers"),
 )
 """Of a run's fingerprint, what its scores depend on: a threshold holds for no other."""
-NO_FLAG = ("refine", "refine_by", "masks", "keep_cols", "rank", "world_size", "dry_run")
+NO_FLAG = ("refine", "refine_by", "replace", "masks", "keep_cols", "rank", "world_size", "dry_run")
 """Fields of ScanConfig that `be-audit calibrate` has no flag for."""
 
 
@@ -205,7 +205,8 @@ def _scan(config: CalibrateConfig, stop: Stop | None) -> Run:
     if config.method in WINDOWS and config.mask != "final":
         raise AuditError(f"--method {config.method}: needs --mask final")
     output = f"{config.output}.run"
-    done = scan(ScanConfig(**{**values, "output": output, "masks": "none", "keep_cols": ()}), stop)
+    whole = {"output": output, "masks": "none", "keep_cols": (), "rank": 0, "world_size": 1}
+    done = scan(ScanConfig(**{**values, **whole}), stop)
     if not done.complete:
         raise AuditError(f"{output}: {len(done.quarantined)} shards were given up: be-audit status {output}")
     return Run.open(output)

@@ -170,6 +170,11 @@ class Ledger:
         self.folder.remove(self.name(shard))
         self.folder.remove(f"_attempts/{self.stage}/{shard:05d}.json")
 
+    def tried(self) -> set[int]:
+        """Shards with a failed try on record."""
+        names = self.folder.list(f"_attempts/{self.stage}")
+        return {int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit()}
+
     def attempts(self, shard: int) -> list[dict[str, Any]]:
         """Failed tries of a shard, oldest first."""
         try:

@@ -68,6 +68,9 @@ class ConfirmConfig:
     batch_size: int = option(32, "Latents in one U-Net call; halved when memory runs out.", min=1)
     engine: str = option("local", "Where trajectories run.", choices=("local", "ray"))
     workers: int = option(0, "Worker processes; 0 is one a GPU.", min=0)
+    max_error_rate: float = option(
+        0.05, "A shard with a larger share of failed images is not committed.", min=0.0, max=1.0
+    )
     max_shard_retries: int = option(3, "Tries of a shard before it is given up.", min=1)
     replace: bool = option(False, "Discard an earlier confirm that was begun differently.")
 

@@ -16,7 +16,7 @@ from audit.index import Index
 from audit.matching import VERDICTS, Null, References, best_match, encode_reference, match_image
 from audit.run import Run, Stage
 from audit.schema import BEST_TYPE, CONFIRMED_COLUMNS, MATCHES_TYPE, TRAJECTORY_MASKS, tensor_values
-from audit.tables import read_scores
+from audit.tables import read_rows
 from audit.trajectories import decode_png
 
 if TYPE_CHECKING:
@@ -138,8 +138,7 @@ def own_pictures(run: Run, index: Index, items: pa.Table) -> dict[int, int]:
     key = next((name for name in kept if name.lower() in ("key", "image_key", "id")), None)
     ids = items["row_id"].to_pylist()
     columns = ["row_id", *(name for name in (url, key) if name)]
-    table = read_scores(run, columns)
-    rows = table.take(pc.index_in(items["row_id"].combine_chunks(), table["row_id"].combine_chunks()))
+    rows = read_rows(run, items["row_id"].to_numpy(), columns)
     text = lambda name: None if name is None else [None if v is None else str(v) for v in rows[name].to_pylist()]  # noqa: E731
     own = index.own(items["caption"].to_pylist(), text(url), text(key))
     return {row_id: id for row_id, id in zip(ids, own, strict=True) if id is not None}

@@ -44,6 +44,8 @@ def demo(config: DemoConfig, say: Callable[[str], None], stop: Stop | None = Non
             device=config.device,
             keep_cols=("URL", "label", "cluster", "copy_error"),
             rows_per_shard=256,
+            rank=0,
+            world_size=1,
         ),
         stop,
     )

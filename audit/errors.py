@@ -10,5 +10,14 @@ class AuditError(Exception):
     """
 
 
+class StorageError(AuditError):
+    """A file that cannot be written or opened now. A shard that meets it is tried again: stores have bad moments."""
+
+
 class Drained(Exception):
     """The job was asked to stop (SIGTERM, first Ctrl-C): the shard in hand is dropped, the command exits 75."""
+
+
+def ends_the_job(error: Exception) -> bool:
+    """Whether an error is the job's (bad input, a stop) and not that of the one shard it came from."""
+    return isinstance(error, (AuditError, Drained)) and not isinstance(error, StorageError)

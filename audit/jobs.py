@@ -14,8 +14,11 @@ from audit.run import Run
 from audit.stopping import Stop
 
 
-def open_job(run_url: str, stage: str, device: str, batch_size: int) -> Job:
+def open_job(run_url: str, stage: str, device: str, batch_size: int, max_error_rate: float) -> Job:
     """Load a run's model and make the job of one of its stages (called once in every worker).
+
+    Args:
+        max_error_rate: a shard with a larger share of failed rows is not committed.
 
     Raises:
         AuditError: the model is not the one the run was begun with, or cannot be loaded.
@@ -35,14 +38,14 @@ def open_job(run_url: str, stage: str, device: str, batch_size: int) -> Job:
     if stage == "scan":
         from audit.scan_job import ScanJob
 
-        return ScanJob(run, model, batch_size)
+        return ScanJob(run, model, batch_size, max_error_rate)
     if stage == "mitigate":
         from audit.mitigate_job import MitigateJob
 
-        return MitigateJob(run, model, batch_size)
+        return MitigateJob(run, model, batch_size, max_error_rate)
     from audit.trajectories import TrajectoryJob
 
-    return TrajectoryJob(run, stage, model, batch_size)
+    return TrajectoryJob(run, stage, model, batch_size, max_error_rate)
 
 
 def run_stage(
@@ -59,7 +62,7 @@ def run_stage(
     """Run a stage's shards on the engine the configuration names.
 
     Args:
-        config: has device, batch_size, workers, engine and max_shard_retries.
+        config: has device, batch_size, workers, engine, max_error_rate and max_shard_retries.
         rows: rows by shard, of all shards. done: what is committed already.
     """
     if not shards:
@@ -74,11 +77,12 @@ def run_stage(
 
             return run_on_ray(run.url, stage, config, ledger, shards, config.max_shard_retries, progress, stop)
         if len(devices) == 1:
-            job = open_job(run.url, stage, devices[0], config.batch_size)
+            job = open_job(run.url, stage, devices[0], config.batch_size, config.max_error_rate)
             return run_here(job, shards, config.max_shard_retries, progress, stop)
 
         def command(number: int) -> list[str]:
-            return worker_argv(run.url, stage, devices[number % len(devices)], config.batch_size)
+            device = devices[number % len(devices)]
+            return worker_argv(run.url, stage, device, config.batch_size, config.max_error_rate)
 
         return run_processes(command, len(devices), ledger, shards, config.max_shard_retries, progress, stop)
 

@@ -96,6 +96,9 @@ class MitigateConfig:
     batch_size: int = option(8, "Images at a time; halved when memory runs out.", min=1)
     engine: str = option("local", "Where shards run.", choices=("local", "ray"))
     workers: int = option(0, "Worker processes; 0 is one a GPU.", min=0)
+    max_error_rate: float = option(
+        0.05, "A shard with a larger share of failed images is not committed.", min=0.0, max=1.0
+    )
     max_shard_retries: int = option(3, "Tries of a shard before it is given up.", min=1)
     replace: bool = option(False, "Discard an earlier mitigation that was begun differently.")
     output: str = option("be-audit-mitigate.png", "With --prompt: picture of before and after.", short="-o")

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from audit.commits import Commit, read_table
 from audit.confirm import open_index
-from audit.engines import ShardFailed
+from audit.engines import ShardFailed, allowed_failures
 from audit.errors import AuditError, Drained
 from audit.matching import MATCH_MASKS, Null, References, match_image
 from audit.mitigate import MITIGATED_COLUMNS, MitigateConfig, open_clip, trigger_column
@@ -70,14 +70,15 @@ class MitigateJob:
 
     Args:
         run: the run. model: loaded. batch_size: images at a time.
+        max_error_rate: a shard with a larger share of failed images is not committed.
     """
 
-    def __init__(self, run: Run, model: DiffusionModel, batch_size: int) -> None:
+    def __init__(self, run: Run, model: DiffusionModel, batch_size: int, max_error_rate: float) -> None:
         from pipelines import MaskSource, Mitigator
 
         self.run, self.stage = run, _stage(run, "mitigate")
         self.trajectories, self.confirmed = _stage(run, "trajectories"), _stage(run, "confirm")
-        self.ledger, self.max_error_rate = self.stage.ledger, float(run.config["max_error_rate"])
+        self.ledger, self.max_error_rate = self.stage.ledger, max_error_rate
         self.config = config = config_of(MitigateConfig, self.stage.facts["config"])
         assert config.index is not None and config.target is not None
         self.index = open_index(config.index)
@@ -115,7 +116,7 @@ class MitigateJob:
         sampled = time.monotonic()
         self._audit([row for row in rows if row["error"] is None])
         failed = [row["error"] for row in rows if row["error"] is not None]
-        if len(failed) > self.max_error_rate * len(rows):
+        if len(failed) > allowed_failures(self.max_error_rate, len(rows)):
             raise ShardFailed(f"{len(failed)} of {len(rows)} images failed, the first: {failed[0]}")
         untriggered = sum(row["triggered"] is False for row in rows)
         counts = {"ok": len(rows) - len(failed), "error": len(failed), "untriggered": untriggered}

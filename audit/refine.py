@@ -14,7 +14,7 @@ from audit.engines.local import Outcome
 from audit.errors import AuditError
 from audit.run import Run, Stage
 from audit.stopping import Stop
-from audit.tables import read_scores
+from audit.tables import read_rows, read_scores
 
 
 def best_rows(
@@ -33,12 +33,12 @@ def best_rows(
 
     if by not in (*DETECTORS, *WINDOWS):
         raise AuditError(f"--by {by}: no score column; there are {', '.join((*DETECTORS, *WINDOWS))}")
-    table = read_scores(run, ["row_id", "caption", "status", "duplicate_of", by])
+    table = read_scores(run, ["row_id", "status", "duplicate_of", by])
     keep = pc.and_(pc.equal(table["status"], "ok"), pc.and_(pc.is_null(table["duplicate_of"]), pc.is_valid(table[by])))
     table = table.filter(keep)
     if not table.num_rows:
         raise AuditError(f"--by {by}: the run has no scores in this column")
-    table = table.sort_by([(by, "descending"), ("row_id", "ascending")])
+    table = table.select(["row_id", by]).sort_by([(by, "descending"), ("row_id", "ascending")])
     count = table.num_rows
     if fraction is not None:
         count = min(count, math.ceil(fraction * table.num_rows))
@@ -50,7 +50,7 @@ def best_rows(
     return pa.table(
         {
             "row_id": table["row_id"],
-            "caption": table["caption"],
+            "caption": read_rows(run, table["row_id"].to_numpy(), ["caption"])["caption"],
             "score": table[by].cast(pa.float32()),
             "rank": pa.array(np.arange(count), pa.int32()),
         }
@@ -63,13 +63,16 @@ def with_images(rows: pa.Table, num_images: int) -> pa.Table:
     return repeated.append_column("image_index", pa.array(np.tile(np.arange(num_images), rows.num_rows), pa.int32()))
 
 
-def begin_refine(run: Run, fraction: float, by: str) -> Stage:
-    """Choose the rows and begin the stage, or find the one begun; a shard holds the rows of one scan shard."""
+def begin_refine(run: Run, fraction: float, by: str, replace: bool = False) -> Stage:
+    """Choose the rows and begin the stage, or find the one begun; a shard holds the rows of one scan shard.
+
+    `replace`: discard one that was begun differently.
+    """
     fingerprint = {"fraction": fraction, "by": by, "num_images": run.fingerprint["num_noises"]}
     chosen = best_rows(run, by, fraction=fraction).sort_by("row_id")
     items = with_images(chosen, fingerprint["num_images"])
     shards = pa.array(items["row_id"].to_numpy() >> 32, pa.int32())
-    return Stage.begin(run, "refine", "refined", fingerprint, items.append_column("shard", shards))
+    return Stage.begin(run, "refine", "refined", fingerprint, items.append_column("shard", shards), replace)
 
 
 def run_refine(run: Run, config: Any, rank: int, world: int, stop: Stop | None) -> tuple[Stage, Outcome]:
@@ -80,7 +83,7 @@ def run_refine(run: Run, config: Any, rank: int, world: int, stop: Stop | None) 
     """
     from audit.jobs import run_stage
 
-    stage = begin_refine(run, config.refine, config.refine_by)
+    stage = begin_refine(run, config.refine, config.refine_by, config.replace)
     rows = dict(collections.Counter(stage.items["shard"].to_pylist()))
     done = stage.ledger.done(stage.shards)
     todo = [shard for shard in stage.shards[rank::world] if shard not in done]

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from audit.captions import CaptionPlan
+from audit.captions.streams import reading
 from audit.commits import Commit, Ledger, read_table, shard_name, table_bytes
 from audit.errors import AuditError
 from audit.fingerprint import diff_lines, digest
@@ -232,8 +233,10 @@ class Stage:
 
     @functools.cached_property
     def items(self) -> pa.Table:
-        """The stage's rows."""
-        return read_table(self.run.folder, f"stages/{self.name}.arrow")
+        """The stage's rows. Raises AuditError when their file is damaged."""
+        name = f"stages/{self.name}.arrow"
+        with reading(self.run.folder.path(name)):
+            return read_table(self.run.folder, name)
 
     @property
     def shards(self) -> list[int]:
@@ -297,8 +300,7 @@ def stage_status(ledger: Ledger, planned: dict[int, int], max_failed: int = 1) -
             counts[key] = counts.get(key, 0) + value
         for key, took in made.seconds.items():
             seconds[key] = seconds.get(key, 0.0) + took
-    tried = {int(name[:-5]) for name in ledger.folder.list(f"_attempts/{ledger.stage}") if name.endswith(".json")}
-    failed = [shard for shard in sorted(tried - set(done)) if len(ledger.attempts(shard)) >= max_failed]
+    failed = [shard for shard in sorted(ledger.tried() - set(done)) if len(ledger.attempts(shard)) >= max_failed]
     return StageStatus(
         stage=ledger.stage,
         shards=len(planned),

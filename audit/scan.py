@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ class ScanConfig:
     refine: float = option(
         0.0, "Then run the full trajectory on this fraction of the rows, the best-scored.", min=0.0, max=1.0
     )
+    replace: bool = option(False, "Discard an earlier refinement that was begun differently.")
     refine_by: str = option(
         DEFAULT_SCORE, "Score the fraction is chosen by.", choices=("ld", "ld_energy", "magnitude", "webster")
     )
@@ -69,10 +71,12 @@ class ScanConfig:
     extra_evaluation: bool = option(False, "One more U-Net evaluation a caption, for the anisotropy score.")
     engine: str = option("local", "Where shards run.", choices=("local", "ray"))
     workers: int = option(0, "Worker processes; 0 is one a GPU.", min=0)
-    rank: int = option(0, "This machine's place among --world-size; Slurm's is found by itself.", min=0)
-    world_size: int = option(1, "Machines that share the run.", min=1)
+    rank: int | None = option(
+        None, "This machine's place among --world-size; without both, Slurm's are found by themselves, else 0.", min=0
+    )
+    world_size: int | None = option(None, "Machines that share the run; default 1.", min=1)
     max_error_rate: float = option(
-        0.05, "A shard with a larger share of failed rows is not committed.", min=0.0, max=1.0
+        0.05, "A shard with a larger share of failed rows (and more than one) is not committed.", min=0.0, max=1.0
     )
     max_shard_retries: int = option(3, "Tries of a shard before it is given up.", min=1)
     dry_run: bool = option(False, "Plan, time one batch, print the estimate, write nothing.")
@@ -144,7 +148,7 @@ def scan(config: ScanConfig, stop: Stop | None = None) -> ScanSummary:
     done = run.scan.done()
     mine = range(rank, len(run.plan), world)
     todo = [shard for shard in mine if shard not in done]
-    for shard in todo:  # whoever types the command again wants the given-up shards tried again
+    for shard in run.scan.tried() & set(todo):  # whoever types the command again wants the given-up ones tried again
         if len(run.scan.attempts(shard)) >= config.max_shard_retries:
             folder.remove(f"_attempts/scan/{shard:05d}.json")
     folder.sweep()
@@ -231,23 +235,26 @@ def estimate(config: ScanConfig) -> Estimate:
 
 
 def find_rank(config: ScanConfig) -> tuple[int, int]:
-    """(rank, world size): the flags, else Slurm's array or step, else 0 of 1.
+    """(rank, world size): the flags; without either, Slurm's array or step (said on stderr); else 0 of 1.
 
     Raises:
         AuditError: a rank that is not below the world size.
     """
-    rank, world = config.rank, config.world_size
-    if world == 1 and rank == 0:
+    rank, world, source = config.rank or 0, config.world_size or 1, "--rank"
+    if config.rank is None and config.world_size is None:
         for of_rank, of_world in (
             ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
             ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
         ):
             if of_rank in os.environ and of_world in os.environ:
                 first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0")) if "ARRAY" in of_rank else 0
-                rank, world = int(os.environ[of_rank]) - first, int(os.environ[of_world])
+                step = int(os.environ.get("SLURM_ARRAY_TASK_STEP", "1")) if "ARRAY" in of_rank else 1
+                rank, world, source = (int(os.environ[of_rank]) - first) // step, int(os.environ[of_world]), of_rank
                 break
     if not 0 <= rank < world:
-        raise AuditError(f"--rank {rank}: must be below --world-size {world}")
+        raise AuditError(f"{source} {rank}: must be below --world-size {world}")
+    if source != "--rank" and world > 1:
+        print(f"rank {rank} of {world} ({source}); --rank 0 --world-size 1 scans it all here", file=sys.stderr)
     return rank, world
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from audit.captions import is_empty, read_shard
 from audit.commits import Commit
-from audit.engines import ShardFailed
+from audit.engines import ShardFailed, allowed_failures
 from audit.run import Run, score_file
 from audit.schema import SCORE_COLUMNS, mask_type, pack_mask_bits, scores_schema, tensor_array
 from audit.scoring import Scored, open_scorer, score_captions
@@ -25,11 +25,12 @@ class ScanJob:
 
     Args:
         run: the run. model: the loaded model. batch_size: latents at a time.
+        max_error_rate: a shard with a larger share of failed rows is not committed.
     """
 
-    def __init__(self, run: Run, model: DiffusionModel, batch_size: int) -> None:
+    def __init__(self, run: Run, model: DiffusionModel, batch_size: int, max_error_rate: float) -> None:
         self.run, self.ledger, self.fingerprint = run, run.scan, run.fingerprint
-        self.max_error_rate = float(run.config["max_error_rate"])
+        self.max_error_rate = max_error_rate
         self.scorer = open_scorer(self.fingerprint, model, batch_size)
         self.mask_type = mask_type(self.fingerprint["masks"], *model.latent_shape[1:])
         from pipelines import MaskSource
@@ -48,7 +49,7 @@ class ScanJob:
         captions = rows["caption"].take(pa.array(own)).to_pylist()
         scored = score_captions(self.scorer, captions, on_rows)
         clock.append(time.monotonic())
-        if len(scored.errors) > self.max_error_rate * max(len(own), 1):
+        if len(scored.errors) > allowed_failures(self.max_error_rate, len(own)):
             first = next(iter(scored.errors.values()))
             raise ShardFailed(f"{len(scored.errors)} of {len(own)} captions failed, the first: {first}")
         table = self._table(shard, rows, duplicate_of, empty, own, scored)

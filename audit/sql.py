@@ -137,6 +137,7 @@ def _register(connection: duckdb.DuckDBPyConnection, name: str, run: Run, stage:
         return list(empty.names)
     plain = [field for field in found.schema if not isinstance(field.type, pa.BaseExtensionType)]
     plain = [field for field in plain if field.name not in ("mask", *_PICTURES)]
+    plain = [field for field in plain if not pa.types.is_float16(field.type)]  # DuckDB has no such type
     connection.register(name, found.replace_schema(pa.schema(plain)))
     return [field.name for field in plain]
 

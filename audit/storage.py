@@ -11,12 +11,42 @@ from typing import IO, Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from audit.errors import AuditError
+from audit.errors import AuditError, StorageError
+
+
+def _host() -> str:
+    """Where a process number means something: the host, and its container, which may share the host's name."""
+    try:
+        return f"{socket.gethostname()}-{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return socket.gethostname()
 
 
 def join(*parts: str) -> str:
     """Join path parts with single slashes, keeping a URL's scheme."""
     return "/".join([parts[0].rstrip("/"), *(part.strip("/") for part in parts[1:] if part)])
+
+
+def list_tree(fs: Any, root: str) -> dict[str, int]:
+    """Every file below a folder (or the file itself) with its size, sorted by path.
+
+    Locally links to folders are followed, as fsspec's `find` does not; no folder is entered twice.
+    """
+    if not isinstance(fs, LocalFileSystem) or os.path.isfile(root):
+        found = fs.find(root, detail=True)
+        return {path: int(info["size"] or 0) for path, info in sorted(found.items())}
+    files, entered = {}, {os.path.realpath(root)}
+
+    def is_new(folder: str) -> bool:
+        real = os.path.realpath(folder)
+        return real not in entered and not entered.add(real)  # type: ignore[func-returns-value]
+
+    for folder, below, names in os.walk(root, followlinks=True):
+        below[:] = [name for name in sorted(below) if is_new(os.path.join(folder, name))]
+        for path in (os.path.join(folder, name) for name in names):
+            if os.path.isfile(path):  # and no link to nowhere
+                files[path] = os.path.getsize(path)
+    return dict(sorted(files.items()))
 
 
 class Folder:
@@ -86,14 +116,14 @@ class Folder:
         key, which becomes visible when it is complete; a rename there would be a copy and a delete.
 
         Raises:
-            AuditError: the folder cannot be written.
+            StorageError: the folder cannot be written.
         """
         target = self.path(name)
         if not self.local:
             try:
                 self.fs.pipe_file(target, data)
             except Exception as error:  # every driver has its own types
-                raise AuditError(f"{target}: cannot be written: {error}") from error
+                raise StorageError(f"{target}: cannot be written: {error}") from error
             self.fs.invalidate_cache()
             return
         temporary = self._temporary(target)
@@ -107,7 +137,7 @@ class Folder:
         except OSError as error:
             with contextlib.suppress(OSError):  # it may lie below what is no folder
                 os.unlink(temporary)
-            raise AuditError(f"{target}: cannot be written: {error.strerror or error}") from error
+            raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from error
 
     def put(self, name: str, source: str | os.PathLike[str]) -> None:
         """Publish a large local file under `name`, as `write` does with bytes; `source` is left in place."""
@@ -129,7 +159,7 @@ class Folder:
         """Remove temporary files that dead processes of this host left behind."""
         if not self.local or not self.exists():
             return
-        host = socket.gethostname()
+        host = _host()
         for file in Path(self.root).rglob(f".*.{host}.*.tmp"):
             pid = file.name.rsplit(".", 2)[-2]
             if pid.isdigit() and not _alive(int(pid)):
@@ -138,7 +168,7 @@ class Folder:
     @staticmethod
     def _temporary(target: str) -> str:
         path = Path(target)
-        return str(path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp"))
+        return str(path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp"))
 
     @staticmethod
     def _publish(temporary: str, target: str) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
+from numpy.typing import NDArray
 
 from audit.commits import Ledger
 from audit.run import Run, Stage
@@ -17,21 +18,45 @@ RESOLVED = ("status", "error", "num_tokens", "truncated", *DETECTORS, "ld_std", 
 """Score columns that a duplicate row takes from its first occurrence."""
 
 
-def committed_files(ledger: Ledger) -> list[str]:
-    """Paths of a stage's committed files, in shard order."""
-    done = ledger.done()
+def committed_files(ledger: Ledger, shards: Sequence[int] | None = None) -> list[str]:
+    """Paths of a stage's committed files, of all shards or some, in shard order."""
+    done = ledger.done(shards)
     return [ledger.folder.path(done[shard].file) for shard in sorted(done)]
 
 
-def dataset(run: Run, stage: str = "scan") -> pads.Dataset | None:
-    """The committed files of a stage as a pyarrow dataset; None while there are none."""
+def dataset(run: Run, stage: str = "scan", shards: Sequence[int] | None = None) -> pads.Dataset | None:
+    """The committed files of a stage, of all shards or some, as a pyarrow dataset; None while there are none."""
     ledger = run.scan if stage == "scan" else getattr(Stage.find(run, stage), "ledger", None)
-    files = committed_files(ledger) if ledger else []
+    files = committed_files(ledger, shards) if ledger else []
     if not files:
         return None
     fs = run.folder.fs
     filesystem = None if run.folder.local else pa.fs.PyFileSystem(pa.fs.FSSpecHandler(fs))
     return pads.dataset(files, format="ipc", filesystem=filesystem)
+
+
+def read_rows(run: Run, row_ids: NDArray[np.int64], columns: Sequence[str] | None = None) -> pa.Table:
+    """Scanned rows by id, in the order given, from the files that hold them: refined, duplicates left as stored.
+
+    Text is read for chosen rows only: a whole column of 10^8 captions does not fit an Arrow string array to be sorted.
+
+    Args:
+        run: the run. row_ids: [n], of committed shards. columns: names to keep; None for all but the masks.
+
+    Returns:
+        n rows.
+    Raises:
+        KeyError: none of their shards is committed.
+    """
+    found = dataset(run, shards=np.unique(row_ids >> 32).tolist() if len(row_ids) else None)
+    if found is None:
+        raise KeyError("rows of shards that are not committed")
+    if columns is None:
+        columns = [name for name in found.schema.names if name != "mask"]
+    needed = [name for name in found.schema.names if name in {*columns, "row_id"}]
+    table = found.to_table(columns=needed, filter=pc.field("row_id").isin(pa.array(row_ids)))
+    table = table.take(pc.index_in(pa.array(row_ids), table["row_id"].combine_chunks()))
+    return _add_refined(run, table).select(list(columns))
 
 
 def read_stage(run: Run, stage: str, columns: Sequence[str] | None = None) -> pa.Table | None:

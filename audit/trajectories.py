@@ -13,7 +13,7 @@ import pyarrow as pa
 from PIL import Image
 
 from audit.commits import Commit
-from audit.engines import ShardFailed
+from audit.engines import ShardFailed, allowed_failures
 from audit.errors import AuditError, Drained
 from audit.run import Run, Stage
 from audit.schema import TRAJECTORY_COLUMNS, TRAJECTORY_MASKS, tensor_array
@@ -46,14 +46,15 @@ class TrajectoryJob:
 
     Args:
         run: the run. stage: `refine` or `trajectories`. model: loaded. batch_size: latents at a time.
+        max_error_rate: a shard with a larger share of failed rows is not committed.
     """
 
-    def __init__(self, run: Run, stage: str, model: DiffusionModel, batch_size: int) -> None:
+    def __init__(self, run: Run, stage: str, model: DiffusionModel, batch_size: int, max_error_rate: float) -> None:
         found = Stage.find(run, stage)
         if found is None:
             raise AuditError(f"{run.url}: stage {stage} was not begun")
         self.stage, self.ledger = found, found.ledger
-        self.max_error_rate = float(run.config["max_error_rate"])
+        self.max_error_rate = max_error_rate
         num_images = int(found.facts["fingerprint"]["num_images"])
         self.sampler = open_sampler(run.fingerprint, model, num_images, batch_size)
 
@@ -64,7 +65,7 @@ class TrajectoryJob:
         sampled, errors = self._sample(captions, noises, on_rows)
         sampling = time.monotonic() - started
         failed = [row for row, reason in enumerate(errors) if reason]
-        if len(failed) > self.max_error_rate * len(captions):
+        if len(failed) > allowed_failures(self.max_error_rate, len(captions)):
             raise ShardFailed(f"{len(failed)} of {len(captions)} trajectories failed, the first: {errors[failed[0]]}")
         table = trajectory_table(items, sampled, errors)
         counts = {"ok": len(captions) - len(failed), "error": len(failed)}

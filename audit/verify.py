@@ -52,12 +52,13 @@ def verify_run(url: str, deep: bool = False, repair: bool = False, stop: Stop | 
         for stage, shards in found.bad.items():
             ledger = _ledger(run, stage)
             for shard in shards:
-                ledger.drop(shard)
-        redone = sum(len(shards) for shards in found.bad.values())
+                if not _whole_by_now(run, ledger, shard, deep):
+                    ledger.drop(shard)
         _redo(run, found.bad, stop)
-        found = _check(Run.open(url), deep)
-        found.repaired = redone
-        found.summary += f" {redone} shards were done again."
+        before, found = found.bad, _check(Run.open(url), deep)
+        left = {stage: set(shards) for stage, shards in found.bad.items()}
+        found.repaired = sum(len(set(shards) - left.get(stage, set())) for stage, shards in before.items())
+        found.summary += f" {found.repaired} shards were done again."
     return found
 
 
@@ -77,6 +78,14 @@ def _check(run: Run, deep: bool) -> Verified:
     bad = sum(len(shards) for shards in found.bad.values())
     found.summary = f"{run.url}: {checked} shards checked, " + (f"{bad} not whole." if bad else "all whole.")
     return found
+
+
+def _whole_by_now(run: Run, ledger: Ledger, shard: int, deep: bool) -> bool:
+    """Other machines go on while a run is checked: what they have committed since is not taken back."""
+    made = ledger.read(shard)
+    if made is None or ledger.problem(made, deep=True):
+        return False
+    return not (deep and ledger.stage == "scan" and _check_rows(run, shard))
 
 
 def _check_stage(ledger: Ledger, shards: Any, found: Verified, file: Any) -> int:
@@ -140,7 +149,12 @@ def _check_origins(run: Run, captions: pa.ChunkedArray, duplicate_of: np.ndarray
 def _redo(run: Run, bad: dict[str, list[int]], stop: Stop | None) -> None:
     from audit.scan import ScanConfig, scan
 
-    scan(replace(config_of(ScanConfig, run.config), output=run.url, rank=0, world_size=1, dry_run=False), stop)
+    config = replace(config_of(ScanConfig, run.config), output=run.url, rank=0, world_size=1, dry_run=False)
+    refine = Stage.find(run, "refine")
+    if refine is not None:  # which may have been asked for by a later command than the one that is recorded
+        begun = refine.facts["fingerprint"]
+        config = replace(config, refine=begun["fraction"], refine_by=begun["by"])
+    scan(config, stop)
     for stage in bad:
         if stage in ("trajectories", "confirm"):
             from audit.confirm import resume_confirm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import os
@@ -15,9 +16,11 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from audit.captions.streams import BATCH_ROWS, HUB_NAME, first_line, load_dataset, open_input, reading, text_columns
 from audit.errors import AuditError
+from audit.storage import list_tree
 
 CAPTION_COLUMNS = ("TEXT", "caption", "text", "prompt", "captions")
 """Where a caption is looked for when no column is named: exactly so and in this order, then in any case."""
@@ -35,6 +38,7 @@ FORMATS = {
     ".csv.gz": "csv",
 }
 _JSON = (".json", ".json.gz")
+_OURS = ("plan.arrow", "index_info.json", "report.json")  # in the folder of a run, an index, a report
 _WHOLE = 8 << 20  # files up to this size are hashed whole: the ones people edit by hand
 
 
@@ -106,11 +110,10 @@ def _expand(text: str) -> list[Source]:
         if fs.isdir(path):
             if _is_saved_dataset(fs, path):
                 return [Source(path if local else text, "dataset")]
-            files = _visible(fs.find(path), path)
+            files = _visible(list_tree(fs, path), path)
         elif any(letter in text for letter in "*?["):
-            found = fs.glob(path, detail=True)
             fixed = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
-            files = _visible((name for name, info in found.items() if info["type"] == "file"), fixed)
+            files = _visible(_matching(fs, path, fixed), fixed)
         else:
             return [_missing(text, fs, path)]
     except AuditError:
@@ -123,6 +126,16 @@ def _expand(text: str) -> list[Source]:
     if not files:
         raise AuditError(f"{text}: no file there that captions are read from: {', '.join(FORMATS)}")
     return [Source(name if local else fs.unstrip_protocol(name), _format(name)) for name in files]
+
+
+def _matching(fs: Any, pattern: str, fixed: str) -> list[str]:
+    """Files that match a glob; locally links to folders are followed, as fsspec does not. `fixed`: its plain part."""
+    if not isinstance(fs, LocalFileSystem):
+        return [name for name, info in fs.glob(pattern, detail=True).items() if info["type"] == "file"]
+    if "**" in pattern:
+        like = re.compile(glob_translate(pattern))
+        return [name for name in _visible(list_tree(fs, fixed or "/"), fixed) if like.match(name)]
+    return [name for name in glob.glob(pattern) if os.path.isfile(name)]
 
 
 def _missing(text: str, fs: Any, path: str) -> Source:
@@ -140,9 +153,9 @@ def _is_saved_dataset(fs: Any, folder: str) -> bool:
 
 
 def _visible(names: Iterable[str], root: str) -> list[str]:
-    """Without hidden files, and without what lies in a run folder: `scan .` must not read its own scores."""
+    """Without hidden files, and without what this program wrote: `scan .` must not read its own scores."""
     names = list(names)
-    runs = tuple(name.removesuffix("plan.arrow") for name in names if name.endswith("/plan.arrow"))
+    runs = tuple(name.removesuffix(mark) for name in names for mark in _OURS if name.endswith(f"/{mark}"))
     below = len(root.rstrip("/")) + 1
     hidden = {name for name in names if any(part.startswith((".", "_")) for part in name[below:].split("/"))}
     return [name for name in names if name not in hidden and not name.startswith(runs)]

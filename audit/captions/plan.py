@@ -77,7 +77,9 @@ class CaptionPlan:
         """
         if self._first is not None:
             return self._duplicates_of(shard)
-        batch = _duplicate_batches(self._folder.url).get_batch(shard)  # type: ignore[union-attr]
+        assert self._folder is not None
+        with reading(self._folder.path("duplicates.arrow")):
+            batch = _duplicate_batches(self._folder.url).get_batch(shard)
         count = self.shards["row_count"][shard].as_py()
         found = np.full(count, -1, np.int64)
         found[batch["row_id"].to_numpy() & 0xFFFFFFFF] = batch["duplicate_of"].to_numpy()
@@ -237,6 +239,8 @@ def _keep_schema(described: list[tuple[CaptionFile, pa.Schema]], named: Sequence
         for name in names:
             if name.lower() in SCORE_COLUMNS:
                 raise AuditError(f"--keep-cols {name}: a run has a column of that name itself: rename the input's")
+            if sum(name.lower() == other.lower() for other in names) > 1:
+                raise AuditError(f"--keep-cols {name}: another of the columns differs in case alone: SQL knows one")
     fields = []
     for name in names:
         found = [
@@ -245,7 +249,8 @@ def _keep_schema(described: list[tuple[CaptionFile, pa.Schema]], named: Sequence
         if not found:
             has = ", ".join(described[0][1].names[:20])
             raise AuditError(
-                f"--keep-cols {name}: no input has one column of that name; {described[0][0].path} has {has}"
+                f"--keep-cols {name}: no input has one column of that name (JSONL: in its first 100,000 lines); "
+                f"{described[0][0].path} has {has}"
             )
         fields.append(pa.field(name, _common_type(name, found)))
     return pa.schema(fields)

@@ -17,24 +17,25 @@ import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from audit.errors import AuditError
+from audit.errors import AuditError, StorageError
 from audit.progress import Progress
 
 BATCH_ROWS = 8192
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]+))?")
-_PEEK_LINES = 1000
+_PEEK_LINES = 100_000
+csv.field_size_limit(1 << 30)  # its default of 128 kB is for a caption column, not for what lies beside
 _LONG = 256 << 20  # bytes that take a while
 
 
 def open_input(path: str) -> IO[bytes]:
-    """Open a path or URL for reading, seekable. Raises AuditError when it cannot be."""
+    """Open a path or URL for reading, seekable. Raises AuditError when it is not there, StorageError when it fails."""
     try:
         fs, name = fsspec.core.url_to_fs(path)
         return fs.open(name, "rb")
     except FileNotFoundError as error:
         raise AuditError(f"{path}: no such file") from error
     except Exception as error:  # every file system driver has its own exceptions
-        raise AuditError(f"{path}: cannot be opened: {first_line(error)}") from error
+        raise StorageError(f"{path}: cannot be opened: {first_line(error)}") from error
 
 
 @contextmanager
@@ -155,6 +156,7 @@ def _csv_values(path: str, raw: IO[bytes], names: list[str]) -> Iterator[list[st
 
 def _csv_rows(path: str, raw: IO[bytes]) -> Iterator[tuple[int, list[str]]]:
     """Number of the last line and fields of every row that is not blank, the header first."""
+    width = 0
     lines = enumerate(_plain(path, raw))
     reader = csv.reader((line.decode("utf-8-sig" if at == 0 else "utf-8") for at, line in lines), strict=True)
     while True:
@@ -166,7 +168,10 @@ def _csv_rows(path: str, raw: IO[bytes]) -> Iterator[tuple[int, list[str]]]:
             raise AuditError(f"{path}: line {reader.line_num}: not CSV: {error}") from error
         except UnicodeDecodeError as error:
             raise AuditError(f"{path}: line {reader.line_num + 1}: not UTF-8: {error}") from error
+        if width == 1 and not row:
+            row = [""]  # in a file of one column, a blank line is a caption that is not there
         if row:
+            width = width or len(row)
             yield reader.line_num, row
 
 

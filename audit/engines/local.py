@@ -13,12 +13,16 @@ from dataclasses import dataclass, field
 from typing import IO, Any
 
 from audit.commits import Ledger
-from audit.engines import Job
-from audit.errors import AuditError, Drained
+from audit.engines import Job, compute
+from audit.errors import AuditError, ends_the_job
 from audit.progress import Progress
 from audit.stopping import Stop
 
 DEATHS = 3  # workers that may die one after the other while they load
+REPLACE, RETIRE = 2, 8
+"""Shards that fail one after the other at their first try: so many, and a worker is replaced; is not started again.
+Bad data fail here and there; a broken device or driver fails everything at once, and would use up every shard's tries.
+"""
 
 
 @dataclass
@@ -32,12 +36,19 @@ class Outcome:
 def run_here(job: Job, shards: Sequence[int], max_retries: int, progress: Progress, stop: Stop) -> Outcome:
     """Run shards one after the other in this process; a failed one is tried again after the others.
 
+    After RETIRE failures in a row it stops and leaves the others as they are.
+
     Raises:
         Drained: a stop was asked for; the shard in hand is dropped.
     """
     outcome, queue = Outcome(), collections.deque(shards)
+    tried: set[int] = set()
+    streak = 0  # failures in a row, of shards at their first try
     while queue:
         stop.check()
+        if streak >= RETIRE:
+            note_stop(len(queue), progress)
+            break
         shard, counted = queue.popleft(), 0
 
         def on_rows(rows: int) -> None:
@@ -47,11 +58,13 @@ def run_here(job: Job, shards: Sequence[int], max_retries: int, progress: Progre
             stop.check()
 
         try:
-            made = job(shard, on_rows)
-        except (AuditError, Drained):
-            raise
+            made = compute(job, shard, on_rows)
         except Exception as error:  # whatever a shard dies of, the others go on
+            if ends_the_job(error):
+                raise
             progress.add(-counted)
+            streak += shard not in tried
+            tried.add(shard)
             if note_failure(job.ledger, shard, f"{type(error).__name__}: {error}", max_retries, progress):
                 queue.append(shard)
             else:
@@ -59,7 +72,16 @@ def run_here(job: Job, shards: Sequence[int], max_retries: int, progress: Progre
         else:
             progress.add(made.rows - counted)
             outcome.committed.append(shard)
+            streak = 0
     return outcome
+
+
+def note_stop(left: int, progress: Progress) -> None:
+    """Say that the job stops because everything fails."""
+    progress.note(
+        f"{RETIRE} shards failed one after the other on every worker: stopped with {left} shards left. Look at what "
+        "failed (be-audit status), mend it, and give the same command again."
+    )
 
 
 def note_failure(ledger: Ledger, shard: int, error: str, max_retries: int, progress: Progress) -> bool:
@@ -84,7 +106,8 @@ def run_processes(
 
     A worker speaks JSON lines: {"ready": true} when its model is loaded, {"rows": n} as it goes,
     then {"done": shard, "rows": n} or {"failed": shard, "error": e}.
-    One that dies (killed, out of memory, a crash of the driver) has its shard counted as failed and is replaced.
+    One that dies (killed, out of memory, a crash of the driver) has its shard counted as failed and is replaced; so is
+    one that fails REPLACE shards in a row, and after RETIRE its place stays empty. Without any worker left it stops.
 
     Args:
         command: worker number -> argv of a process that reads shard numbers from stdin.
@@ -97,9 +120,11 @@ def run_processes(
     selector = selectors.DefaultSelector()
     pool: dict[int, _Worker] = {}
     never_ready = 0  # deaths in a row of workers that had not loaded their model
+    tried: set[int] = set()
+    streaks: collections.Counter[int] = collections.Counter()  # of a worker: failures in a row, at first tries
 
     def start(number: int) -> None:
-        pool[number] = _Worker(command(number))
+        pool[number] = _Worker(number, command(number))
         selector.register(pool[number].output, selectors.EVENT_READ, number)
         feed(pool[number])
 
@@ -108,8 +133,10 @@ def run_processes(
         worker.counted = 0
         worker.send(worker.shard)
 
-    def failed(shard: int, error: str, counted: int) -> None:
-        progress.add(-counted)
+    def failed(worker: _Worker, shard: int, error: str) -> None:
+        progress.add(-worker.counted)
+        streaks[worker.number] += shard not in tried
+        tried.add(shard)
         if note_failure(ledger, shard, error, max_retries, progress):
             queue.append(shard)
         else:
@@ -122,10 +149,15 @@ def run_processes(
         elif "done" in said:
             progress.add(int(said["rows"]) - worker.counted)
             outcome.committed.append(int(said["done"]))
+            streaks[worker.number] = 0
             feed(worker)
         elif "failed" in said:
-            failed(int(said["failed"]), str(said["error"]), worker.counted)
-            feed(worker)
+            failed(worker, int(said["failed"]), str(said["error"]))
+            if streaks[worker.number] < REPLACE:
+                feed(worker)
+            else:  # it ends, and another takes its place
+                worker.shard = None
+                worker.send(None)
         elif "rows" in said:
             worker.counted += int(said["rows"])
             progress.add(int(said["rows"]))
@@ -146,7 +178,7 @@ def run_processes(
             progress.add(done[worker.shard].rows - worker.counted)
             outcome.committed.append(worker.shard)
         elif worker.ready:
-            failed(worker.shard, f"worker died with exit code {code}", worker.counted)
+            failed(worker, worker.shard, f"worker died with exit code {code}")
         else:
             queue.appendleft(worker.shard)  # not the shard's fault
             never_ready += 1
@@ -157,8 +189,11 @@ def run_processes(
     try:
         while queue or pool:
             for number in range(workers):
-                if queue and number not in pool:
+                if queue and number not in pool and streaks[number] < RETIRE:
                     start(number)
+            if not pool:
+                note_stop(len(queue), progress)
+                break
             ready = selector.select(timeout=0.5)
             stop.check()
             for key, _ in ready:
@@ -179,8 +214,8 @@ def run_processes(
 class _Worker:
     """One owned process and the shard it has in hand."""
 
-    def __init__(self, argv: list[str]) -> None:
-        self.shard: int | None = None
+    def __init__(self, number: int, argv: list[str]) -> None:
+        self.number, self.shard = number, None  # type: int, int | None
         self.counted, self.ready, self.error, self.rest = 0, False, "", b""
         # a session of its own: Ctrl-C reaches the parent alone, which then ends its workers
         self.process = subprocess.Popen(
@@ -216,9 +251,9 @@ class _Worker:
         return code
 
 
-def worker_argv(run_url: str, stage: str, device: str, batch_size: int) -> list[str]:
+def worker_argv(run_url: str, stage: str, device: str, batch_size: int, max_error_rate: float) -> list[str]:
     """argv of a worker process for a stage of a run."""
-    return [sys.executable, "-m", "audit.engines.worker", run_url, stage, device, str(batch_size)]
+    return [sys.executable, "-m", "audit.engines.worker", run_url, stage, device, str(batch_size), str(max_error_rate)]
 
 
 def die_with_parent() -> None:

@@ -11,23 +11,27 @@ from collections.abc import Sequence
 from typing import Any
 
 from audit.commits import Ledger
-from audit.engines.local import Outcome, note_failure
-from audit.errors import AuditError, Drained
+from audit.engines import Job, compute
+from audit.engines.local import REPLACE, RETIRE, Outcome, note_failure, note_stop
+from audit.errors import AuditError, Drained, ends_the_job
 from audit.progress import Progress
 from audit.stopping import Stop
 
 
 class ShardActor:
-    """Lives in a Ray worker: opens the job once, then computes shards."""
+    """Lives in a Ray worker: opens the job once, with the first shard, then computes shards."""
 
-    def __init__(self, run_url: str, stage: str, device: str, batch_size: int) -> None:
-        from audit.jobs import open_job
-
-        self.job = open_job(run_url, stage, device, batch_size)
+    def __init__(self, run_url: str, stage: str, device: str, batch_size: int, max_error_rate: float) -> None:
+        self.settings = (run_url, stage, device, batch_size, max_error_rate)
+        self.job: Job | None = None
 
     def compute(self, shard: int) -> int:
         """Compute and commit a shard; returns its rows."""
-        return self.job(shard, lambda _: None).rows
+        if self.job is None:  # not in __init__: what a constructor raises reaches the driver without its type
+            from audit.jobs import open_job
+
+            self.job = open_job(*self.settings)
+        return compute(self.job, shard, lambda _: None).rows
 
 
 def run_on_ray(
@@ -43,7 +47,9 @@ def run_on_ray(
     """Run shards on the cluster that RAY_ADDRESS names, else on one started here.
 
     Args:
-        config: has device, batch_size and workers (0: one a GPU of the cluster, or one without GPUs).
+        config: has device, batch_size, max_error_rate and workers (0: one a GPU of the cluster, or one without GPUs).
+
+    An actor that dies or fails REPLACE shards in a row is replaced, and after RETIRE its place stays empty.
 
     Raises:
         AuditError: Ray is not installed, the device is not there, or a worker said its input is bad.
@@ -64,43 +70,50 @@ def run_on_ray(
     device = "cuda" if on_gpu else config.device
     actor = ray.remote(num_gpus=1 if on_gpu else 0, num_cpus=1)(ShardActor)
     outcome, queue = Outcome(), collections.deque(shards)
-    in_hand: dict[Any, tuple[Any, int]] = {}  # reference of a result -> its actor and shard
-    actors: list[Any] = []
+    in_hand: dict[Any, tuple[int, int]] = {}  # reference of a result -> place of its actor, and shard
+    actors: dict[int, Any] = {}
+    free = list(range(min(config.workers or (gpus if on_gpu else 1), len(queue))))
+    tried: set[int] = set()
+    streaks: collections.Counter[int] = collections.Counter()  # of a place: failures in a row, at first tries
 
-    def start() -> Any:
-        actors.append(actor.remote(url, stage, device, config.batch_size))
-        return actors[-1]
-
-    def feed(worker: Any) -> None:
-        if queue:
-            shard = queue.popleft()
-            in_hand[worker.compute.remote(shard)] = (worker, shard)
+    def feed(place: int) -> None:
+        if place not in actors:
+            actors[place] = actor.remote(url, stage, device, config.batch_size, config.max_error_rate)
+        shard = queue.popleft()
+        in_hand[actors[place].compute.remote(shard)] = (place, shard)
 
     try:
-        for _ in range(min(config.workers or (gpus if on_gpu else 1), len(queue))):
-            feed(start())
-        while in_hand:
+        while queue or in_hand:
+            while queue and free:
+                feed(free.pop())
+            if not in_hand:
+                note_stop(len(queue), progress)
+                break
             if stop.requested:
                 raise Drained
             ready, _ = ray.wait(list(in_hand), num_returns=1, timeout=0.5)
             for reference in ready:
-                worker, shard = in_hand.pop(reference)
+                place, shard = in_hand.pop(reference)
                 try:
                     progress.add(ray.get(reference))
                     outcome.committed.append(shard)
+                    streaks[place] = 0
                 except ray.exceptions.RayError as error:
                     cause = getattr(error, "cause", None)
-                    if isinstance(cause, AuditError):
+                    if isinstance(cause, Exception) and ends_the_job(cause):
                         raise cause from None
+                    streaks[place] += shard not in tried
+                    tried.add(shard)
                     if note_failure(ledger, shard, str(cause or error), max_retries, progress):
                         queue.append(shard)
                     else:
                         outcome.quarantined.append(shard)
-                    if isinstance(error, ray.exceptions.RayActorError):  # it died: another takes its place
-                        worker = start()
-                feed(worker)
+                    if isinstance(error, ray.exceptions.RayActorError) or streaks[place] >= REPLACE:
+                        ray.kill(actors.pop(place))  # another takes its place
+                if streaks[place] < RETIRE:
+                    free.append(place)
     finally:
-        for worker in actors:
+        for worker in actors.values():
             ray.kill(worker)
         if started_here:
             ray.shutdown()

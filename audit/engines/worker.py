@@ -7,12 +7,13 @@ import os
 import sys
 from typing import Any
 
+from audit.engines import compute
 from audit.engines.local import die_with_parent
-from audit.errors import AuditError, Drained
+from audit.errors import AuditError, Drained, ends_the_job
 from audit.stopping import stop_on_signals
 
 
-def main(run_url: str, stage: str, device: str, batch_size: str) -> int:
+def main(run_url: str, stage: str, device: str, batch_size: str, max_error_rate: str) -> int:
     """Serve until stdin ends. Exit codes: 0, 2 bad input, 75 stopped."""
     say = _take_stdout()
     die_with_parent()
@@ -20,7 +21,7 @@ def main(run_url: str, stage: str, device: str, batch_size: str) -> int:
 
     with stop_on_signals() as stop:
         try:
-            job = open_job(run_url, stage, device, int(batch_size))
+            job = open_job(run_url, stage, device, int(batch_size), float(max_error_rate))
         except AuditError as error:
             say({"error_line": str(error)})
             return 2
@@ -37,10 +38,10 @@ def main(run_url: str, stage: str, device: str, batch_size: str) -> int:
             for line in sys.stdin:
                 shard = int(line)
                 try:
-                    made = job(shard, on_rows)
-                except (AuditError, Drained):
-                    raise
+                    made = compute(job, shard, on_rows)
                 except Exception as error:  # the parent decides whether it is tried again
+                    if ends_the_job(error):
+                        raise
                     say({"failed": shard, "error": f"{type(error).__name__}: {error}"})
                 else:
                     say({"done": shard, "rows": made.rows})

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from audit.errors import AuditError
+from audit.storage import list_tree
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 URL_COLUMNS = ("url", "image_url", "img_url", "link")
@@ -231,10 +232,9 @@ def decode(data: bytes) -> Image.Image:
 
 def list_files(fs: Any, root: str, remote: bool) -> dict[str, int]:
     """Every file below a folder (or the file itself) with its size, sorted by path; hidden ones left out."""
-    found = fs.find(root, detail=True)
     return {
-        fs.unstrip_protocol(path) if remote else path: int(info["size"] or 0)
-        for path, info in sorted(found.items())
+        fs.unstrip_protocol(path) if remote else path: size
+        for path, size in list_tree(fs, root).items()
         if not any(part.startswith(".") for part in path[len(root) :].split("/"))
     }
 

@@ -14,7 +14,7 @@ from audit.errors import AuditError
 from audit.report.groups import group_captions
 from audit.run import Run, Stage
 from audit.schema import CONFIRMED_COLUMNS, DEFAULT_SCORE, DETECTORS, MATCH_COLUMNS, SCORE_COLUMNS, WINDOWS
-from audit.tables import dataset, read_scores
+from audit.tables import dataset, read_rows, read_scores
 
 DEFAULT_FRACTION, DEFAULT_TOP_K = 0.1, 1000  # listed without a threshold: this part of the captions, at most so many
 MOST = 50_000  # rows a report lists, at most: what its table was built for
@@ -101,11 +101,11 @@ def find_flagged(run: Run, by: str, threshold: float | None, top_k: int | None) 
         AuditError: nothing committed yet, or no values in that column.
     """
     verdicts = read_verdicts(run)
-    scores = read_scores(run)
     if by not in (*DETECTORS, *WINDOWS):
         raise AuditError(f"--by {by}: no score column; there are {', '.join((*DETECTORS, *WINDOWS))}")
+    scores = read_scores(run, ["row_id", "status", "duplicate_of", by])
     first = scores.filter(pc.and_(pc.equal(scores["status"], "ok"), pc.is_null(scores["duplicate_of"])))
-    first = first.sort_by([(by, "descending"), ("row_id", "ascending")])
+    first = first.select(["row_id", by]).sort_by([(by, "descending"), ("row_id", "ascending")])
     values = first[by].to_numpy()
     valid = int(np.isfinite(values).sum())  # nulls come last
     if not valid and first.num_rows:
@@ -120,14 +120,13 @@ def find_flagged(run: Run, by: str, threshold: float | None, top_k: int | None) 
     candidates = Stage.find(run, "trajectories")
     if candidates is not None:
         chosen |= np.isin(ids, candidates.items["row_id"].to_numpy())
-    table = first.filter(pa.array(chosen))
     same = pc.coalesce(scores["duplicate_of"], scores["row_id"]).to_numpy()
-    table = _flagged_table(run, table, same, by, verdicts)
+    table = _flagged_table(run, read_rows(run, ids[chosen]), same, by, verdicts)
     counts = dict.fromkeys(("ok", "error", "empty", "pending"), 0)
     counts |= {each["values"]: each["counts"] for each in pc.value_counts(scores["status"]).to_pylist()}
     counts |= {"rows": scores.num_rows, "duplicates": int(pc.sum(pc.is_valid(scores["duplicate_of"])).as_py() or 0)}
     counts["distinct"] = first.num_rows
-    deny = deny_list(run, scores, same, table, verdicts is not None)
+    deny = deny_list(run, scores["row_id"].to_numpy(), same, table, verdicts is not None)
     return Flagged(table, deny, values[:valid], by, threshold, above, taken, counts)
 
 
@@ -206,19 +205,21 @@ def _input_places(run: Run, row_ids: np.ndarray) -> dict[str, pa.Array]:
     }
 
 
-def deny_list(run: Run, scores: pa.Table, same: np.ndarray, flagged: pa.Table, confirmed: bool) -> pa.Table:
+def deny_list(run: Run, row_ids: np.ndarray, same: np.ndarray, flagged: pa.Table, confirmed: bool) -> pa.Table:
     """What to drop: every row with a reproduced caption, and every training picture that was reproduced.
 
     Args:
-        scores: all rows. same: of each the row_id of its caption's first occurrence. flagged: the flagged table.
+        row_ids: of all rows. same: of each the row_id of its caption's first occurrence. flagged: the flagged table.
         confirmed: there are verdicts; only global and local ones count then, else every flagged caption does.
     """
     if confirmed:
         flagged = flagged.filter(pc.is_in(flagged["verdict"], pa.array(COPIED)))
     ids = flagged["row_id"].combine_chunks()
-    rows = scores.filter(pa.array(np.isin(same, ids.to_numpy())))
+    carried = source_columns(list(run.plan.keep_schema.names))
+    wanted = ["row_id", "duplicate_of", "caption", *(name for name in carried if name)]
+    rows = read_rows(run, row_ids[np.isin(same, ids.to_numpy())], wanted)
     first = pc.coalesce(rows["duplicate_of"], rows["row_id"]).combine_chunks()
-    url, key = source_columns([name for name in rows.schema.names if name not in SCORE_COLUMNS])
+    url, key = carried
     none = pa.nulls(rows.num_rows, pa.string())
     captions = {
         "source": pa.array(["caption"] * rows.num_rows, pa.string()),

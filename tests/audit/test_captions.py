@@ -262,6 +262,35 @@ def test_text_formats(tmp_path: Path) -> None:
     ]
 
 
+def test_folders_behind_links_are_read_and_what_we_wrote_is_not(tmp_path: Path) -> None:
+    data, far = tmp_path / "data", tmp_path / "far"
+    for folder in (data / "plain", far, data / "run", data / "index" / "parts", data / "report" / "exports"):
+        folder.mkdir(parents=True)
+    for path in (data / "plain/a.csv", far / "b.csv", data / "run/c.csv", data / "index/parts/d.csv"):
+        path.write_text(f"caption\n{path.stem}\n")
+    (data / "report/exports/e.csv").write_text("caption\ne\n")
+    for name in ("run/plan.arrow", "index/index_info.json", "report/report.json"):
+        (data / name).write_text("{}")
+    (data / "far").symlink_to(far)
+    (far / "back").symlink_to(data)  # a circle ends
+    for given in (data, data / "**" / "*.csv"):
+        assert [Path(source.path).name for source in captions.find_captions([given])] == ["b.csv", "a.csv"]
+    assert [Path(source.path).name for source in captions.find_captions([data / "*" / "b.csv"])] == ["b.csv"]
+
+
+def test_a_blank_line_in_a_file_of_one_column_is_a_row(tmp_path: Path) -> None:
+    (tmp_path / "one.csv").write_text("caption\nfirst\n\nthird\n")
+    (tmp_path / "two.csv").write_text("caption,url\nfirst,u\n\nthird,v\n")
+    for name, rows in (("one", ["first", "", "third"]), ("two", ["first", "third"])):
+        plan = make_plan([tmp_path / f"{name}.csv"], tmp_path / name)
+        assert [row["caption"] for row in all_rows(plan, tmp_path / name)] == rows
+
+
+def test_a_long_field_beside_the_caption_is_no_matter(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(f"caption,page\na sofa,{'x' * 200_000}\n")
+    assert make_plan([tmp_path / "x.csv"], tmp_path / "run").num_rows == 1
+
+
 def test_bytes_that_are_not_utf8_do_not_stop_a_run(tmp_path: Path) -> None:
     broken = pa.array([b"caf\xe9", b"fine"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"TEXT": broken, "url": broken}), tmp_path / "x.parquet")

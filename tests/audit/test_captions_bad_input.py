@@ -132,6 +132,7 @@ def test_empty_part_among_others_is_fine(tmp_path: Path, monkeypatch: pytest.Mon
         ({"caption_col": "text"}, "x.parquet: no column 'text'; it has TEXT, width: pass another --caption-col"),
         ({"caption_col": "width"}, "x.parquet: column 'width' is int64, not text"),
         ({"keep_cols": ("height",)}, "--keep-cols height: no input has one column of that name"),
+        ({"keep_cols": ("url", "URL")}, "--keep-cols url: another of the columns differs in case alone"),
         ({"keep_cols": ("ld",)}, "--keep-cols ld: a run has a column of that name itself"),
         ({"limit": 0}, "--limit 0: at least 1"),
         ({"rows_per_shard": 0}, "--rows-per-shard 0: at least 1"),

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 
 from audit.commits import Ledger
-from audit.engines.local import Outcome, run_here, run_processes
-from audit.errors import AuditError, Drained
+from audit.engines.local import RETIRE, Outcome, run_here, run_processes
+from audit.errors import AuditError, Drained, StorageError
 from audit.jobs import find_devices
 from audit.progress import Progress
 from audit.stopping import Stop
@@ -58,6 +58,42 @@ def test_a_failed_shard_comes_again_after_the_others(ledger: Ledger) -> None:
     assert (done.committed, done.quarantined) == ([1, 3, 0], [2])
     assert [tries["error"] for tries in ledger.attempts(2)] == ["ValueError: no luck with 2"] * 3
     assert progress.done == 3  # rows of the tries that failed are taken back
+
+
+def test_a_store_that_fails_once_costs_a_try_and_bad_input_ends_the_job(ledger: Ledger) -> None:
+    raised: list[Exception] = [StorageError("out/1.arrow: cannot be written: 503 Slow Down")]
+
+    class Failing(Job):
+        def __call__(self, shard: int, on_rows: object) -> object:
+            if shard == 1 and raised:
+                raise raised.pop()
+            return super().__call__(shard, on_rows)
+
+    with Progress(4, "rows", "test") as progress:
+        done = run_here(Failing(ledger, {}), [0, 1, 2], 3, progress, Stop())  # type: ignore[arg-type]
+        assert (done.committed, done.quarantined) == ([0, 2, 1], [])
+        raised.append(AuditError("input.csv: no such file"))
+        ledger.drop(1)
+        with pytest.raises(AuditError, match="no such file"):
+            run_here(Failing(ledger, {}), [1], 3, progress, Stop())  # type: ignore[arg-type]
+
+
+def test_what_another_process_has_committed_is_not_done_again(ledger: Ledger) -> None:
+    ledger.commit(1, "out/1.arrow", pa.table({"x": [1]}))
+    job = Job(ledger, {})
+    with Progress(3, "rows", "test") as progress:
+        done = run_here(job, [0, 1, 2], 3, progress, Stop())  # type: ignore[arg-type]
+    assert (done.committed, job.order, progress.done) == ([0, 1, 2], [0, 2], 3)
+
+
+def test_a_broken_device_does_not_use_up_every_shards_tries(ledger: Ledger, capsys: pytest.CaptureFixture[str]) -> None:
+    """From shard 2 on everything fails, as after a device-side assert."""
+    job = Job(ledger, dict.fromkeys(range(2, 100), 9))
+    with Progress(100, "rows", "test") as progress:
+        done = run_here(job, range(100), 3, progress, Stop())  # type: ignore[arg-type]
+    assert (done.committed, done.quarantined) == ([0, 1], [])
+    assert job.order == list(range(2 + RETIRE))
+    assert "stopped with 98 shards left" in capsys.readouterr().err
 
 
 def test_a_stop_drops_the_shard_in_hand(ledger: Ledger) -> None:
@@ -144,6 +180,44 @@ for line in sys.stdin:
     done, progress = run_workers(ledger, script, workers=1)
     assert done.committed == SHARDS and ledger.attempts(0) == [] and progress.done == len(SHARDS)
     assert (tmp_path / "order").read_text().split() == [str(shard) for shard in SHARDS]
+
+
+BROKEN = """
+import time
+print('{"ready": true}', flush=True)
+broken = %s
+for line in sys.stdin:
+    said = {"failed": int(line), "error": "RuntimeError: CUDA error"} if broken else {"done": int(line), "rows": 1}
+    if not broken: time.sleep(0.02)
+    print(json.dumps(said), flush=True)
+"""
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_fails_everything_is_replaced_then_retired(tmp_path: Path, ledger: Ledger) -> None:
+    """One of three devices is broken for good: the other two do all the work, and no shard is given up."""
+    starts = tmp_path / "starts"
+
+    def command(number: int) -> list[str]:
+        with starts.open("a") as file:
+            file.write(f"{number}\n")
+        return [sys.executable, "-c", READ + BROKEN % (number == 0)]
+
+    with Progress(200, "rows", "test") as progress:
+        done = run_processes(command, 3, ledger, range(200), 3, progress, Stop())
+    assert sorted(done.committed) == list(range(200)) and done.quarantined == []
+    assert progress.done == 200
+    assert starts.read_text().split().count("0") > 1  # a fresh process may be a fresh device
+
+
+@pytest.mark.timeout(60)
+def test_workers_that_all_fail_stop_the_job(ledger: Ledger, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(100, "rows", "test") as progress:
+        command = [sys.executable, "-c", READ + BROKEN % True]
+        done = run_processes(lambda _: command, 2, ledger, range(100), 3, progress, Stop())
+    assert (done.committed, done.quarantined) == ([], [])
+    assert all(len(ledger.attempts(shard)) <= 1 for shard in range(100))
+    assert "failed one after the other on every worker" in capsys.readouterr().err
 
 
 @pytest.mark.timeout(60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 import time
@@ -13,8 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from audit.errors import AuditError, Drained
+from audit.jobs import run_stage
 from audit.run import Run
 from audit.scan import ScanConfig, scan
+from audit.stopping import Stop
 from audit.tables import read_scores
 from tests.tiny import save_model
 
@@ -70,3 +74,19 @@ def test_ray_gives_the_same_run_and_survives_a_killed_actor(inputs: tuple[str, s
     assert by_ray.caption.tolist() == here.caption.tolist()
     np.testing.assert_allclose(by_ray.ld, here.ld, rtol=1e-4)
     np.testing.assert_allclose(by_ray.ld_energy, here.ld_energy, rtol=1e-4)
+
+
+def test_bad_input_found_by_an_actor_ends_the_job(inputs: tuple[str, str], tmp_path: Path) -> None:
+    """A node with other weights: said at once, in one line, and no shard's fault."""
+    mine = config(inputs, tmp_path / "run", "ray")
+    stop = Stop()
+    stop.requested = True  # planned, not begun
+    with pytest.raises(Drained):
+        scan(mine, stop)
+    facts = json.loads((tmp_path / "run/run.json").read_text())
+    facts["fingerprint"]["model"]["weights_sha256"] = "0" * 64
+    (tmp_path / "run/run.json").write_text(json.dumps(facts))
+    run = Run.open(str(tmp_path / "run"))
+    with pytest.raises(AuditError, match="other weights than the run was begun with"):
+        run_stage(run, "scan", run.scan, [0, 1, 2], mine, None, dict.fromkeys(range(12), 5), "captions", {})
+    assert run.scan.tried() == set()

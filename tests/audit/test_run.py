@@ -165,7 +165,7 @@ def test_planning_that_was_killed_begins_anew(config: ScanConfig) -> None:
 
 
 def test_leftovers_of_dead_processes_alone_are_swept(config: ScanConfig) -> None:
-    host = os.uname().nodename
+    host = f"{os.uname().nodename}-{os.stat('/proc/self/ns/pid').st_ino}"
     dead = 4_190_000  # above the largest pid
     folder = Path(config.output, "scores", "000")
     kept = [folder / f".00009.arrow.{host}.{os.getpid()}.tmp", folder / f".00009.arrow.otherhost.{dead}.tmp"]

@@ -135,6 +135,15 @@ def test_machines_share_a_run_by_rank(config: ScanConfig, tmp_path: Path) -> Non
     [
         ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8"}, (3, 8)),
         ({"SLURM_ARRAY_TASK_ID": "6", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "5"}, (1, 4)),
+        (
+            {
+                "SLURM_ARRAY_TASK_ID": "9",
+                "SLURM_ARRAY_TASK_COUNT": "4",
+                "SLURM_ARRAY_TASK_MIN": "5",
+                "SLURM_ARRAY_TASK_STEP": "2",
+            },
+            (2, 4),
+        ),
         ({}, (0, 1)),
     ],
 )
@@ -143,6 +152,7 @@ def test_rank_from_slurm(monkeypatch: pytest.MonkeyPatch, slurm: dict[str, str],
         monkeypatch.setenv(name, value)
     assert find_rank(ScanConfig()) == expected
     assert find_rank(ScanConfig(rank=1, world_size=2)) == (1, 2)
+    assert find_rank(ScanConfig(rank=0, world_size=1)) == (0, 1)
 
 
 def test_finished_run_is_left_alone_and_says_so(config: ScanConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,23 +235,39 @@ def test_a_row_that_always_fails_is_a_row_with_an_error(
 def test_a_shard_with_too_many_failures_is_given_up_and_tried_again_when_asked(
     config: ScanConfig, six: Path, tmp_path: Path, watched: type[Watched], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watched, "poison", (7,))
+    monkeypatch.setattr(watched, "poison", (7, 9))  # both rows of shard 1
     run = tmp_path / "run"
     arguments = ("scan", six, "-o", run, "--model", config.model, "--rows-per-shard", 2, "--max-shard-retries", 2)
     found = be_audit(*arguments)
     assert found.code == 3 and f"Given up: shards 1; why: be-audit status {run}" in found.err
-    assert "scan shard 1: ShardFailed: 1 of 2 captions failed, the first: ValueError: cannot be scored" in found.err
+    assert "scan shard 1: ShardFailed: 2 of 2 captions failed, the first: ValueError: cannot be scored" in found.err
     assert not (run / score_file(1)).exists()
     assert sorted(Run.open(str(run)).scan.done()) == [0, 2]
     assert len(json.loads((run / "_attempts" / "scan" / "00001.json").read_text())) == 2
     status = be_audit("status", run)
-    assert status.code == 3 and "shard 1 given up: ShardFailed: 1 of 2 captions failed" in status.out
+    assert status.code == 3 and "shard 1 given up: ShardFailed: 2 of 2 captions failed" in status.out
     rows = read_scores(Run.open(str(run))).to_pylist()
     assert [row["status"] for row in rows] == ["ok", "ok", "pending", "ok"]  # row 4 waits for its first occurrence
     monkeypatch.setattr(watched, "poison", ())
     found = be_audit(*arguments)
     assert found.code == 0 and "3 of 3 shards done (1 now" in found.out
     assert be_audit("status", run).code == 0 and be_audit("verify", run, "--deep").code == 0
+
+
+def test_one_caption_that_always_fails_keeps_no_shard_from_being_done(
+    config: ScanConfig, six: Path, tmp_path: Path, watched: type[Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few distinct captions are beside it; with a rate of 0 it does, and another rate lets it pass."""
+    monkeypatch.setattr(watched, "poison", (7,))
+    arguments = ("scan", six, "--model", config.model, "--rows-per-shard", 1, "--max-shard-retries", 1)
+    found = be_audit(*arguments, "-o", tmp_path / "run")
+    assert found.code == 3 and "6 of 6 shards done" in found.out
+    assert "4 scored, 1 duplicates, 0 empty, 1 failed." in found.out
+    strict = (*arguments, "-o", tmp_path / "strict", "--max-error-rate")
+    found = be_audit(*strict, 0)
+    assert found.code == 3 and "5 of 6 shards done" in found.out
+    found = be_audit(*strict, 1)
+    assert found.code == 3 and "6 of 6 shards done (1 now" in found.out
 
 
 def test_mask_of_the_final_step_is_the_papers_score(six: Path, sd1: str, tmp_path: Path) -> None:
@@ -377,7 +403,7 @@ def test_a_model_changed_under_a_worker_is_refused(config: ScanConfig, tmp_path:
     facts["fingerprint"]["model"]["weights_sha256"] = "0" * 64
     (tmp_path / "run" / "run.json").write_text(json.dumps(facts))
     with pytest.raises(AuditError, match="other weights than the run was begun with"):
-        audit.jobs.open_job(other.output, "scan", "cpu", 8)
+        audit.jobs.open_job(other.output, "scan", "cpu", 8, 0.05)
 
 
 def test_dry_run_counts_what_refine_adds(config: ScanConfig) -> None:

@@ -14,7 +14,7 @@ from audit.errors import AuditError
 from audit.run import Run
 from audit.scan import ScanConfig, scan
 from audit.schema import SCORE_COLUMNS, tensor_values
-from audit.tables import dataset, read_scores, read_stage, resolve_duplicates
+from audit.tables import dataset, read_rows, read_scores, read_stage, resolve_duplicates
 
 
 def scores(rows: list[dict[str, object]]) -> pa.Table:
@@ -115,6 +115,15 @@ def test_chosen_columns_and_masks(run: Run) -> None:
     masks = read_scores(run, ["mask"], masks=True)["mask"]
     assert masks.null_count == 4  # three duplicates and the empty row
     assert tensor_values(masks.drop_null()).shape == (8, 16, 2)
+
+
+def test_rows_by_id_in_the_order_asked_for(run: Run) -> None:
+    every = {row["row_id"]: row for row in read_scores(run).to_pylist()}
+    ids = [(1 << 32) | 3, 0, (2 << 32) | 3, 2]
+    found = read_rows(run, np.array(ids))
+    assert found.to_pylist() == [every[row_id] for row_id in ids]
+    assert read_rows(run, np.array(ids), ["key"]).to_pylist() == [{"key": every[row_id]["key"]} for row_id in ids]
+    assert read_rows(run, np.zeros(0, np.int64)).schema.names == found.schema.names
 
 
 def test_uncommitted_files_are_not_read(run: Run, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from audit.commits import read_table, table_bytes
+from audit.errors import AuditError
 from audit.run import Run
 from audit.scan import ScanConfig, scan
 from audit.storage import Folder
@@ -240,3 +241,50 @@ def test_an_input_that_was_deleted_is_one_line(original: ScanConfig, run: Path, 
     assert found.code == 2 and found.err == f"Error: {gone}: no such file or folder\n"
     found = be_audit("verify", run, "--deep")
     assert found.code == 2 and gone in found.err
+
+
+def test_repair_leaves_what_was_committed_while_it_looked(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine does shard 2 after it was looked at: its commit stays, the work is not done again."""
+    score, commit = (run / name for name in (SCORE, COMMIT))
+    kept = {path: path.read_bytes() for path in (score, commit)}
+    for path in kept:
+        path.unlink()
+
+    import audit.verify
+
+    check = audit.verify._check
+
+    def look(*arguments: object) -> object:
+        found = check(*arguments)  # type: ignore[arg-type]
+        for path, data in kept.items():
+            path.write_bytes(data)
+        return found
+
+    monkeypatch.setattr(audit.verify, "_check", look)
+    found = verify_run(str(run), repair=True)
+    assert found.whole and commit.read_bytes() == kept[commit]
+
+
+def test_repair_redoes_a_refinement_that_a_later_command_asked_for(run: Path) -> None:
+    facts = json.loads((run / "run.json").read_text())
+    facts["config"]["refine"] = 0.0  # as a scan without --refine records, which one with it went on with
+    (run / "run.json").write_text(json.dumps(facts))
+    part = next((run / "refined").rglob("*.arrow"))
+    whole = part.read_bytes()
+    damage_truncated(part)
+    found = be_audit("verify", run, "--repair")
+    assert found.code == 0 and "1 shards were done again" in found.out, found
+    assert len(part.read_bytes()) == len(whole)
+
+
+def test_a_damaged_list_of_rows_is_named(run: Path) -> None:
+    damage_truncated(run / "stages" / "refine.arrow")
+    found = be_audit("verify", run)
+    assert found.code == 2 and "stages/refine.arrow: cannot be read" in found.err and found.err.count("\n") == 1
+
+
+def test_another_fraction_is_refused_or_replaces(original: ScanConfig, run: Path) -> None:
+    other = replace(original, output=str(run), refine=0.5)
+    with pytest.raises(AuditError, match="--replace"):
+        scan(other)
+    assert scan(replace(other, replace=True)).refined == 8  # half of the 16 distinct captions
