@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from audit.commits import read_table
 from audit.confirm_job import ConfirmJob
@@ -260,18 +261,28 @@ def _find_null(run: Run, trajectories: Stage, index: Index, config: ConfirmConfi
 
 
 def _run_masks(trajectories: Stage, column: str, at_most: int = 256) -> tuple[Any, tuple[int, int]]:
-    """Match masks of the run's own trajectories, [N, h, w], and the size of its images."""
+    """Match masks of the run's own trajectories, [N, h, w], and the size of its images.
+
+    They are spread over all candidates: the best-scored ones have more concentrated masks than the others, under which
+    distances are larger, and a threshold from them alone would be too lenient with the rest.
+    """
     masks: list[Any] = []
     size = (0, 0)
-    for shard in sorted(trajectories.ledger.done(trajectories.shards)):
+    shards = sorted(trajectories.ledger.done(trajectories.shards))
+    chosen = [shards[at] for at in _spread(len(shards), 64)]
+    each = -(-at_most // max(len(chosen), 1))
+    for shard in chosen:
         table = read_table(trajectories.run.folder, trajectories.file(shard), [column, "image", "error"])
         table = table.filter(pc.is_null(table["error"]))
         if table.num_rows:
-            masks.append(tensor_values(table[column]))
+            masks.append(tensor_values(table[column])[_spread(table.num_rows, each)])
             size = decode_png(table["image"][0].as_py()).shape[:2]
-        if sum(map(len, masks)) >= at_most:
-            break
-    return (np.concatenate(masks)[:at_most] if masks else np.zeros((0, 1, 1), np.float32)), size
+    return (np.concatenate(masks) if masks else np.zeros((0, 1, 1), np.float32)), size
+
+
+def _spread(count: int, at_most: int) -> NDArray[np.int64]:
+    """At most so many places among `count`, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(count, at_most)).round().astype(np.int64))
 
 
 def summary_lines(done: ConfirmSummary) -> list[str]:
@@ -283,11 +294,12 @@ def summary_lines(done: ConfirmSummary) -> list[str]:
     if null["pictures"]:
         low, high = null["low"], null["high"]
         between = f"at most {high:.4g}" if low is None else f"[{low:.4g}, {'inf' if high is None else f'{high:.4g}'}]"
+        local = "masked distance < {:.4g}".format(null["threshold"]) if null["threshold"] is not None else "none"
         lines.append(
-            f"global: sscd > {COPY:g}. local: masked distance < {null['threshold']:.4g} (95 % {between}; "
+            f"global: sscd > {COPY:g}. local: {local} (95 % {between}; "
             f"false-positive rate {null['match_fpr']:g} a candidate, from {null['pictures']} training pictures)."
         )
-        if low is None:
+        if low is None or null["threshold"] is None:
             lines.append(f"{null['pictures']} pictures are few for that rate: index more, or raise --match-fpr.")
     elif null["threshold"] is None:
         what = "no image was generated" if done.failed else "the index holds no pixels"

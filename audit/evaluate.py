@@ -263,8 +263,10 @@ def _best_matches(confirmed: pa.Table) -> pa.Table:
     """The best value of every match score by image, a row an image; null where nothing could be compared."""
     rows: list[dict[str, Any]] = []
     for row in confirmed.to_pylist():
-        for image in range(row["num_images"]):
-            matches = [match for match in row["matches"] or [] if match["image_index"] == image]
+        every = row["matches"] or []
+        # an image that failed has no matches, and its number stays free
+        for image in sorted({match["image_index"] for match in every}) or range(row["num_images"]):
+            matches = [match for match in every if match["image_index"] == image]
             known = {name: [m[name] for m in matches if m[name] is not None] for name in MATCH_SCORES}
             best = {name: max(values, default=None) for name, values in known.items()}
             rows.append({"row_id": row["row_id"], "image_index": image, **best})

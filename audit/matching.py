@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -107,8 +108,9 @@ class Null:
 
     Attributes:
         distances: of each sampled picture the smallest distance to its k nearest others, sorted.
-        threshold: below it a distance is a local copy: the quantile at the per-image false-positive rate.
-        low, high: 95 % interval of that quantile; fpr: the rate asked for per candidate; per_image: per image.
+        threshold: below it a distance is a local copy: its p-value is at most the per-image false-positive rate.
+        low, high: 95 % interval of the quantile at that rate.
+        fpr: the rate asked for per candidate; per_image: per image.
         pictures: how many were sampled; near_duplicates: pairs with sscd > 0.5 left out.
     """
 
@@ -167,7 +169,8 @@ def local_null(
     k nearest other pictures. Near-duplicates (sscd > 0.5) are repeats in the training set, not different pictures:
     such pairs are left out, and of a group of them only the first picture is sampled. So a data set full of repeats
     neither hides its own copies nor moves the threshold. A candidate has `num_images` chances: the rate per image is
-    1 - (1 - fpr)^(1 / num_images).
+    1 - (1 - fpr)^(1 / num_images). Below the threshold every p-value is at most that; -inf where so few pictures can
+    promise no such rate.
 
     Args:
         masks: match masks of the run at pixel size, [N, H, W].
@@ -207,7 +210,9 @@ def local_null(
     distances = np.sort(best[:sample])
     per_image = 1 - (1 - fpr) ** (1 / num_images)
     at = threshold_at_fpr(-distances, per_image)
-    return Null(distances, -at.threshold, -at.high, -at.low, fpr, per_image, len(distances), near)
+    allowed = math.floor(per_image * (len(distances) + 1) + 1e-9) - 1  # null distances below the threshold
+    threshold = float(distances[allowed]) if allowed >= 0 else -math.inf
+    return Null(distances, threshold, -at.high, -at.low, fpr, per_image, len(distances), near)
 
 
 def _hash(ids: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:
@@ -278,12 +283,15 @@ def verdict_of(sscd: float, distance: float | None, threshold: float) -> str:
 
 
 def best_match(matches: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The match a candidate's verdict rests on: best verdict, then highest sscd (global) or smallest distance."""
+    """The match a candidate's verdict rests on: best verdict, then highest sscd (global) or smallest distance.
 
-    def order(match: dict[str, Any]) -> tuple[int, float]:
+    A picture that could not be read has no distance and comes last.
+    """
+
+    def order(match: dict[str, Any]) -> tuple[int, float, float]:
         distance = match.get("distance")
-        near = -match["sscd"] if match["verdict"] == "global" or distance is None else distance
-        return VERDICTS.index(match["verdict"]), near
+        near = -match["sscd"] if match["verdict"] == "global" else math.inf if distance is None else distance
+        return VERDICTS.index(match["verdict"]), near, -match["sscd"]
 
     return min(matches, key=order) if matches else None
 

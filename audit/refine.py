@@ -41,7 +41,7 @@ def best_rows(
     table = table.select(["row_id", by]).sort_by([(by, "descending"), ("row_id", "ascending")])
     count = table.num_rows
     if fraction is not None:
-        count = min(count, math.ceil(fraction * table.num_rows))
+        count = min(count, math.ceil(round(fraction * table.num_rows, 9)))
     if top_k is not None:
         count = min(count, top_k)
     if threshold is not None:

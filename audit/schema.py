@@ -90,7 +90,7 @@ MATCH_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "ls_energy": (F32, "the same under the energy mask, divided by its mean"),
     "ls_score": (F32, "the same under the score-difference map, divided by its mean"),
     "distance": (F32, "||(xhat - x) m||_2 / mean(m) under the match mask, not gated"),
-    "p_value": (F32, "share of the null (different training pictures) at or below this distance"),
+    "p_value": (F32, "(1 + null distances, of different training pictures, at or below this one) / (1 + their number)"),
     "verdict": (pa.string(), "global, local, none or no_reference"),
 }
 CONFIRMED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {

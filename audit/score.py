@@ -72,10 +72,11 @@ def score(config: ScoreConfig) -> dict[str, float]:
         if config.trajectory:
             sampler = TrajectorySampler(model, source, **shared)
             with torch.inference_mode():
-                prompts = model.encode([config.prompt])
-                columns = sampler.sample(prompts, sampler.noises[:1], every_step=True)
-            numbers = {name: value[0].float().cpu().numpy() for name, value in columns.items()}
-            scores |= _windows(numbers)
+                prompts = model.encode([config.prompt] * config.num_noises)
+                columns = sampler.sample(prompts, sampler.noises, every_step=True)
+            every = {name: value.float().cpu().numpy() for name, value in columns.items()}
+            scores |= _windows(every)
+            numbers = {name: values[0] for name, values in every.items()}  # drawn: the first noise
             panels |= {"BE mask,\nfinal step": numbers["be_mask"], "score-difference\nmap": numbers["score_map"]}
             panels["image"] = numbers["images"].astype(np.uint8)
             chosen = np.unique(np.linspace(0, config.steps - 1, STRIP).round().astype(int))
@@ -86,15 +87,16 @@ def score(config: ScoreConfig) -> dict[str, float]:
     return scores
 
 
-def _windows(numbers: dict[str, np.ndarray]) -> dict[str, float]:
-    ld, magnitude = numbers["ld_t"], numbers["magnitude_t"]
+def _windows(columns: dict[str, np.ndarray]) -> dict[str, float]:
+    """Means over the noises, as a scan's."""
+    ld, magnitude = columns["ld_t"], columns["magnitude_t"]  # [K, steps]
     return {
-        "ld_first": float(ld[0]),
-        "ld_10": float(ld[:10].mean()),
+        "ld_first": float(ld[:, 0].mean()),
+        "ld_10": float(ld[:, :10].mean()),
         "ld_all": float(ld.mean()),
-        "magnitude_10": float(magnitude[:10].mean()),
+        "magnitude_10": float(magnitude[:, :10].mean()),
         "magnitude_all": float(magnitude.mean()),
-        "ld_score": float(numbers["ld_score"]),
+        "ld_score": float(columns["ld_score"].mean()),
     }
 
 

@@ -174,7 +174,7 @@ def _scores(connection: duckdb.DuckDBPyConnection, run: Run) -> None:
     connection.execute(
         f"CREATE VIEW scores AS SELECT {', '.join(shown)} FROM _scores r "
         "LEFT JOIN _scores f ON r.duplicate_of = f.row_id "
-        f"LEFT JOIN (SELECT row_id, {means} FROM _refined GROUP BY row_id) t "
+        f"LEFT JOIN (SELECT row_id, {means} FROM _refined WHERE error IS NULL GROUP BY row_id) t "
         "ON t.row_id = coalesce(r.duplicate_of, r.row_id)"
     )
 

@@ -120,8 +120,11 @@ def resolve_duplicates(table: pa.Table) -> pa.Table:
 def _add_refined(run: Run, table: pa.Table) -> pa.Table:
     """Fill `refined` and the trajectory windows of refined rows: means over their images."""
     windows = [name for name in WINDOWS if name in table.schema.names]
-    found = read_stage(run, "refine", ["row_id", *windows]) if {*windows, "refined"} & {*table.schema.names} else None
-    if found is None:
+    if not {*windows, "refined"} & {*table.schema.names}:
+        return table
+    found = read_stage(run, "refine", ["row_id", "error", *windows])
+    found = None if found is None else found.filter(pc.is_null(found["error"]))
+    if found is None or not found.num_rows:
         return table
     means = found.group_by("row_id").aggregate([(name, "mean") for name in windows])
     ids, order = table["row_id"].to_numpy(), np.argsort(means["row_id"].to_numpy())

@@ -21,9 +21,10 @@ def noise_from_v(v: Tensor, latents: Tensor, alpha_bar: Tensor) -> Tensor:
         latents: x_t, [B, C, H, W].
         alpha_bar: cumulative alpha of the timestep, scalar.
     Returns:
-        [B, C, H, W], in v's dtype.
+        [B, C, H, W], float32: in half precision the sum would round v at the size of eps.
     """
-    return alpha_bar.sqrt().to(v.dtype) * v + (1 - alpha_bar).sqrt().to(v.dtype) * latents
+    alpha_bar = alpha_bar.float()
+    return alpha_bar.sqrt() * v.float() + (1 - alpha_bar).sqrt() * latents.float()
 
 
 def energy_map(noise_difference: Tensor) -> Tensor:

@@ -231,7 +231,8 @@ def _trajectories(items: pa.Table, pictures: Sequence[bytes | None]) -> pa.Table
         elif name == "error":
             column = pa.nulls(count, kind)
         elif name in ("magnitude_t", "ld_t"):
-            column = pa.array([np.linspace(2, 1, 50).tolist()] * count, kind)
+            ends = items["image_index"].to_pylist()  # every image of a caption has a curve of its own
+            column = pa.array([np.linspace(2, 1 + end / 2, 50).tolist() for end in ends], kind)
         else:
             column = pa.array(np.full(count, float(place)), kind)
         arrays.append(column)

@@ -56,7 +56,7 @@ def report_facts(run: Run, flagged: Flagged) -> dict[str, Any]:
         "templates": len(pc.unique(flagged.table["template"])),
         "confirm": _confirm_facts(run, confirmed),
         "verdicts": counts,
-        "decided": sum(counts.values()),
+        "decided": sum(counts.values()) - counts["no_reference"],
         "copied": sum(counts[name] for name in COPIED),
         "unfinished": _unfinished(status),
         "cost": _cost(run, status),
@@ -99,12 +99,16 @@ def _unfinished(status: dict[str, Any]) -> list[str]:
 
 
 def _cost(run: Run, status: dict[str, Any]) -> dict[str, Any]:
-    """Worker time by stage from the commits, and U-Net evaluations of the scan and the trajectories."""
+    """Worker time by stage from the commits, and U-Net evaluations of the scan and the trajectories.
+
+    A mitigation's are not counted: they depend on the updates every row took.
+    """
     seconds = {stage["stage"]: stage["seconds"].get("wall", 0.0) for stage in status["stages"]}
     done = {stage["stage"]: stage["counts"].get("ok", 0) for stage in status["stages"]}
     noises, steps = run.fingerprint["num_noises"], run.fingerprint["steps"]
     images = done.get("refine", 0) + done.get("trajectories", 0)
     first = noises * (done["scan"] + bool(done["scan"]))  # and one unconditional prediction a noise
+    first *= 2 if run.fingerprint.get("extra_evaluation") else 1
     if run.fingerprint["mask"] == "final":
         first = 2 * steps * noises * done["scan"]
     return {"seconds": seconds, "total_seconds": sum(seconds.values()), "evaluations": first + 2 * steps * images}

@@ -105,7 +105,10 @@ def find_flagged(run: Run, by: str, threshold: float | None, top_k: int | None) 
         raise AuditError(f"--by {by}: no score column; there are {', '.join((*DETECTORS, *WINDOWS))}")
     scores = read_scores(run, ["row_id", "status", "duplicate_of", by])
     first = scores.filter(pc.and_(pc.equal(scores["status"], "ok"), pc.is_null(scores["duplicate_of"])))
-    first = first.select(["row_id", by]).sort_by([(by, "descending"), ("row_id", "ascending")])
+    first = first.select(["row_id", by])
+    if by in WINDOWS:
+        first = first.set_column(1, by, _windows(run, first, [by])[by])
+    first = first.sort_by([(by, "descending"), ("row_id", "ascending")])
     values = first[by].to_numpy()
     valid = int(np.isfinite(values).sum())  # nulls come last
     if not valid and first.num_rows:
@@ -113,7 +116,7 @@ def find_flagged(run: Run, by: str, threshold: float | None, top_k: int | None) 
     if threshold is not None:
         above = int((values[:valid] > threshold).sum())
     else:
-        above = valid if top_k is not None else min(math.ceil(valid * DEFAULT_FRACTION), DEFAULT_TOP_K)
+        above = valid if top_k is not None else min(math.ceil(round(valid * DEFAULT_FRACTION, 9)), DEFAULT_TOP_K)
     taken = min(above, MOST if top_k is None else top_k)
     ids = first["row_id"].to_numpy()
     chosen = np.arange(len(ids)) < taken
@@ -152,11 +155,9 @@ def _flagged_table(run: Run, rows: pa.Table, same: np.ndarray, by: str, verdicts
     ids, times = np.unique(same, return_counts=True)
     wanted = rows["row_id"].to_numpy()
     arrays: dict[str, pa.ChunkedArray | pa.Array] = {name: rows[name] for name in ("row_id", "caption", *_OF_SCORES)}
-    arrays |= _windows(run, rows)
+    arrays |= _windows(run, rows, WINDOWS)
     arrays |= _input_places(run, wanted)
-    arrays["score"], arrays["score_name"] = rows[by], pa.array([by] * rows.num_rows, pa.string())
-    if by in WINDOWS:
-        arrays["score"] = arrays[by]
+    arrays["score"], arrays["score_name"] = arrays[by], pa.array([by] * rows.num_rows, pa.string())
     arrays["occurrences"] = pa.array(times[np.searchsorted(ids, wanted)], pa.int64())
     groups = group_captions(rows["caption"].to_pylist())
     of = np.array(groups.of, np.int64)
@@ -183,15 +184,15 @@ def _flagged_table(run: Run, rows: pa.Table, same: np.ndarray, by: str, verdicts
     return table.take(pa.array(np.argsort(place, kind="stable")))
 
 
-def _windows(run: Run, rows: pa.Table) -> dict[str, pa.ChunkedArray]:
+def _windows(run: Run, rows: pa.Table, names: Sequence[str]) -> dict[str, pa.ChunkedArray]:
     """Trajectory scores of confirmed rows, which scores/ has only for refined ones: means over their images."""
     found = dataset(run, "trajectories")
     if found is None:
-        return {}
-    means = found.to_table(columns=["row_id", *WINDOWS]).group_by("row_id")
-    table = means.aggregate([(name, "mean") for name in WINDOWS])
+        return {name: rows[name] for name in names}
+    means = found.to_table(columns=["row_id", *names]).group_by("row_id")
+    table = means.aggregate([(name, "mean") for name in names])
     at = pc.index_in(rows["row_id"].combine_chunks(), table["row_id"].combine_chunks())
-    return {name: pc.coalesce(rows[name], table[f"{name}_mean"].take(at).cast(pa.float32())) for name in WINDOWS}
+    return {name: pc.coalesce(rows[name], table[f"{name}_mean"].take(at).cast(pa.float32())) for name in names}
 
 
 def _input_places(run: Run, row_ids: np.ndarray) -> dict[str, pa.Array]:

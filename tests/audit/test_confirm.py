@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
@@ -18,11 +19,14 @@ from PIL import Image
 
 from audit import testbed
 from audit.cli import cli
-from audit.confirm import ConfirmConfig, confirm
+from audit.commits import read_table
+from audit.confirm import ConfirmConfig, _run_masks, confirm
 from audit.errors import AuditError, Drained
 from audit.index import Index, IndexConfig, build_index
+from audit.report.flagged import find_flagged
 from audit.run import Run, Stage
 from audit.scan import ScanConfig, scan
+from audit.schema import tensor_values
 from audit.stopping import Stop
 from audit.tables import read_scores, read_stage
 from audit.trajectories import decode_png
@@ -168,6 +172,27 @@ def test_a_confirm_that_goes_on_keeps_the_threshold_it_began_with(run: ConfirmCo
     Stage.find(Run.open(run.run), "confirm").ledger.drop(1)  # type: ignore[union-attr]
     confirm(many)
     assert json.loads(file.read_text()) == begun
+
+
+def test_the_threshold_rests_on_masks_of_all_candidates(run: ConfirmConfig) -> None:
+    """Not of the best-scored alone, whose masks are the most concentrated."""
+    confirm(run)
+    stage = Stage.find(Run.open(run.run), "trajectories")
+    assert stage is not None
+    every = tensor_values(read_table(stage.run.folder, stage.file(0))["energy_mask"])
+    masks, size = _run_masks(stage, "energy_mask", 4)
+    assert size == (128, 128) or size == (64, 64)
+    np.testing.assert_array_equal(masks, every[[0, 8, 15, 23]])
+
+
+def test_a_report_by_a_score_of_trajectories_is_ranked_by_it(run: ConfirmConfig) -> None:
+    confirm(run)
+    found = find_flagged(Run.open(run.run), "ld_first", None, None)
+    assert len(found.scores) == 24 and (np.diff(found.scores) <= 0).all()
+    for verdict in ("global", "local", "none"):
+        scores = found.table.filter(pc.equal(found.table["verdict"], verdict))["score"].to_numpy()
+        assert (np.diff(scores) <= 0).all()
+    assert found.table["score"].to_pylist() == found.table["ld_first"].to_pylist()
 
 
 def test_short_forms_work_as_typed(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

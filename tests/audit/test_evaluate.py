@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from audit.errors import AuditError
-from audit.evaluate import EvaluateConfig, Evaluation, Series, evaluate, measure
+from audit.evaluate import MATCH_SCORES, EvaluateConfig, Evaluation, Series, _best_matches, evaluate, measure
 from audit.run import Run
 from tests.command import be_audit
 from tests.fabricate import add_confirm, make_run
@@ -149,6 +150,13 @@ def test_verdicts_are_counted_by_label_and_matches_scored_by_image(run: Run, lab
     every = scored["sscd", "mean", "all"]
     assert (every.memorised, every.clean, every.auc) == (2, 1, 0.5)
     assert "Verdicts by label:" in found.lines()
+
+
+def test_matches_of_an_image_beside_one_that_failed_are_kept() -> None:
+    """Image 0 failed, image 1 is a copy: num_images is 1, and its matches carry index 1."""
+    numbers = dict.fromkeys(MATCH_SCORES, 0.25) | {"sscd": 0.9}
+    row = {"row_id": 7, "num_images": 1, "matches": [{"image_index": 1, **numbers}]}
+    assert _best_matches(pa.Table.from_pylist([row])).to_pylist() == [{"row_id": 7, "image_index": 1, **numbers}]
 
 
 def test_only_labelled_and_scored_captions_count_and_the_rest_is_said(tmp_path: Path) -> None:

@@ -107,6 +107,14 @@ def test_p_value_is_never_zero() -> None:
     assert Null.from_facts(Null(np.zeros(0), -np.inf, 0, 0, 0.1, 0.1, 0, 0).facts()).threshold == -np.inf
 
 
+def test_a_verdict_rests_on_a_picture_that_could_be_read() -> None:
+    gone = {"verdict": "none", "sscd": 0.45, "distance": None}
+    far, near = ({"verdict": "none", "sscd": 0.3, "distance": distance} for distance in (2.0, 1.0))
+    assert best_match([gone, far, near]) is near and best_match([gone]) is gone
+    local = {"verdict": "local", "sscd": 0.2, "distance": 3.0}
+    assert best_match([gone, near, local]) is local
+
+
 class _Stored:
     """Pixels by id, as References gives them."""
 
@@ -185,6 +193,20 @@ def test_the_rate_holds_on_pictures_that_were_not_sampled(index: Index) -> None:
     share = float((fresh < null.threshold).mean())
     assert 0.05 < share < 0.16
     assert null.low <= null.threshold <= null.high
+
+
+@pytest.mark.parametrize(("sample", "fpr", "below"), [(400, 0.05, 19), (40, 0.05, 1), (99, 0.01, 0), (98, 0.01, None)])
+def test_what_is_below_the_threshold_has_a_p_value_of_the_rate_at_most(
+    index: Index, sample: int, fpr: float, below: int | None
+) -> None:
+    """19 null distances of 400 below: the next one would have p = 21 / 401. With 98 no p-value is as small as 1 %."""
+    null = local_null(index, References(index, (64, 64)), some_masks(), 10, fpr, 1, sample, 0)
+    if below is None:
+        assert null.threshold == -np.inf
+        return
+    assert int((null.distances < null.threshold).sum()) == below
+    just_below = float(np.nextafter(null.threshold, 0))
+    assert null.p_value(just_below) <= fpr < null.p_value(null.threshold + 1e-9) + 1 / (sample + 1)
 
 
 def test_more_images_a_candidate_make_each_image_stricter(index: Index) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from audit.errors import AuditError
 from audit.report import ReportConfig, report
+from audit.report.facts import report_facts
 from audit.report.flagged import find_flagged, source_columns
 from audit.report.groups import group_captions
 from audit.report.html import render
@@ -119,6 +120,14 @@ def test_facts_count_what_was_scored_found_and_spent(tmp_path: Path) -> None:
     assert facts["cost"]["evaluations"] == 11 + 2 * 50 * 6  # 10 captions and one unconditional; 6 trajectories
     assert sum(facts["histogram"]["all"]) == facts["scanned"]["distinct"]
     assert sum(facts["histogram"]["copied"]) == 2
+    assert facts["decided"] == 3
+
+    path = tmp_path / "RUN/run.json"
+    stored = json.loads(path.read_text())
+    stored["fingerprint"]["extra_evaluation"] = True
+    path.write_text(json.dumps(stored))
+    run = Run.open(run.url)
+    assert report_facts(run, find_flagged(run, "ld_energy", 5, None))["cost"]["evaluations"] == 2 * 11 + 2 * 50 * 6
 
 
 def test_a_report_on_another_file_system_from_a_run_on_another(tmp_path: Path) -> None:

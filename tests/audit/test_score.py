@@ -35,6 +35,17 @@ def test_score_prints_what_the_scorers_give_and_draws_the_strip(model: str, tmp_
     assert drawn.shape[1] > 500 and len(np.unique(drawn.reshape(-1, 3), axis=0)) > 50
 
 
+def test_several_noises_are_means_in_every_line(model: str, tmp_path: Path) -> None:
+    flags = ["--model", model, "--steps", "4", "--trajectory", "--num-noises", "3", "--device", "cpu"]
+    done = CliRunner().invoke(cli, ["score", "--prompt", "a cat", *flags, "-o", str(tmp_path / "x.png")])
+    assert done.exit_code == 0, done.output
+    printed = dict(line.split() for line in done.output.splitlines() if len(line.split()) == 2)
+    whole = TrajectorySampler(load(find_model(model), "cpu"), steps=4, num_noises=3)(["a cat"] * 3, [0, 1, 2])
+    assert float(printed["ld_first"]) == pytest.approx(whole.ld_t[:, 0].mean(), rel=1e-4)
+    assert float(printed["magnitude_all"]) == pytest.approx(whole.magnitude_t.mean(), rel=1e-4)
+    assert float(printed["magnitude"]) == pytest.approx(whole.magnitude_t[:, 0].mean(), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import duckdb
@@ -10,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from audit.commits import read_table
 from audit.errors import AuditError
-from audit.run import Run
+from audit.run import Run, Stage
 from audit.scan import ScanConfig, scan
 from audit.schema import SCORE_COLUMNS, tensor_values
+from audit.sql import run_query
 from audit.tables import dataset, read_rows, read_scores, read_stage, resolve_duplicates
 
 
@@ -107,6 +110,23 @@ def test_several_images_of_a_row_are_averaged(run: Run, tmp_path: Path, sd1: str
     for row_id in set(rows["row_id"].to_pylist()):
         values = [row["ld_all"] for row in rows.to_pylist() if row["row_id"] == row_id]
         assert scored[row_id] == pytest.approx(np.mean(values), rel=1e-6)
+
+
+def test_a_row_whose_trajectory_failed_is_not_refined(run: Run, tmp_path: Path) -> None:
+    other = Run.open(shutil.copytree(run.url, tmp_path / "run"))
+    stage = Stage.find(other, "refine")
+    assert stage is not None
+    shard = stage.shards[0]
+    table = read_table(other.folder, stage.file(shard))
+    failed = table["row_id"][0].as_py()
+    errors = pa.array(["boom", *[None] * (table.num_rows - 1)], pa.string())
+    stage.ledger.commit(shard, stage.file(shard), table.set_column(3, "error", errors))
+    assert table.schema.names[3] == "error"
+    rows = [row for row in read_scores(other).to_pylist() if failed in (row["row_id"], row["duplicate_of"])]
+    assert rows and all((row["refined"], row["ld_first"]) == (False, None) for row in rows)
+    sql = tmp_path / "q.sql"
+    sql.write_text(f"SELECT refined, ld_first FROM scores WHERE row_id = {failed}")
+    assert run_query(str(sql), other.url).to_pylist() == [{"refined": False, "ld_first": None}]
 
 
 def test_chosen_columns_and_masks(run: Run) -> None:

@@ -63,10 +63,11 @@ def introduction(page: Page, passes: Passes, quick: bool) -> None:
         "table comes twice: by design label (what training repeated) and by measured copying (`copy_error` under 0.15: "
         "what the model really reproduces). Brackets are 95 % bootstrap intervals over clusters (templates); an "
         "interval "
-        "without width means that every resample was perfect, not that nothing is uncertain. A flag is `score > "
-        "threshold`; TPR@1%FPR is the largest TPR whose FPR is at most 1 %, nothing interpolated. Under tables 1, 3 "
-        "and 4 stand figures of the same methods on Stable Diffusion as other papers print them, labelled so. The "
-        "tables of Chen et al. 2025 themselves were not at hand when this was written, and nothing is quoted from them."
+        "without width means that every resample was perfect (or zero), not that nothing is uncertain. A flag is "
+        "`score > threshold`; TPR@1%FPR is the largest TPR whose FPR is at most 1 %, nothing interpolated. Under "
+        "tables 1, 3 and 4 stand figures of the same methods on Stable Diffusion as other papers print them, labelled "
+        "so. The tables of Chen et al. 2025 themselves were not at hand when this was written, and nothing is quoted "
+        "from them."
     )
 
 
@@ -84,6 +85,12 @@ def conclusions(found: list[Row], quality: list[Row], every: list[Row], masks: l
     default = next(row for row in masks if row["mask"] == "energy, first step: smoothing 3, power 1")
     pointer = max((row for row in masks if row["points"] and not row["energy"]),
                   key=lambda row: row["choose_pixel_auc_measured"])  # fmt: skip
+
+    def by_window(score: str) -> str:
+        aucs = {window: copied[score, window]["auc"] for window in ("first step", "first 10", "all")}
+        best = max(aucs, key=lambda window: aucs[window])
+        return f"{score} has AUCs of {', '.join(f'{auc:.3f} ({w})' for w, auc in aucs.items())}: best is {best}"
+
     beats = "beats" if paper["gain_low"] > 0 else "does not beat"
     return [
         f"- **The paper's first-step LD {beats} magnitude here** on copied local captions: AUC {between(paper, 'auc')} "
@@ -93,9 +100,7 @@ def conclusions(found: list[Row], quality: list[Row], every: list[Row], masks: l
         "model, "
         f"the energy mask of the first step {at['energy mask, first step']:.3f}, the score-difference map "
         f"{at['score-difference map, final step']:.3f}; LD weighs the noise difference by where the mask points. "
-        "Over all "
-        f"steps magnitude has an AUC of {copied['magnitude', 'all']['auc']:.3f}, LD "
-        f"{copied['LD, BE mask', 'all']['auc']:.3f}: the first step tells the most.",
+        f"By window, {by_window('magnitude')}; {by_window('LD, BE mask')}.",
         f"- **The best first-step column at one evaluation** on copied local captions is "
         f"`{max((r for r in scan.values() if r['evaluations'] == 1), key=lambda r: r['auc'])['score']}`. "
         "`ld_energy` (`ld` of scan's default mask): AUC "

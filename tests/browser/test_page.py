@@ -209,8 +209,12 @@ def test_an_opened_row_overlays_fades_and_subtracts(browser: WebDriver, plain: P
     press(browser, "tr.detail ~ tr.member button.open")
     assert style(".mask", "display") == "none"  # another row was opened: this one stays as it was set
     first = browser.find_element(By.CSS_SELECTOR, ".picture").get_attribute("src")
+    steps = "return [...document.querySelectorAll('figure.steps polyline')].map((line) => line.getAttribute('points'))"
+    curves = browser.execute_script(steps)
     press(browser, ".others button:nth-child(2)")
     assert browser.find_element(By.CSS_SELECTOR, ".picture").get_attribute("src") != first
+    others = browser.execute_script(steps)
+    assert len(others) == len(curves) == 4 and others[:2] != curves[:2] and others[2:] == curves[2:]
 
 
 def test_an_opened_row_tells_every_number_and_where_it_comes_from(browser: WebDriver, plain: Path) -> None:

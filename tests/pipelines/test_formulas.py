@@ -62,6 +62,17 @@ def test_noise_of_a_v_prediction() -> None:
     assert formulas.noise_from_v(v, x, torch.tensor(0.36)).item() == pytest.approx(5.2)
 
 
+def test_a_small_difference_of_v_survives_half_precision() -> None:
+    """At the first timestep of SD2 eps is nearly x_t: summed in float16, a v of a tenth would lose 4 % of itself."""
+    generator = torch.Generator().manual_seed(0)
+    x, v, step = (torch.randn(4, 4, 64, 64, generator=generator).half() for _ in range(3))
+    other = (v.float() + 0.05 * step.float()).half()
+    alpha_bar = torch.tensor(0.0058)
+    d = formulas.noise_from_v(other, x, alpha_bar) - formulas.noise_from_v(v, x, alpha_bar)
+    exact = alpha_bar.sqrt() * (other.float() - v.float())
+    assert float((d - exact).norm() / exact.norm()) < 1e-4
+
+
 def test_score_difference_map() -> None:
     assert formulas.score_difference_map(ENERGY, torch.tensor(0.75))[0, 0, 0].item() == pytest.approx(100)
 

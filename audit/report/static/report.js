@@ -265,7 +265,7 @@ const BE_AUDIT = (() => {
 
   function comparison(detail) {
     const best = detail.best, MASKS = { energy_mask: "energy, first step", be_mask: "BE mask, final step", first_mask: "EOS attention, first step", score_map: "score difference, last step" };
-    const places = el("div", { class: "figures" }), controls = el("div", { class: "controls" });
+    const places = el("div", { class: "figures" }), controls = el("div", { class: "controls" }), curves = el("div");
     const view = { image: detail.images.find((one) => one.index === best?.image_index) ?? detail.images[0], mask: "", on: true, opacity: 0.6, gain: 2 };
     view.mask = Object.keys(MASKS).find((name) => view.image.masks[name]) ?? "";
 
@@ -294,6 +294,7 @@ const BE_AUDIT = (() => {
         made.push(made2);
       }
       places.replaceChildren(...made);
+      curves.replaceChildren(steps(view.image));
     }
     const each = (selector, change) => places.querySelectorAll(selector).forEach(change);
 
@@ -313,7 +314,7 @@ const BE_AUDIT = (() => {
         one.src ? el("img", { src: one.src, alt: `image ${one.index}`, loading: "lazy", width: 56, height: 56 }) : `image ${one.index}`)));
     }
     drawFigures();
-    return el("div", {}, places, controls, others, steps(view.image));
+    return el("div", {}, places, controls, others, curves);
   }
 
   // ld and magnitude by sampling step, each on its own scale.
