@@ -12,16 +12,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 import audit.jobs
 from audit.errors import AuditError
-from audit.run import Run, score_file
+from audit.run import Run
 from audit.scan import ScanConfig, estimate, find_rank, scan
 from audit.schema import SCORE_COLUMNS, tensor_values
 from audit.tables import dataset, read_scores, read_stage
 from pipelines import FirstStepScorer, MaskSource, find_model, load
-from pipelines.loading import DiffusionModel, Embeddings
+from pipelines.loading import DiffusionModel
+from tests.audit.conftest import Watched
 from tests.command import be_audit
 from tests.conftest import some_captions
 from tests.reference import Reference
@@ -166,36 +166,6 @@ def test_finished_run_is_left_alone_and_says_so(config: ScanConfig, monkeypatch:
     assert "60 rows, 50 unique captions: 50 scored, 5 duplicates, 5 empty, 0 failed." in found.out
 
 
-class Watched(DiffusionModel):
-    """Counts latents; prompts of `poison` tokens fail, give NaN, or take more memory than there is."""
-
-    latents = 0
-    poison: tuple[int, ...] = ()
-    kind = "raise"
-
-    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, embeddings: Embeddings) -> torch.Tensor:
-        Watched.latents += len(latents)
-        output = super().predict(latents, timestep, embeddings)
-        bad = torch.isin(embeddings.num_tokens, torch.tensor(self.poison)) & (embeddings.num_tokens > 0)
-        if bad.any() and self.kind == "raise":
-            raise ValueError("cannot be scored")
-        output[bad.nonzero()[:, 0]] = torch.nan
-        return output
-
-
-@pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
-    """Jobs load this model instead."""
-
-    def load_watched(*arguments: Any) -> DiffusionModel:
-        model = load(*arguments)
-        return Watched(model.pipeline, model.folder, model.device, model.dtype)
-
-    monkeypatch.setattr("pipelines.loading.load", load_watched)
-    monkeypatch.setattr(Watched, "latents", 0)
-    return Watched
-
-
 @pytest.mark.parametrize("noises", (1, 3))
 def test_evaluations_equal_unique_captions(
     config: ScanConfig, tmp_path: Path, watched: type[Watched], noises: int
@@ -203,71 +173,6 @@ def test_evaluations_equal_unique_captions(
     scan(other := replace(config, output=str(tmp_path / "run"), num_noises=noises, rows_per_shard=7))
     assert watched.latents == noises * (50 + 1)  # the empty prompt's once a noise
     assert scan(other).committed_now == 0 and watched.latents == noises * 51
-
-
-@pytest.fixture
-def six(tmp_path: Path) -> Path:
-    """Six rows; that of seven tokens is the one to be poisoned, and is repeated."""
-    captions = ["one", "one two", "a b c d e f g", "one two three", "a b c d e f g", "one two three four"]
-    pq.write_table(pa.table({"TEXT": captions}), tmp_path / "six.parquet")
-    return tmp_path / "six.parquet"
-
-
-@pytest.mark.parametrize("kind", ("raise", "nan"))
-def test_a_row_that_always_fails_is_a_row_with_an_error(
-    config: ScanConfig, six: Path, tmp_path: Path, watched: type[Watched], monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    monkeypatch.setattr(watched, "poison", (7,))
-    monkeypatch.setattr(watched, "kind", kind)
-    run = tmp_path / "run"
-    arguments = ("scan", six, "-o", run, "--model", config.model, "--max-error-rate", 0.5)
-    for _ in range(2):  # the second time from what is committed
-        found = be_audit(*arguments)
-        assert found.code == 3 and "4 scored, 1 duplicates, 0 empty, 1 failed." in found.out, found
-    rows = read_scores(Run.open(str(run))).to_pylist()
-    assert [row["status"] for row in rows] == ["ok", "ok", "error", "ok", "error", "ok"]
-    reason = "ValueError: cannot be scored" if kind == "raise" else "scores are not finite: magnitude nan, ld nan"
-    for row in rows:
-        assert (row["error"], row["ld"] is None) == ((reason, True) if row["status"] == "error" else (None, False))
-    assert be_audit("verify", run, "--deep").code == 0  # it is whole; that a row failed is no damage
-
-
-def test_a_shard_with_too_many_failures_is_given_up_and_tried_again_when_asked(
-    config: ScanConfig, six: Path, tmp_path: Path, watched: type[Watched], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(watched, "poison", (7, 9))  # both rows of shard 1
-    run = tmp_path / "run"
-    arguments = ("scan", six, "-o", run, "--model", config.model, "--rows-per-shard", 2, "--max-shard-retries", 2)
-    found = be_audit(*arguments)
-    assert found.code == 3 and f"Given up: shards 1; why: be-audit status {run}" in found.err
-    assert "scan shard 1: ShardFailed: 2 of 2 captions failed, the first: ValueError: cannot be scored" in found.err
-    assert not (run / score_file(1)).exists()
-    assert sorted(Run.open(str(run)).scan.done()) == [0, 2]
-    assert len(json.loads((run / "_attempts" / "scan" / "00001.json").read_text())) == 2
-    status = be_audit("status", run)
-    assert status.code == 3 and "shard 1 given up: ShardFailed: 2 of 2 captions failed" in status.out
-    rows = read_scores(Run.open(str(run))).to_pylist()
-    assert [row["status"] for row in rows] == ["ok", "ok", "pending", "ok"]  # row 4 waits for its first occurrence
-    monkeypatch.setattr(watched, "poison", ())
-    found = be_audit(*arguments)
-    assert found.code == 0 and "3 of 3 shards done (1 now" in found.out
-    assert be_audit("status", run).code == 0 and be_audit("verify", run, "--deep").code == 0
-
-
-def test_one_caption_that_always_fails_keeps_no_shard_from_being_done(
-    config: ScanConfig, six: Path, tmp_path: Path, watched: type[Watched], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However few distinct captions are beside it; with a rate of 0 it does, and another rate lets it pass."""
-    monkeypatch.setattr(watched, "poison", (7,))
-    arguments = ("scan", six, "--model", config.model, "--rows-per-shard", 1, "--max-shard-retries", 1)
-    found = be_audit(*arguments, "-o", tmp_path / "run")
-    assert found.code == 3 and "6 of 6 shards done" in found.out
-    assert "4 scored, 1 duplicates, 0 empty, 1 failed." in found.out
-    strict = (*arguments, "-o", tmp_path / "strict", "--max-error-rate")
-    found = be_audit(*strict, 0)
-    assert found.code == 3 and "5 of 6 shards done" in found.out
-    found = be_audit(*strict, 1)
-    assert found.code == 3 and "6 of 6 shards done (1 now" in found.out
 
 
 def test_mask_of_the_final_step_is_the_papers_score(six: Path, sd1: str, tmp_path: Path) -> None:

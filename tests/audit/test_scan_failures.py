@@ -1,0 +1,76 @@
+"""Rows and shards of a scan that fail: an error in its place, another try, or given up; never a missing row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from audit.run import Run, score_file
+from audit.scan import ScanConfig
+from audit.tables import read_scores
+from tests.audit.conftest import Watched
+from tests.command import be_audit
+
+
+@pytest.fixture
+def config(sd1: str) -> ScanConfig:
+    return ScanConfig(model=sd1)
+
+
+@pytest.mark.parametrize("kind", ("raise", "nan"))
+def test_a_row_that_always_fails_is_a_row_with_an_error(
+    config: ScanConfig, six: Path, tmp_path: Path, watched: type[Watched], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(watched, "poison", (7,))
+    monkeypatch.setattr(watched, "kind", kind)
+    run = tmp_path / "run"
+    arguments = ("scan", six, "-o", run, "--model", config.model, "--max-error-rate", 0.5)
+    for _ in range(2):  # the second time from what is committed
+        found = be_audit(*arguments)
+        assert found.code == 3 and "4 scored, 1 duplicates, 0 empty, 1 failed." in found.out, found
+    rows = read_scores(Run.open(str(run))).to_pylist()
+    assert [row["status"] for row in rows] == ["ok", "ok", "error", "ok", "error", "ok"]
+    reason = "ValueError: cannot be scored" if kind == "raise" else "scores are not finite: magnitude nan, ld nan"
+    for row in rows:
+        assert (row["error"], row["ld"] is None) == ((reason, True) if row["status"] == "error" else (None, False))
+    assert be_audit("verify", run, "--deep").code == 0  # it is whole; that a row failed is no damage
+
+
+def test_a_shard_with_too_many_failures_is_given_up_and_tried_again_when_asked(
+    config: ScanConfig, six: Path, tmp_path: Path, watched: type[Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watched, "poison", (7, 9))  # both rows of shard 1
+    run = tmp_path / "run"
+    arguments = ("scan", six, "-o", run, "--model", config.model, "--rows-per-shard", 2, "--max-shard-retries", 2)
+    found = be_audit(*arguments)
+    assert found.code == 3 and f"Given up: shards 1; why: be-audit status {run}" in found.err
+    assert "scan shard 1: ShardFailed: 2 of 2 captions failed, the first: ValueError: cannot be scored" in found.err
+    assert not (run / score_file(1)).exists()
+    assert sorted(Run.open(str(run)).scan.done()) == [0, 2]
+    assert len(json.loads((run / "_attempts" / "scan" / "00001.json").read_text())) == 2
+    status = be_audit("status", run)
+    assert status.code == 3 and "shard 1 given up: ShardFailed: 2 of 2 captions failed" in status.out
+    rows = read_scores(Run.open(str(run))).to_pylist()
+    assert [row["status"] for row in rows] == ["ok", "ok", "pending", "ok"]  # row 4 waits for its first occurrence
+    monkeypatch.setattr(watched, "poison", ())
+    found = be_audit(*arguments)
+    assert found.code == 0 and "3 of 3 shards done (1 now" in found.out
+    assert be_audit("status", run).code == 0 and be_audit("verify", run, "--deep").code == 0
+
+
+def test_one_caption_that_always_fails_keeps_no_shard_from_being_done(
+    config: ScanConfig, six: Path, tmp_path: Path, watched: type[Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few distinct captions are beside it; with a rate of 0 it does, and another rate lets it pass."""
+    monkeypatch.setattr(watched, "poison", (7,))
+    arguments = ("scan", six, "--model", config.model, "--rows-per-shard", 1, "--max-shard-retries", 1)
+    found = be_audit(*arguments, "-o", tmp_path / "run")
+    assert found.code == 3 and "6 of 6 shards done" in found.out
+    assert "4 scored, 1 duplicates, 0 empty, 1 failed." in found.out
+    strict = (*arguments, "-o", tmp_path / "strict", "--max-error-rate")
+    found = be_audit(*strict, 0)
+    assert found.code == 3 and "5 of 6 shards done" in found.out
+    found = be_audit(*strict, 1)
+    assert found.code == 3 and "6 of 6 shards done (1 now" in found.out
