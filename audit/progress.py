@@ -23,6 +23,7 @@ class Progress:
     def __init__(self, total: int, unit: str, title: str, initial: int = 0) -> None:
         self.total, self.unit, self.title, self.initial, self.done = total, unit, title, initial, initial
         self.started = self.last_line = time.monotonic()
+        self.said = initial  # units in the last line
         terminal = sys.stderr.isatty()
         self.bar = (
             tqdm(total=total, initial=initial, unit=f" {unit}", desc=title, dynamic_ncols=True) if terminal else None
@@ -34,7 +35,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self.bar is not None:
             self.bar.close()
-        elif self.done > self.initial:
+        elif self.done not in (self.initial, self.said):
             self._line()
 
     def add(self, units: int) -> None:
@@ -51,6 +52,7 @@ class Progress:
 
     def _line(self) -> None:
         now = self.last_line = time.monotonic()
+        self.said = self.done
         rate = (self.done - self.initial) / max(now - self.started, 1e-9)
         left = (self.total - self.done) / rate if rate > 0 else float("inf")
         eta = f", {left:.0f} s left" if 0 < left < float("inf") else ""

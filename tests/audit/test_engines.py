@@ -273,5 +273,13 @@ for line in sys.stdin:
         run_processes(lambda _: command, 2, ledger, SHARDS, 3, progress, stop)
 
 
+def test_progress_says_nothing_twice(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("audit.progress.LINE_SECONDS", 0.0)
+    with Progress(3, "rows", "test") as progress:
+        progress.add(1)
+        progress.add(2)
+    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == ["test: 1/3 rows", "test: 3/3 rows"]
+
+
 def test_devices_of_workers() -> None:
     assert find_devices("cpu", 0) == ["cpu"] and find_devices("cpu", 3) == ["cpu"] * 3
