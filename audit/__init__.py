@@ -15,6 +15,7 @@ _JOBS = ("scan", "confirm", "report", "evaluate", "calibrate", "mitigate", "scor
 _API = {
     **{job: f"audit.{job}" for job in _JOBS},
     "AuditError": "audit.errors",
+    "Broken": "audit.errors",
     "CalibrateConfig": "audit.calibrate",
     "ConfirmConfig": "audit.confirm",
     "Drained": "audit.errors",

@@ -13,7 +13,7 @@ import click
 from audit.calibrate import NO_FLAG, CalibrateConfig
 from audit.confirm import DEFAULT_INDEX, ConfirmConfig
 from audit.demo import DemoConfig
-from audit.errors import AuditError, Drained
+from audit.errors import AuditError, Broken, Drained
 from audit.evaluate import EvaluateConfig
 from audit.index import IndexConfig
 from audit.mitigate import MitigateConfig
@@ -28,7 +28,7 @@ RUN_ARGUMENT = click.argument("run", required=False, default=DEFAULT_RUN, envvar
 
 
 class Commands(click.Group):
-    """A click group whose commands turn our exceptions into exit codes: 2, 75 and 130."""
+    """A click group whose commands turn our exceptions into exit codes: 2, 3, 75 and 130."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -36,6 +36,9 @@ class Commands(click.Group):
         except AuditError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(2)
+        except Broken as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(3)
         except Drained:
             click.echo("Stopped: the shard in hand was dropped; the same command goes on from here.", err=True)
             ctx.exit(75)

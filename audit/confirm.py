@@ -108,6 +108,7 @@ def confirm(config: ConfirmConfig, stop: Stop | None = None) -> ConfirmSummary:
     Raises:
         AuditError: no run, no index, another descriptor, or a confirm begun differently.
         Drained: `stop` asked to.
+        Broken: every worker failed shard after shard; no verdict was begun that needs what is missing.
     """
     started = time.monotonic()
     stop = stop or Stop()

@@ -18,6 +18,13 @@ class Drained(Exception):
     """The job was asked to stop (SIGTERM, first Ctrl-C): the shard in hand is dropped, the command exits 75."""
 
 
+class Broken(Exception):
+    """Every worker failed shard after shard: the job stopped with shards left, and nothing that needs them was begun.
+
+    What is done stays done; the command exits 3 and goes on when it is given again.
+    """
+
+
 def ends_the_job(error: Exception) -> bool:
     """Whether an error is the job's (bad input, a stop) and not that of the one shard it came from."""
     return isinstance(error, (AuditError, Drained)) and not isinstance(error, StorageError)

@@ -141,6 +141,7 @@ def scan(config: ScanConfig, stop: Stop | None = None) -> ScanSummary:
     Raises:
         AuditError: bad input or another run's folder; nothing was written.
         Drained: `stop` asked to; the run can be gone on with.
+        Broken: every worker failed shard after shard; the run can be gone on with.
     """
     started = time.monotonic()
     rank, world = find_rank(config)

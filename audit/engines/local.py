@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from audit.commits import Ledger
 from audit.engines import Job, compute
-from audit.errors import AuditError, ends_the_job
+from audit.errors import AuditError, Broken, ends_the_job
 from audit.progress import Progress
 from audit.stopping import Stop
 
@@ -36,10 +36,9 @@ class Outcome:
 def run_here(job: Job, shards: Sequence[int], max_retries: int, progress: Progress, stop: Stop) -> Outcome:
     """Run shards one after the other in this process; a failed one is tried again after the others.
 
-    After RETIRE failures in a row it stops and leaves the others as they are.
-
     Raises:
         Drained: a stop was asked for; the shard in hand is dropped.
+        Broken: RETIRE shards failed in a row; the others are left as they are.
     """
     outcome, queue = Outcome(), collections.deque(shards)
     tried: set[int] = set()
@@ -47,8 +46,7 @@ def run_here(job: Job, shards: Sequence[int], max_retries: int, progress: Progre
     while queue:
         stop.check()
         if streak >= RETIRE:
-            note_stop(len(queue), progress)
-            break
+            raise broken(len(queue))
         shard, counted = queue.popleft(), 0
 
         def on_rows(rows: int) -> None:
@@ -76,9 +74,9 @@ def run_here(job: Job, shards: Sequence[int], max_retries: int, progress: Progre
     return outcome
 
 
-def note_stop(left: int, progress: Progress) -> None:
-    """Say that the job stops because everything fails."""
-    progress.note(
+def broken(left: int) -> Broken:
+    """What to raise when everything fails, with this many shards left."""
+    return Broken(
         f"{RETIRE} shards failed one after the other on every worker: stopped with {left} shards left. Look at what "
         "failed (be-audit status), mend it, and give the same command again."
     )
@@ -107,7 +105,7 @@ def run_processes(
     A worker speaks JSON lines: {"ready": true} when its model is loaded, {"rows": n} as it goes,
     then {"done": shard, "rows": n} or {"failed": shard, "error": e}.
     One that dies (killed, out of memory, a crash of the driver) has its shard counted as failed and is replaced; so is
-    one that fails REPLACE shards in a row, and after RETIRE its place stays empty. Without any worker left it stops.
+    one that fails REPLACE shards in a row, and after RETIRE its place stays empty.
 
     Args:
         command: worker number -> argv of a process that reads shard numbers from stdin.
@@ -115,6 +113,7 @@ def run_processes(
     Raises:
         Drained: a stop was asked for; the shards in hand are dropped.
         AuditError: a worker said its input is bad, or workers die again and again before they begin.
+        Broken: no worker is left; the shards that are, are left as they are.
     """
     outcome, queue = Outcome(), collections.deque(shards)
     selector = selectors.DefaultSelector()
@@ -192,8 +191,7 @@ def run_processes(
                 if queue and number not in pool and streaks[number] < RETIRE:
                     start(number)
             if not pool:
-                note_stop(len(queue), progress)
-                break
+                raise broken(len(queue))
             ready = selector.select(timeout=0.5)
             stop.check()
             for key, _ in ready:

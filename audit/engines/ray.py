@@ -12,7 +12,7 @@ from typing import Any
 
 from audit.commits import Ledger
 from audit.engines import Job, compute
-from audit.engines.local import REPLACE, RETIRE, Outcome, note_failure, note_stop
+from audit.engines.local import REPLACE, RETIRE, Outcome, broken, note_failure
 from audit.errors import AuditError, Drained, ends_the_job
 from audit.progress import Progress
 from audit.stopping import Stop
@@ -54,6 +54,7 @@ def run_on_ray(
     Raises:
         AuditError: Ray is not installed, the device is not there, or a worker said its input is bad.
         Drained: a stop was asked for.
+        Broken: no actor is left; the shards that are, are left as they are.
     """
     try:
         import ray
@@ -87,8 +88,7 @@ def run_on_ray(
             while queue and free:
                 feed(free.pop())
             if not in_hand:
-                note_stop(len(queue), progress)
-                break
+                raise broken(len(queue))
             if stop.requested:
                 raise Drained
             ready, _ = ray.wait(list(in_hand), num_returns=1, timeout=0.5)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from audit.run import Run, score_file
 from audit.scan import ScanConfig
-from audit.tables import read_scores
+from audit.tables import read_scores, read_stage
 from tests.audit.conftest import Watched
 from tests.command import be_audit
+from tests.conftest import some_captions
 
 
 @pytest.fixture
@@ -74,3 +80,36 @@ def test_one_caption_that_always_fails_keeps_no_shard_from_being_done(
     assert found.code == 3 and "5 of 6 shards done" in found.out
     found = be_audit(*strict, 1)
     assert found.code == 3 and "6 of 6 shards done (1 now" in found.out
+
+
+def test_a_device_that_breaks_stops_every_stage_and_never_exits_0(
+    tmp_path: Path, sd1: str, watched: type[Watched], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From then on everything fails: nothing is given up or goes on with what is missing, and all of it resumes."""
+    pq.write_table(pa.table({"TEXT": some_captions(12)}), tmp_path / "x.parquet")
+    (tmp_path / "pictures").mkdir()
+    for number in range(40):
+        pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"pictures/{number}.png")
+    run, index = tmp_path / "run", tmp_path / "index"
+    flags = ("--model", sd1, "--steps", 2, "--rows-per-shard", 1, "--max-error-rate", 0, "-o", run)
+    scan = ("scan", tmp_path / "x.parquet", *flags)
+    confirm = ("confirm", run, "--index", index, "--top-k", 12, "--max-error-rate", 0, "--ls-threshold", 0.1)
+    monkeypatch.setattr(importlib.import_module("audit.confirm"), "SHARD_IMAGES", 1)
+    assert be_audit("index", "build", tmp_path / "pictures", "-o", index, "--sscd", "testbed").code == 0
+
+    def breaks(*command: object) -> None:
+        monkeypatch.setattr(watched, "poison", tuple(range(1, 77)))
+        done = be_audit(*command)
+        assert done.code == 3 and "Error: 8 shards failed one after the other" in done.err, done
+        assert "Given up" not in done.err and "given up" not in be_audit("status", run).out
+        monkeypatch.setattr(watched, "poison", ())
+        assert be_audit(*command).code == 0
+
+    breaks(*scan)
+    breaks(*scan, "--refine", 1)
+    breaks(*confirm)
+    assert be_audit("verify", run, "--deep").code == 0
+    rows = read_scores(Run.open(str(run))).to_pylist()
+    assert len(rows) == 12 and all(row["refined"] for row in rows)
+    assert read_stage(Run.open(str(run)), "confirm", ["row_id"]).num_rows == 12  # type: ignore[union-attr]
