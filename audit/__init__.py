@@ -1,37 +1,42 @@
 """be-audit: which captions a text-to-image model reproduces training images for, where, and proof.
 
-The jobs of the commands are functions of the same names, `audit.scan(ScanConfig(...))` and so on, and live in modules
-of the same names, `from audit.scan import ScanConfig`. Both are imported when asked for, so `import audit` is light.
+The jobs of the commands are functions of the same names: `audit.scan(audit.ScanConfig(...))` and so on. Names are
+imported when they are asked for, so `import audit` is light. The folders, each importing only from those before it:
+
+base/ testbed/ captions/ index/ statistics/ engines/ run/ scores/ verdicts/ evaluation/ mitigation/ reports/ cli/
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
-import types
 from typing import Any
 
-_JOBS = ("scan", "confirm", "report", "evaluate", "calibrate", "mitigate", "score")
 _API = {
-    **{job: f"audit.{job}" for job in _JOBS},
-    "AuditError": "audit.errors",
-    "Broken": "audit.errors",
-    "CalibrateConfig": "audit.calibrate",
-    "ConfirmConfig": "audit.confirm",
-    "Drained": "audit.errors",
-    "EvaluateConfig": "audit.evaluate",
+    "AuditError": "audit.base.errors",
+    "Broken": "audit.base.errors",
+    "CalibrateConfig": "audit.scores.calibrate",
+    "ConfirmConfig": "audit.verdicts.confirm",
+    "Drained": "audit.base.errors",
+    "EvaluateConfig": "audit.evaluation.config",
     "Index": "audit.index",
     "IndexConfig": "audit.index",
-    "MitigateConfig": "audit.mitigate",
-    "ReportConfig": "audit.report",
-    "Run": "audit.run",
-    "ScanConfig": "audit.scan",
-    "ScanSummary": "audit.scan",
-    "ScoreConfig": "audit.score",
+    "MitigateConfig": "audit.mitigation.mitigate",
+    "ReportConfig": "audit.reports.report",
+    "Run": "audit.run.run",
+    "ScanConfig": "audit.scores.scan",
+    "ScanSummary": "audit.scores.scan",
+    "ScoreConfig": "audit.scores.prompt",
     "build_index": "audit.index",
-    "read_scores": "audit.tables",
-    "read_stage": "audit.tables",
-    "verify_run": "audit.verify",
+    "calibrate": "audit.scores.calibrate",
+    "confirm": "audit.verdicts.confirm",
+    "evaluate": "audit.evaluation.evaluate",
+    "mitigate": "audit.mitigation.mitigate",
+    "read_scores": "audit.run.read",
+    "read_stage": "audit.run.read",
+    "report": "audit.reports.report",
+    "scan": "audit.scores.scan",
+    "score": "audit.scores.prompt",
+    "verify_run": "audit.run.verify",
 }
 __all__ = list(_API)
 
@@ -40,14 +45,3 @@ def __getattr__(name: str) -> Any:
     if name in _API:
         return getattr(importlib.import_module(_API[name]), name)
     raise AttributeError(f"module 'audit' has no attribute {name!r}")
-
-
-class _Package(types.ModuleType):
-    """`audit.scan` is the function, whatever has been imported: a submodule does not take its name."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _JOBS and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -1,23 +1,35 @@
-"""What touches a diffusion model: loading, attention capture, scores, sampling, mitigation. Knows no files or runs."""
+"""What touches a diffusion model: loading, attention capture, scores, sampling, mitigation. Knows no files or runs.
 
-from pipelines.attention import MaskSource
-from pipelines.first_step import FirstStepScorer, FirstStepScores
-from pipelines.loading import DiffusionModel, ModelError, find_model, load
-from pipelines.mitigated_pipeline import MitigatedPipeline
-from pipelines.mitigation import Mitigation, Mitigator
-from pipelines.trajectory import Trajectories, TrajectorySampler
+Names are imported when they are asked for: a program that only wants the list of detectors does not load torch.
+"""
 
-__all__ = [
-    "DiffusionModel",
-    "FirstStepScorer",
-    "FirstStepScores",
-    "MaskSource",
-    "MitigatedPipeline",
-    "Mitigation",
-    "Mitigator",
-    "ModelError",
-    "Trajectories",
-    "TrajectorySampler",
-    "find_model",
-    "load",
-]
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_API = {
+    "DiffusionModel": "pipelines.loading",
+    "FirstStep": "pipelines.detectors",
+    "FirstStepScorer": "pipelines.first_step",
+    "FirstStepScores": "pipelines.first_step",
+    "MaskSource": "pipelines.attention",
+    "MitigatedPipeline": "pipelines.mitigated_pipeline",
+    "Mitigation": "pipelines.mitigation",
+    "Mitigator": "pipelines.mitigation",
+    "ModelError": "pipelines.errors",
+    "Trajectories": "pipelines.trajectory",
+    "TrajectorySampler": "pipelines.trajectory",
+    "detector": "pipelines.detectors",
+    "find_model": "pipelines.loading",
+    "load": "pipelines.loading",
+}
+__all__ = list(_API)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _API:
+        return getattr(importlib.import_module(_API[name]), name)
+    if name == "formulas":  # for pipelines.detectors, whose names and columns must be had without torch
+        return importlib.import_module("pipelines.formulas")
+    raise AttributeError(f"module 'pipelines' has no attribute {name!r}")

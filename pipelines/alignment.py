@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pipelines.loading import ModelError, find_device
+from pipelines.errors import ModelError
+from pipelines.loading import find_device
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -111,10 +112,10 @@ def load_clip(folder: str | Path, device: str = "auto") -> ClipScore:
 
     path = Path(folder)
     if not (path / "config.json").is_file():
-        raise ModelError(f"CLIP {folder}: no config.json in it; give the folder of a transformers CLIPModel")
+        raise ModelError(f"{folder}: no config.json in it; give the folder of a transformers CLIPModel", "clip")
     kind = json.loads((path / "config.json").read_text()).get("model_type")
     if kind != "clip":
-        raise ModelError(f"CLIP {folder}: its config.json says model_type {kind!r}; give the folder of a CLIPModel")
+        raise ModelError(f"{folder}: its config.json says model_type {kind!r}; give the folder of a CLIPModel", "clip")
     target = find_device(device)
     transformers.logging.set_verbosity_error()
     dtype = torch.float32 if target.type == "cpu" else "auto"
@@ -123,7 +124,7 @@ def load_clip(folder: str | Path, device: str = "auto") -> ClipScore:
         tokenizer = transformers.CLIPTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"CLIP {folder}: cannot be loaded: {first}") from error
+        raise ModelError(f"{folder}: cannot be loaded: {first}", "clip") from error
     processor: dict[str, Any] = {}
     if (path / "preprocessor_config.json").is_file():
         processor = json.loads((path / "preprocessor_config.json").read_text())

@@ -13,6 +13,7 @@ from torch import Tensor
 from pipelines import formulas
 from pipelines.attention import MaskSource, capture_attention, entropy_layer, paper_layers
 from pipelines.batching import AdaptiveBatches
+from pipelines.detectors import FirstStep, scores
 from pipelines.loading import DiffusionModel, Embeddings
 
 Array = NDArray[np.float32]
@@ -23,24 +24,18 @@ class FirstStepScores:
     """Scores of N prompts, means over the K shared noises; float32, NaN where the model gave one.
 
     Attributes:
-        magnitude, ld, ld_std, ld_energy, webster, attention_entropy, cosine: [N]. `ld_std` is the standard
-            deviation of `ld` over the noises (0 for one noise).
-        cosine_low, anisotropy: [N], or None without the extra evaluation.
-        mask: [N, H, W], the mask `ld` was computed with.
-        energy: [N, H, W], the first-step energy map.
+        scores: every detector the model and the settings have the facts for (`pipelines.detectors`): name -> [N].
+        ld_std: standard deviation of `ld` over the noises (0 for one noise), [N]; None where there is no `ld`.
+        mask: the attention mask `ld` was computed with, [N, H, W]; None where there is no `ld`.
+        energy_mask: the mask of `ld_energy`, [N, H, W].
+        energy: the first-step energy map, [N, H, W].
         num_tokens: [N], int64. truncated: [N], bool.
     """
 
-    magnitude: Array
-    ld: Array
-    ld_std: Array
-    ld_energy: Array
-    webster: Array
-    attention_entropy: Array
-    cosine: Array
-    cosine_low: Array | None
-    anisotropy: Array | None
-    mask: Array
+    scores: dict[str, Array]
+    ld_std: Array | None
+    mask: Array | None
+    energy_mask: Array
     energy: Array
     num_tokens: NDArray[np.int64]
     truncated: NDArray[np.bool_]
@@ -54,7 +49,7 @@ class FirstStepScorer:
 
     Args:
         model: a loaded model.
-        mask_source: where the mask of `ld` comes from; step `first` or `energy`.
+        mask_source: layers and token of the mask of `ld`; its step is `first`.
         num_noises: K. seed: of the noise bank.
         steps: sampling steps; the first of their timesteps is scored (981 for 50 steps of Stable Diffusion 1).
         guidance_scale: enters `webster` alone.
@@ -62,7 +57,7 @@ class FirstStepScorer:
         extra_evaluation: also compute `cosine_low` and `anisotropy`, at one more evaluation a prompt and noise.
 
     Raises:
-        ValueError: a mask of the final step (that takes a trajectory), or layers the U-Net does not have.
+        ValueError: a mask of another step (that of the final one takes a trajectory), or layers the U-Net has not.
     """
 
     def __init__(
@@ -78,8 +73,8 @@ class FirstStepScorer:
     ) -> None:
         self.model = model
         self.mask_source = mask_source or MaskSource()
-        if self.mask_source.step == "final":
-            raise ValueError("a mask of the final step takes a whole trajectory: use TrajectorySampler")
+        if self.mask_source.step != "first":
+            raise ValueError(f"a mask of step {self.mask_source.step} is no attention of the first step")
         self.layers = self.mask_source.layers or paper_layers(model.unet)
         self.entropy_layer = entropy_layer(model.unet)
         self.guidance_scale, self.extra_evaluation = guidance_scale, extra_evaluation
@@ -124,11 +119,13 @@ class FirstStepScorer:
             seen = part.stop // count
         flat = {name: torch.cat(values).unflatten(0, (len(captions), count)) for name, values in columns.items()}
         means = {name: value.mean(1).numpy() for name, value in flat.items()}
+        maps = {name: means.pop(name, None) for name in ("mask", "energy_mask", "energy")}
         return FirstStepScores(
-            ld_std=flat["ld"].std(1, correction=0).numpy(),
+            scores=means,
+            ld_std=flat["ld"].std(1, correction=0).numpy() if "ld" in flat else None,
             num_tokens=embeddings.num_tokens.numpy(),
             truncated=embeddings.truncated.numpy(),
-            **{"cosine_low": None, "anisotropy": None, **means},
+            **maps,
         )
 
     def _encode(self, captions: list[str]) -> Embeddings:
@@ -142,46 +139,33 @@ class FirstStepScorer:
         prompt, noise = pair // len(self.noises), pair % len(self.noises)
         prompts, latents = embeddings.take(prompt), self.noises[noise]
         uncond = self.uncond[noise]
+        layers = (self.entropy_layer,) if self.entropy_layer else ()
+        grid = self.model.latent_shape[1:]
         with capture_attention(
-            self.model.unet,
-            () if self.mask_source.step == "energy" else self.layers,
-            prompts.eos_positions,
-            self.model.latent_shape[1:],
-            self.mask_source.token,
-            (self.entropy_layer,) if self.entropy_layer else (),
+            self.model.unet, self.layers, prompts.eos_positions, grid, self.mask_source.token, layers
         ) as attention:
             conditional = self._noise(latents, self.timestep, prompts)
-        scores = first_step_columns(
-            conditional.float() - uncond.float(), uncond, self.guidance_scale, self.model.sigma_max
-        )
-        own = formulas.energy_mask(scores["energy"])
-        scores["mask"] = own if self.mask_source.step == "energy" else attention.mask(self.model.latent_shape[1:])
-        scores["ld"] = formulas.ld(scores["energy"], scores["mask"])
-        scores["attention_entropy"] = token_entropy(attention.token_means, len(latents))
+        low = None
         if self.uncond_low is not None:
-            low = self._noise(latents, self.low_timestep, prompts)
-            cosine_low = formulas.cosine(self.uncond_low[noise], low.float() - self.uncond_low[noise].float())
-            scores["cosine_low"] = cosine_low
-            scores["anisotropy"] = formulas.anisotropy(scores["magnitude"], cosine_low)
-        return {name: value.float().cpu() for name, value in scores.items()}
+            uncond_low = self.uncond_low[noise]
+            low = FirstStep.of(
+                self._noise(latents, self.low_timestep, prompts).float() - uncond_low.float(), uncond_low
+            )
+        first = FirstStep.of(
+            conditional.float() - uncond.float(),
+            uncond,
+            attention.mask(grid),
+            token_attention(attention.token_means),
+            low,
+            self.guidance_scale,
+            self.model.sigma_max,
+        )
+        found = {**scores(first), "energy": first.energy, "energy_mask": formulas.energy_mask(first.energy)}
+        if first.mask is not None:
+            found["mask"] = first.mask
+        return {name: value.float().cpu() for name, value in found.items()}
 
 
-def first_step_columns(
-    difference: Tensor, uncond: Tensor, guidance_scale: float, sigma_max: float
-) -> dict[str, Tensor]:
-    """What the noise difference of the first step gives without attention: energy, magnitude, ld_energy, ..."""
-    energy = formulas.energy_map(difference)
-    return {
-        "energy": energy,
-        "magnitude": formulas.magnitude(energy),
-        "ld_energy": formulas.ld(energy, formulas.energy_mask(energy)),
-        "webster": formulas.webster(uncond, difference, guidance_scale, sigma_max),
-        "cosine": formulas.cosine(uncond, difference),
-    }
-
-
-def token_entropy(token_means: dict[str, Tensor], batch: int) -> Tensor:
-    """Entropy column from the one captured layer; NaN for U-Nets that do not have it."""
-    if not token_means:
-        return torch.full((batch,), float("nan"))
-    return formulas.attention_entropy(next(iter(token_means.values())))
+def token_attention(token_means: dict[str, Tensor]) -> Tensor | None:
+    """Mean attention over tokens of the one captured layer, [B, L]; None for U-Nets that do not have it."""
+    return next(iter(token_means.values()), None)

@@ -18,15 +18,12 @@ import torch
 from torch import Tensor
 
 from pipelines.attention import cross_attention_layers
+from pipelines.errors import ModelError
 from pipelines.formulas import noise_from_v
 
 SUPPORTED = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 WEIGHT_FOLDERS = ("unet", "text_encoder", "text_encoder_2", "vae")
-
-
-class ModelError(ValueError):
-    """A model that cannot be audited or found, said in one line with the way out."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +71,12 @@ def find_model(name: str, revision: str | None = None) -> ModelFolder:
     path = Path(name)
     if not path.is_dir():
         if path.exists():
-            raise ModelError(f"--model {name}: is a file; give a diffusers folder or a hub id")
+            raise ModelError(f"{name}: is a file; give a diffusers folder or a hub id")
         if name.startswith((".", "/", "~")) or name.count("/") != 1:
-            raise ModelError(f"--model {name}: no such folder; give a diffusers folder or a hub id like owner/name")
+            raise ModelError(f"{name}: no such folder; give a diffusers folder or a hub id like owner/name")
         path = _download(name, revision)
     if not (path / "model_index.json").is_file():
-        raise ModelError(f"--model {name}: no model_index.json in it; give the folder of a diffusers pipeline")
+        raise ModelError(f"{name}: no model_index.json in it; give the folder of a diffusers pipeline")
     index = _read_json(path, "model_index.json", name)
     architecture = str(index.get("_class_name"))
     if architecture not in SUPPORTED:
@@ -90,16 +87,16 @@ def find_model(name: str, revision: str | None = None) -> ModelFolder:
         else:
             reason = "its prompt does not condition the U-Net as Stable Diffusion's does"
         raise ModelError(
-            f"--model {name}: {architecture} is not supported: {reason}; supported are {', '.join(sorted(SUPPORTED))}"
+            f"{name}: {architecture} is not supported: {reason}; supported are {', '.join(sorted(SUPPORTED))}"
         )
     for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if not (path / part).is_dir() or not any((path / part).iterdir()):
-            raise ModelError(f"--model {name}: the folder has no {part}/; download the model again")
+            raise ModelError(f"{name}: the folder has no {part}/; download the model again")
     unet = _read_json(path, "unet/config.json", name)
     if unet["in_channels"] != unet["out_channels"]:
-        raise ModelError(f"--model {name}: the U-Net takes {unet['in_channels']} channels: inpainting is not supported")
+        raise ModelError(f"{name}: the U-Net takes {unet['in_channels']} channels: inpainting is not supported")
     if not any("CrossAttn" in block for block in unet["down_block_types"]):
-        raise ModelError(f"--model {name}: the U-Net has no cross-attention in its down path, so no BE mask")
+        raise ModelError(f"{name}: the U-Net has no cross-attention in its down path, so no BE mask")
     commit = path.name if re.fullmatch(r"[0-9a-f]{40}", path.name) else None
     return ModelFolder(path, name, commit, SUPPORTED[architecture])
 
@@ -190,10 +187,10 @@ class DiffusionModel:
         )
         self.prediction_type: str = self.scheduler.config.prediction_type
         if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise ModelError(f"--model {folder.name}: prediction type {self.prediction_type!r} is not supported")
+            raise ModelError(f"{folder.name}: prediction type {self.prediction_type!r} is not supported")
         if float(self.scheduler.alphas_cumprod[-1]) == 0:
             raise ModelError(
-                f"--model {folder.name}: its schedule has zero terminal SNR (rescale_betas_zero_snr), where the noise "
+                f"{folder.name}: its schedule has zero terminal SNR (rescale_betas_zero_snr), where the noise "
                 "prediction of the first step does not depend on the prompt: not supported"
             )
         self.latent_shape = _latent_shape(self.unet.config)
@@ -316,7 +313,7 @@ def load(folder: ModelFolder, device: str = "auto", dtype: str = "auto") -> Diff
             pipeline = getattr(diffusers, name).from_pretrained(str(folder.path), **parts).to(target)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"--model {folder.name}: cannot be loaded: {first}") from error
+        raise ModelError(f"{folder.name}: cannot be loaded: {first}") from error
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)):
         if part is not None:
             part.eval().requires_grad_(False)
@@ -330,14 +327,12 @@ def find_device(device: str) -> torch.device:
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-        raise ModelError(f"--device {device}: give auto, cpu, cuda, cuda:N or mps")
+        raise ModelError(f"{device}: give auto, cpu, cuda, cuda:N or mps", "device")
     found = torch.device(device)
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ModelError(
-            f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu"
-        )
+        raise ModelError(f"{device}: this machine has {torch.cuda.device_count()} CUDA devices; try cpu", "device")
     if found.type == "mps" and not torch.backends.mps.is_available():
-        raise ModelError("--device mps: this machine has no Apple GPU; try --device cpu")
+        raise ModelError("mps: this machine has no Apple GPU; try cpu", "device")
     return found
 
 
@@ -346,7 +341,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
     if dtype == "auto":
         return "float16" if device.type == "cuda" else "float32"
     if dtype not in DTYPES:
-        raise ModelError(f"--dtype {dtype}: give auto, {', '.join(DTYPES)}")
+        raise ModelError(f"{dtype}: give auto, {', '.join(DTYPES)}", "dtype")
     return dtype
 
 
@@ -366,14 +361,14 @@ def _download(name: str, revision: str | None) -> Path:
     except Exception as error:  # the hub client raises a dozen unrelated types for "cannot be had"
         at = f" at revision {revision}" if revision else ""
         reason = textwrap.shorten(str(error).strip().split("\n\n")[0] or type(error).__name__, 400)
-        raise ModelError(f"--model {name}: no such folder, and the hub does not give it{at}: {reason}") from error
+        raise ModelError(f"{name}: no such folder, and the hub does not give it{at}: {reason}") from error
 
 
 def _read_json(path: Path, file: str, name: str) -> dict[str, Any]:
     try:
         return dict(json.loads((path / file).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"--model {name}: {file} cannot be read ({error}): download the model again") from error
+        raise ModelError(f"{name}: {file} cannot be read ({error}): download the model again") from error
 
 
 def _latent_shape(config: Any) -> tuple[int, int, int]:
@@ -382,13 +377,21 @@ def _latent_shape(config: Any) -> tuple[int, int, int]:
     return int(config["in_channels"]), int(height), int(width)
 
 
+_hashes: dict[tuple[str, int, int, int], str] = {}  # of files as they were: path, size, modified, inode
+
+
 def _file_sha256(file: Path) -> str:
+    """sha256 of a file; one that was hashed before in this process, and is the same, is not read again."""
     # the hub's cache links big files to blobs that are named by their sha256
     blob = file.resolve().name
     if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob):
         return blob
-    total = hashlib.sha256()
-    with file.open("rb") as content:
-        while chunk := content.read(1 << 22):
-            total.update(chunk)
-    return total.hexdigest()
+    facts = file.stat()
+    key = (str(file.resolve()), facts.st_size, facts.st_mtime_ns, facts.st_ino)
+    if key not in _hashes:
+        total = hashlib.sha256()
+        with file.open("rb") as content:
+            while chunk := content.read(1 << 22):
+                total.update(chunk)
+        _hashes[key] = total.hexdigest()
+    return _hashes[key]

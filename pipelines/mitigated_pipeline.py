@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pipelines.attention import MaskSource
-from pipelines.loading import SUPPORTED, DiffusionModel, Embeddings, ModelError, ModelFolder
+from pipelines.errors import ModelError
+from pipelines.loading import SUPPORTED, DiffusionModel, Embeddings, ModelFolder
 from pipelines.mitigation import Loss, Mitigator
 
 # of a pipeline's encode_prompt: what it returns, in order, and the options of a call that end there

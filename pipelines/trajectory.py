@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from pipelines import formulas
 from pipelines.attention import MaskSource, capture_attention, entropy_layer, paper_layers
 from pipelines.batching import AdaptiveBatches
-from pipelines.first_step import first_step_columns, token_entropy
+from pipelines.detectors import FirstStep, scores
+from pipelines.first_step import token_attention
 from pipelines.loading import DiffusionModel, Embeddings
 
 Array = NDArray[np.float32]
@@ -30,8 +31,8 @@ class Trajectories:
         be_mask: EOS attention of the final step (BE mask), [N, H, W]. first_mask: the same of the first step.
         energy_mask: smoothed energy map of the first step. score_map: E_T / sigma_T^2 of the last step.
         magnitude_t, ld_t: scores of every step, [N, steps]; ld_t under the BE mask.
-        ld_first_mask, ld_energy, ld_score: first-step LD under the three other masks, [N].
-        webster, attention_entropy, cosine: first-step columns, [N].
+        ld_score: first-step LD under `score_map`, [N].
+        first: every detector of the first step (`pipelines.detectors`), `ld` under `first_mask`: name -> [N].
     """
 
     images: NDArray[np.uint8] | None
@@ -41,22 +42,26 @@ class Trajectories:
     score_map: Array
     magnitude_t: Array
     ld_t: Array
-    ld_first_mask: Array
-    ld_energy: Array
     ld_score: Array
-    webster: Array
-    attention_entropy: Array
-    cosine: Array
+    first: dict[str, Array]
 
     def __len__(self) -> int:
         return len(self.be_mask)
 
     def row(self, row: int) -> Trajectories:
         """One trajectory by itself."""
+        one = slice(row, row + 1)
         parts: dict[str, Any] = {
-            name: None if values is None else values[row : row + 1] for name, values in vars(self).items()
+            name: None if values is None else values[one] for name, values in vars(self).items() if name != "first"
         }
-        return Trajectories(**parts)
+        return Trajectories(**parts, first={name: values[one] for name, values in self.first.items()})
+
+    @staticmethod
+    def of(columns: Mapping[str, NDArray[Any]]) -> Trajectories:
+        """From the columns of `TrajectorySampler.sample`, as arrays; the detectors' are called `first.NAME`."""
+        plain: dict[str, Any] = {name: values for name, values in columns.items() if not name.startswith("first.")}
+        first = {name.removeprefix("first."): columns[name] for name in columns if name not in plain}
+        return Trajectories(**{"images": None, **plain}, first=first)
 
     def windows(self) -> dict[str, Array]:
         """Means over the first step, the first 10 and all steps: `magnitude`, `ld_first`, `magnitude_10`, ..., [N]."""
@@ -133,14 +138,13 @@ class TrajectorySampler:
                 columns.setdefault(name, []).append(value.cpu().numpy())
             if on_batch:
                 on_batch(part.stop - part.start)
-        joined: dict[str, Any] = {name: np.concatenate(values) for name, values in columns.items()}
-        return Trajectories(**{"images": None, **joined})
+        return Trajectories.of({name: np.concatenate(values) for name, values in columns.items()})
 
     @torch.inference_mode()
     def sample(
         self, prompts: Embeddings, latents: Tensor, decode: bool = True, every_step: bool = False
     ) -> dict[str, Tensor]:
-        """One batch: embeddings of B prompts and their initial latents [B, C, H, W]; columns of `Trajectories`.
+        """One batch: embeddings of B prompts and their initial latents [B, C, H, W]; columns for `Trajectories.of`.
 
         `every_step` captures attention at every step and adds `masks_t`, [B, steps, H, W].
         """
@@ -167,10 +171,16 @@ class TrajectorySampler:
             # 2. what the scores need of this step
             energies.append(formulas.energy_map(difference))
             if step == 0:
-                first = first_step_columns(difference, uncond, self.guidance_scale, model.sigma_max)
-                columns |= {name: first[name] for name in ("webster", "cosine", "ld_energy")}
                 means = {name: value[batch:] for name, value in seen.token_means.items()}
-                columns["attention_entropy"] = token_entropy(means, batch)
+                first = FirstStep.of(
+                    difference,
+                    uncond,
+                    masks[0],
+                    token_attention(means),
+                    guidance_scale=self.guidance_scale,
+                    sigma_max=model.sigma_max,
+                )
+                columns = {f"first.{name}": value for name, value in scores(first).items()}
             # 3. guidance and the step to x_{t-1}
             guided = output_uncond + self.guidance_scale * (output_cond - output_uncond)
             latents = model.scheduler.step(guided, timestep, latents, eta=0.0, return_dict=False)[0]
@@ -183,7 +193,6 @@ class TrajectorySampler:
             "score_map": score_map,
             "magnitude_t": formulas.magnitude(energy),
             "ld_t": formulas.ld(energy, masks[last][:, None]),
-            "ld_first_mask": formulas.ld(energy[:, 0], masks[0]),
             "ld_score": formulas.ld(energy[:, 0], score_map),
         }
         if every_step:

@@ -25,7 +25,7 @@ class Result:
 
 def be_audit(*arguments: object) -> Result:
     """Run a command in this process. What a user would see as a traceback is raised."""
-    from audit.cli import cli
+    from audit.cli.commands import cli
 
     found = CliRunner().invoke(
         cli, [str(argument) for argument in arguments], prog_name="be-audit", catch_exceptions=False
@@ -50,7 +50,7 @@ def _main(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     import torch
 
-    from audit.cli import cli
+    from audit.cli.commands import cli
 
     torch.set_num_threads(1)
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)

@@ -7,6 +7,4 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion  # noqa: F401
 import transformers.models.clip.modeling_clip  # noqa: F401
 
-import audit.cli
-import audit.jobs  # noqa: F401
 import pipelines  # noqa: F401

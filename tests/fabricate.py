@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from audit.base.storage import Folder
 from audit.captions import plan_captions, read_shard
-from audit.confirm_job import confirmed_table
-from audit.refine import begin_refine, best_rows, with_images
-from audit.run import Run, Stage, score_file
-from audit.schema import MATCH_COLUMNS, TRAJECTORY_COLUMNS, TRAJECTORY_MASKS, scores_schema, tensor_array
-from audit.storage import Folder
+from audit.run.run import Run, Stage, score_file
+from audit.run.schema import MATCH_COLUMNS, TRAJECTORY_COLUMNS, TRAJECTORY_MASKS, scores_schema, tensor_array
+from audit.scores.refine import begin_refine, best_rows, with_images
+from audit.verdicts.confirm_shard import confirmed_table
 
 SIDE, MASK_SIDE = 32, 8
 HOSTILE = (

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
+from audit.base.storage import Folder
 from audit.captions.files import CAPTION_COLUMNS, CaptionFile, find_captions
 from audit.captions.plan import CaptionPlan, describe_captions, plan_captions
 from audit.captions.rows import Rows, is_empty, text
-from audit.storage import Folder
 
 __all__ = [
     "CAPTION_COLUMNS",

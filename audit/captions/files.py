@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
+from audit.base.errors import AuditError
+from audit.base.storage import list_tree
 from audit.captions.streams import BATCH_ROWS, HUB_NAME, first_line, load_dataset, open_input, reading, text_columns
-from audit.errors import AuditError
-from audit.storage import list_tree
 
 CAPTION_COLUMNS = ("TEXT", "caption", "text", "prompt", "captions")
 """Where a caption is looked for when no column is named: exactly so and in this order, then in any case."""
@@ -176,8 +176,12 @@ def _format(path: str) -> str:
 # --- describing -------------------------------------------------------------------------------------------------
 
 
-def describe(source: Source, caption_col: str | None) -> tuple[CaptionFile, pa.Schema, bool]:
+def describe(
+    source: Source, caption_col: str | None, flag: str = "--caption-col"
+) -> tuple[CaptionFile, pa.Schema, bool]:
     """Look into one source: footers, first lines, columns. Only text formats are read whole, to be hashed.
+
+    `flag` is what names the column on the command line, for messages.
 
     Returns:
         the file, with rows -1 where only reading it all would tell; its columns (all of them strings for JSONL and
@@ -212,11 +216,11 @@ def describe(source: Source, caption_col: str | None) -> tuple[CaptionFile, pa.S
             else:
                 schema = pa.schema([(name, pa.string()) for name in text_columns(path, file, source.format)])
             sha256 = _digest(file, size, whole=streamed)
-    column = find_caption_column(path, schema, caption_col)
+    column = find_caption_column(path, schema, caption_col, flag)
     return CaptionFile(path, source.format, rows, size, sha256, column), schema, streamed
 
 
-def find_caption_column(path: str, schema: pa.Schema, named: str | None) -> str:
+def find_caption_column(path: str, schema: pa.Schema, named: str | None, flag: str = "--caption-col") -> str:
     """The caption column: the one named, else the first of CAPTION_COLUMNS that is there and is text.
 
     Raises:
@@ -226,19 +230,19 @@ def find_caption_column(path: str, schema: pa.Schema, named: str | None) -> str:
     if named is not None:
         candidates = [name for name in schema.names if name == named]
         if not candidates:
-            raise AuditError(f"{path}: no column {named!r}; it has {has}: pass another --caption-col")
+            raise AuditError(f"{path}: no column {named!r}; it has {has}: pass another {flag}")
     else:
         lower = [name.lower() for name in CAPTION_COLUMNS]
         candidates = [name for name in CAPTION_COLUMNS if name in schema.names]
         candidates += sorted((n for n in schema.names if n.lower() in lower), key=lambda n: lower.index(n.lower()))
         if not candidates:
-            raise AuditError(f"{path}: no caption column; it has {has}: pass --caption-col NAME")
+            raise AuditError(f"{path}: no caption column; it has {has}: pass {flag} NAME")
     name = next(
         (n for n in candidates if all(is_text(schema.field(i).type) for i in schema.get_all_field_indices(n))), None
     )
     if name is None:
         kind = schema.field(schema.get_all_field_indices(candidates[0])[0]).type
-        raise AuditError(f"{path}: column {candidates[0]!r} is {kind}, not text; it has {has}: pass --caption-col NAME")
+        raise AuditError(f"{path}: column {candidates[0]!r} is {kind}, not text; it has {has}: pass {flag} NAME")
     if len(schema.get_all_field_indices(name)) > 1:
         raise AuditError(f"{path}: two columns are called {name!r}: rename one")
     return name

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -20,13 +19,13 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from audit.base.errors import AuditError
+from audit.base.identity import is_identity
+from audit.base.progress import Progress
+from audit.base.storage import Folder
 from audit.captions.files import CaptionFile, describe, find_captions, is_text
 from audit.captions.rows import BATCH_ROWS, Rows, find_column, is_empty, text
 from audit.captions.streams import first_line, reading, stream
-from audit.errors import AuditError
-from audit.progress import Progress
-from audit.schema import SCORE_COLUMNS
-from audit.storage import Folder
 
 SHARDS = pa.schema(
     [
@@ -38,7 +37,6 @@ SHARDS = pa.schema(
     ]
 )
 DUPLICATES = pa.schema([("row_id", pa.int64()), ("duplicate_of", pa.int64())])
-_KEPT = re.compile(r"(.*_)?(url|uri|key|id|uid|uuid|guid|hash|phash|md5|sha1|sha256|sha512)_*")
 _CHUNK = 1 << 18  # rows looked at together; bounds every temporary array of planning
 
 
@@ -183,6 +181,7 @@ def plan_captions(
     limit: int | None,
     rows_per_shard: int,
     staging: Folder,
+    reserved: Collection[str] = (),
 ) -> CaptionPlan:
     """Look at all inputs, cut them into shards and find equal captions.
 
@@ -196,6 +195,7 @@ def plan_captions(
         limit: the first so many rows over all inputs in order; None for all.
         rows_per_shard: rows of a shard, the last of a file excepted.
         staging: where inputs without random access are copied to, as `input/00000.arrow`.
+        reserved: names in lower case that no carried column may have: those of a run's own.
 
     Raises:
         AuditError: whatever is wrong with the inputs, in one line.
@@ -205,7 +205,7 @@ def plan_captions(
     if limit is not None and limit < 1:
         raise AuditError(f"--limit {limit}: at least 1")
     described = _describe_all(inputs, caption_col)
-    keep = _keep_schema([(file, schema) for file, schema, _ in described], keep_cols)
+    keep = _keep_schema([(file, schema) for file, schema, _ in described], keep_cols, reserved)
     files, taken, left = [], [], limit
     for index, (file, schema, streamed) in enumerate(described):
         if streamed:
@@ -224,20 +224,22 @@ def plan_captions(
     return CaptionPlan(files, _shards(files, taken, rows_per_shard), keep, sum(taken), distinct, empty, _first=first)
 
 
-def _keep_schema(described: list[tuple[CaptionFile, pa.Schema]], named: Sequence[str] | None) -> pa.Schema:
+def _keep_schema(
+    described: list[tuple[CaptionFile, pa.Schema]], named: Sequence[str] | None, reserved: Collection[str]
+) -> pa.Schema:
     """The columns to carry through over all files, in order of appearance, one type each."""
     if named is None:
         wanted = {
             column.name.lower(): column.name
             for file, schema in reversed(described)
             for column in reversed(list(schema))
-            if _KEPT.fullmatch(column.name.lower()) and column.name != file.caption_col and _is_plain(column.type)
+            if is_identity(column.name) and column.name != file.caption_col and _is_plain(column.type)
         }
-        names = [name for lower, name in reversed(wanted.items()) if lower not in SCORE_COLUMNS]
+        names = [name for lower, name in reversed(wanted.items()) if lower not in reserved]
     else:
         names = list(dict.fromkeys(named))
         for name in names:
-            if name.lower() in SCORE_COLUMNS:
+            if name.lower() in reserved:
                 raise AuditError(f"--keep-cols {name}: a run has a column of that name itself: rename the input's")
             if sum(name.lower() == other.lower() for other in names) > 1:
                 raise AuditError(f"--keep-cols {name}: another of the columns differs in case alone: SQL knows one")

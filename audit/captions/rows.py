@@ -15,10 +15,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+from audit.base.errors import AuditError
+from audit.base.storage import join
 from audit.captions.files import CaptionFile
 from audit.captions.streams import BATCH_ROWS, open_input
-from audit.errors import AuditError
-from audit.storage import join
 
 
 def find_column(schema: pa.Schema, name: str) -> int:

@@ -17,8 +17,8 @@ import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from audit.errors import AuditError, StorageError
-from audit.progress import Progress
+from audit.base.errors import AuditError, StorageError
+from audit.base.progress import Progress
 
 BATCH_ROWS = 8192
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]+))?")

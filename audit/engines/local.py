@@ -2,52 +2,36 @@
 
 from __future__ import annotations
 
-import collections
 import json
 import os
 import selectors
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import IO, Any
 
-from audit.commits import Ledger
-from audit.engines import Job, compute
-from audit.errors import AuditError, Broken, ends_the_job
-from audit.progress import Progress
-from audit.stopping import Stop
+from audit.base.errors import AuditError, ends_the_job
+from audit.base.progress import Progress
+from audit.base.stopping import Stop
+from audit.engines.job import Job, JobSpec, compute
+from audit.engines.retries import Outcome, Retries
 
 DEATHS = 3  # workers that may die one after the other while they load
-REPLACE, RETIRE = 2, 8
-"""Shards that fail one after the other at their first try: so many, and a worker is replaced; is not started again.
-Bad data fail here and there; a broken device or driver fails everything at once, and would use up every shard's tries.
-"""
 
 
-@dataclass
-class Outcome:
-    """What became of the shards: committed now, and given up after the last try."""
-
-    committed: list[int] = field(default_factory=list)
-    quarantined: list[int] = field(default_factory=list)
-
-
-def run_here(job: Job, shards: Sequence[int], max_retries: int, progress: Progress, stop: Stop) -> Outcome:
+def run_here(job: Job, retries: Retries, progress: Progress, stop: Stop) -> Outcome:
     """Run shards one after the other in this process; a failed one is tried again after the others.
 
     Raises:
         Drained: a stop was asked for; the shard in hand is dropped.
-        Broken: RETIRE shards failed in a row; the others are left as they are.
+        Broken: too many shards failed in a row; the others are left as they are.
     """
-    outcome, queue = Outcome(), collections.deque(shards)
-    tried: set[int] = set()
-    streak = 0  # failures in a row, of shards at their first try
-    while queue:
+    while len(retries):
         stop.check()
-        if streak >= RETIRE:
-            raise broken(len(queue))
-        shard, counted = queue.popleft(), 0
+        if retries.retired(0):
+            raise retries.broken()
+        shard, counted = retries.take(), 0
+        assert shard is not None
 
         def on_rows(rows: int) -> None:
             nonlocal counted
@@ -61,66 +45,34 @@ def run_here(job: Job, shards: Sequence[int], max_retries: int, progress: Progre
             if ends_the_job(error):
                 raise
             progress.add(-counted)
-            streak += shard not in tried
-            tried.add(shard)
-            if note_failure(job.ledger, shard, f"{type(error).__name__}: {error}", max_retries, progress):
-                queue.append(shard)
-            else:
-                outcome.quarantined.append(shard)
+            retries.failed(0, shard, f"{type(error).__name__}: {error}")
         else:
             progress.add(made.rows - counted)
-            outcome.committed.append(shard)
-            streak = 0
-    return outcome
-
-
-def broken(left: int) -> Broken:
-    """What to raise when everything fails, with this many shards left."""
-    return Broken(
-        f"{RETIRE} shards failed one after the other on every worker: stopped with {left} shards left. Look at what "
-        "failed (be-audit status), mend it, and give the same command again."
-    )
-
-
-def note_failure(ledger: Ledger, shard: int, error: str, max_retries: int, progress: Progress) -> bool:
-    """Record a failed try; True when the shard is to be tried again."""
-    tries = ledger.record_attempt(shard, error)
-    again = tries < max_retries
-    what = "will be tried again" if again else f"given up after {tries} tries"
-    progress.note(f"{ledger.stage} shard {shard}: {error.splitlines()[0][:300]}; {what}")
-    return again
+            retries.done(0, shard)
+    return retries.outcome
 
 
 def run_processes(
-    command: Callable[[int], list[str]],
-    workers: int,
-    ledger: Ledger,
-    shards: Sequence[int],
-    max_retries: int,
-    progress: Progress,
-    stop: Stop,
+    command: Callable[[int], list[str]], workers: int, retries: Retries, progress: Progress, stop: Stop
 ) -> Outcome:
     """Run shards in worker processes, each given the next shard when it is free.
 
     A worker speaks JSON lines: {"ready": true} when its model is loaded, {"rows": n} as it goes,
     then {"done": shard, "rows": n} or {"failed": shard, "error": e}.
-    One that dies (killed, out of memory, a crash of the driver) has its shard counted as failed and is replaced; so is
-    one that fails REPLACE shards in a row, and after RETIRE its place stays empty.
+    One that dies (killed, out of memory, a crash of the driver) has its shard counted as failed and is replaced.
 
     Args:
         command: worker number -> argv of a process that reads shard numbers from stdin.
+        workers: how many. retries: the shards.
 
     Raises:
         Drained: a stop was asked for; the shards in hand are dropped.
         AuditError: a worker said its input is bad, or workers die again and again before they begin.
         Broken: no worker is left; the shards that are, are left as they are.
     """
-    outcome, queue = Outcome(), collections.deque(shards)
     selector = selectors.DefaultSelector()
     pool: dict[int, _Worker] = {}
     never_ready = 0  # deaths in a row of workers that had not loaded their model
-    tried: set[int] = set()
-    streaks: collections.Counter[int] = collections.Counter()  # of a worker: failures in a row, at first tries
 
     def start(number: int) -> None:
         pool[number] = _Worker(number, command(number))
@@ -128,18 +80,13 @@ def run_processes(
         feed(pool[number])
 
     def feed(worker: _Worker) -> None:
-        worker.shard = queue.popleft() if queue else None
+        worker.shard = retries.take()
         worker.counted = 0
         worker.send(worker.shard)
 
     def failed(worker: _Worker, shard: int, error: str) -> None:
         progress.add(-worker.counted)
-        streaks[worker.number] += shard not in tried
-        tried.add(shard)
-        if note_failure(ledger, shard, error, max_retries, progress):
-            queue.append(shard)
-        else:
-            outcome.quarantined.append(shard)
+        retries.failed(worker.number, shard, error)
 
     def hear(worker: _Worker, said: dict[str, Any]) -> None:
         nonlocal never_ready
@@ -147,16 +94,15 @@ def run_processes(
             worker.ready, never_ready = True, 0
         elif "done" in said:
             progress.add(int(said["rows"]) - worker.counted)
-            outcome.committed.append(int(said["done"]))
-            streaks[worker.number] = 0
+            retries.done(worker.number, int(said["done"]))
             feed(worker)
         elif "failed" in said:
             failed(worker, int(said["failed"]), str(said["error"]))
-            if streaks[worker.number] < REPLACE:
-                feed(worker)
-            else:  # it ends, and another takes its place
+            if retries.replace(worker.number):  # it ends, and another takes its place
                 worker.shard = None
                 worker.send(None)
+            else:
+                feed(worker)
         elif "rows" in said:
             worker.counted += int(said["rows"])
             progress.add(int(said["rows"]))
@@ -172,26 +118,26 @@ def run_processes(
             raise AuditError(worker.error or "a worker could not begin")
         if worker.shard is None:
             return
-        done = ledger.done([worker.shard])
+        done = retries.ledger.done([worker.shard])
         if done:  # it died between its commit and saying so
             progress.add(done[worker.shard].rows - worker.counted)
-            outcome.committed.append(worker.shard)
+            retries.done(number, worker.shard)
         elif worker.ready:
             failed(worker, worker.shard, f"worker died with exit code {code}")
         else:
-            queue.appendleft(worker.shard)  # not the shard's fault
+            retries.put_back(worker.shard)
             never_ready += 1
             progress.note(f"a worker died with exit code {code} before its model was loaded")
             if never_ready >= max(DEATHS, workers):
                 raise AuditError(f"{never_ready} workers in a row died while loading: try fewer --workers")
 
     try:
-        while queue or pool:
+        while len(retries) or pool:
             for number in range(workers):
-                if queue and number not in pool and streaks[number] < RETIRE:
+                if len(retries) and number not in pool and not retries.retired(number):
                     start(number)
             if not pool:
-                raise broken(len(queue))
+                raise retries.broken()
             ready = selector.select(timeout=0.5)
             stop.check()
             for key, _ in ready:
@@ -206,7 +152,7 @@ def run_processes(
             worker.process.terminate()
         for worker in pool.values():
             worker.end()
-    return outcome
+    return retries.outcome
 
 
 class _Worker:
@@ -249,9 +195,9 @@ class _Worker:
         return code
 
 
-def worker_argv(run_url: str, stage: str, device: str, batch_size: int, max_error_rate: float) -> list[str]:
-    """argv of a worker process for a stage of a run."""
-    return [sys.executable, "-m", "audit.engines.worker", run_url, stage, device, str(batch_size), str(max_error_rate)]
+def worker_argv(spec: JobSpec) -> list[str]:
+    """argv of a worker process for a job."""
+    return [sys.executable, "-m", "audit.engines.worker", spec.to_json()]
 
 
 def die_with_parent() -> None:

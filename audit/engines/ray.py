@@ -5,51 +5,38 @@ The run folder must be a place every node reaches (a shared file system or an ob
 
 from __future__ import annotations
 
-import collections
 import os
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from audit.commits import Ledger
-from audit.engines import Job, compute
-from audit.engines.local import REPLACE, RETIRE, Outcome, broken, note_failure
-from audit.errors import AuditError, Drained, ends_the_job
-from audit.progress import Progress
-from audit.stopping import Stop
+from audit.base.errors import AuditError, Drained, ends_the_job
+from audit.base.progress import Progress
+from audit.base.stopping import Stop
+from audit.engines.job import Job, JobSpec, compute
+from audit.engines.retries import Outcome, Retries
 
 
 class ShardActor:
     """Lives in a Ray worker: opens the job once, with the first shard, then computes shards."""
 
-    def __init__(self, run_url: str, stage: str, device: str, batch_size: int, max_error_rate: float) -> None:
-        self.settings = (run_url, stage, device, batch_size, max_error_rate)
+    def __init__(self, spec: JobSpec) -> None:
+        self.spec = spec
         self.job: Job | None = None
 
     def compute(self, shard: int) -> int:
         """Compute and commit a shard; returns its rows."""
         if self.job is None:  # not in __init__: what a constructor raises reaches the driver without its type
-            from audit.jobs import open_job
-
-            self.job = open_job(*self.settings)
+            self.job = self.spec.open()
         return compute(self.job, shard, lambda _: None).rows
 
 
-def run_on_ray(
-    run_url: str,
-    stage: str,
-    config: Any,
-    ledger: Ledger,
-    shards: Sequence[int],
-    max_retries: int,
-    progress: Progress,
-    stop: Stop,
-) -> Outcome:
+def run_on_ray(spec: JobSpec, workers: int, retries: Retries, progress: Progress, stop: Stop) -> Outcome:
     """Run shards on the cluster that RAY_ADDRESS names, else on one started here.
 
-    Args:
-        config: has device, batch_size, max_error_rate and workers (0: one a GPU of the cluster, or one without GPUs).
+    An actor that dies or fails again and again is replaced, as a worker process is.
 
-    An actor that dies or fails REPLACE shards in a row is replaced, and after RETIRE its place stays empty.
+    Args:
+        spec: the job. workers: actors; 0 is one a GPU of the cluster, or one without GPUs. retries: the shards.
 
     Raises:
         AuditError: Ray is not installed, the device is not there, or a worker said its input is bad.
@@ -63,32 +50,30 @@ def run_on_ray(
     started_here = not ray.is_initialized()
     if started_here:
         ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
-    url = run_url if "://" in run_url else os.path.abspath(run_url)
     gpus = int(ray.cluster_resources().get("GPU", 0))
-    on_gpu = config.device.startswith("cuda") or (config.device == "auto" and gpus > 0)
+    on_gpu = spec.device.startswith("cuda") or (spec.device == "auto" and gpus > 0)
     if on_gpu and not gpus:
-        raise AuditError(f"--device {config.device}: the Ray cluster has no GPU; try --device cpu")
-    device = "cuda" if on_gpu else config.device
+        raise AuditError(f"--device {spec.device}: the Ray cluster has no GPU; try --device cpu")
+    url = spec.run if "://" in spec.run else os.path.abspath(spec.run)
+    spec = replace(spec, run=url, device="cuda" if on_gpu else spec.device)
     actor = ray.remote(num_gpus=1 if on_gpu else 0, num_cpus=1)(ShardActor)
-    outcome, queue = Outcome(), collections.deque(shards)
     in_hand: dict[Any, tuple[int, int]] = {}  # reference of a result -> place of its actor, and shard
     actors: dict[int, Any] = {}
-    free = list(range(min(config.workers or (gpus if on_gpu else 1), len(queue))))
-    tried: set[int] = set()
-    streaks: collections.Counter[int] = collections.Counter()  # of a place: failures in a row, at first tries
+    free = list(range(min(workers or (gpus if on_gpu else 1), len(retries))))
 
     def feed(place: int) -> None:
         if place not in actors:
-            actors[place] = actor.remote(url, stage, device, config.batch_size, config.max_error_rate)
-        shard = queue.popleft()
+            actors[place] = actor.remote(spec)
+        shard = retries.take()
+        assert shard is not None
         in_hand[actors[place].compute.remote(shard)] = (place, shard)
 
     try:
-        while queue or in_hand:
-            while queue and free:
+        while len(retries) or in_hand:
+            while len(retries) and free:
                 feed(free.pop())
             if not in_hand:
-                raise broken(len(queue))
+                raise retries.broken()
             if stop.requested:
                 raise Drained
             ready, _ = ray.wait(list(in_hand), num_returns=1, timeout=0.5)
@@ -96,25 +81,19 @@ def run_on_ray(
                 place, shard = in_hand.pop(reference)
                 try:
                     progress.add(ray.get(reference))
-                    outcome.committed.append(shard)
-                    streaks[place] = 0
+                    retries.done(place, shard)
                 except ray.exceptions.RayError as error:
                     cause = getattr(error, "cause", None)
                     if isinstance(cause, Exception) and ends_the_job(cause):
                         raise cause from None
-                    streaks[place] += shard not in tried
-                    tried.add(shard)
-                    if note_failure(ledger, shard, str(cause or error), max_retries, progress):
-                        queue.append(shard)
-                    else:
-                        outcome.quarantined.append(shard)
-                    if isinstance(error, ray.exceptions.RayActorError) or streaks[place] >= REPLACE:
+                    retries.failed(place, shard, str(cause or error))
+                    if isinstance(error, ray.exceptions.RayActorError) or retries.replace(place):
                         ray.kill(actors.pop(place))  # another takes its place
-                if streaks[place] < RETIRE:
+                if not retries.retired(place):
                     free.append(place)
     finally:
         for worker in actors.values():
             ray.kill(worker)
         if started_here:
             ray.shutdown()
-    return outcome
+    return retries.outcome

@@ -7,21 +7,19 @@ import os
 import sys
 from typing import Any
 
-from audit.engines import compute
+from audit.base.errors import AuditError, Drained, ends_the_job
+from audit.base.stopping import stop_on_signals
+from audit.engines.job import JobSpec, compute
 from audit.engines.local import die_with_parent
-from audit.errors import AuditError, Drained, ends_the_job
-from audit.stopping import stop_on_signals
 
 
-def main(run_url: str, stage: str, device: str, batch_size: str, max_error_rate: str) -> int:
-    """Serve until stdin ends. Exit codes: 0, 2 bad input, 75 stopped."""
+def main(spec: str) -> int:
+    """Serve a JobSpec (JSON) until stdin ends. Exit codes: 0, 2 bad input, 75 stopped."""
     say = _take_stdout()
     die_with_parent()
-    from audit.jobs import open_job
-
     with stop_on_signals() as stop:
         try:
-            job = open_job(run_url, stage, device, int(batch_size), float(max_error_rate))
+            job = JobSpec.from_json(spec).open()
         except AuditError as error:
             say({"error_line": str(error)})
             return 2

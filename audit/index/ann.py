@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from audit.errors import AuditError
+from audit.base.errors import AuditError
 
 BLOCK = 65536  # vectors turned to float32 at once: 128 MB at 512 dimensions
 FLAT_LIMIT, SQ_LIMIT = 1_000_000, 10_000_000
@@ -144,7 +144,7 @@ def _scan(vectors: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
     return heap.I
 
 
-def recall(vectors: np.ndarray, index: Any | None, seed: int, size: int = 256, trained: int = 0) -> dict[str, float]:
+def recall(vectors: np.ndarray, index: Any | None, seed: int, size: int = 256, trained: int = 0) -> dict[str, Any]:
     """Recall of an index against exact search, on a seeded sample of vectors, held out from training if any are.
 
     `recall_at_1`, `recall_at_10`: of the sample's exact neighbours other than itself, the share found.

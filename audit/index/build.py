@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import time
@@ -15,24 +14,39 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from audit.commits import Commit, Ledger, shard_name
-from audit.errors import AuditError
-from audit.fingerprint import diff_lines, digest
+from audit.base.commits import Commit, Ledger, shard_name
+from audit.base.errors import AuditError
+from audit.base.facts import to_json
+from audit.base.fingerprint import diff_lines, digest, file_sha256
+from audit.base.options import option
+from audit.base.progress import Progress
+from audit.base.stopping import Stop
+from audit.base.storage import Folder
 from audit.index import ann
 from audit.index.descriptors import find_descriptor, open_descriptor
 from audit.index.embed import described, embed_part
-from audit.index.sources import Columns, Slice, Source, find_sources
-from audit.options import option
-from audit.progress import Progress
-from audit.stopping import Stop
-from audit.storage import Folder
+from audit.index.facts import (
+    FACTS,
+    FAISS,
+    FORMAT,
+    IDS,
+    INFO,
+    STAGE,
+    VECTORS,
+    DescriptorFacts,
+    FileFacts,
+    IndexFacts,
+    IndexInfo,
+    read_index_facts,
+    read_index_info,
+)
+from audit.index.items import Columns, Slice, Source
+from audit.index.sources import find_sources
 
 if TYPE_CHECKING:
     from pipelines.descriptor import Descriptor
 
-FORMAT = 1
-STAGE = "embed"
-FACTS, INFO, VECTORS, IDS, FAISS = "index.json", "index_info.json", "vectors.npy", "ids.npy", "index.faiss"
+DEFAULT_INDEX = "be-audit-index"
 
 
 @dataclass(frozen=True)
@@ -40,7 +54,7 @@ class IndexConfig:
     """What `be-audit index build` was asked for; its flags are made from these fields."""
 
     images: tuple[str, ...] = option((), "Where the training pictures are.", argument=True)
-    output: str = option("be-audit-index", "Index folder (any fsspec URL).", short="-o", envvar="BE_AUDIT_INDEX")
+    output: str = option(DEFAULT_INDEX, "Index folder (any fsspec URL).", short="-o", envvar="BE_AUDIT_INDEX")
     sscd: str | None = option(None, "Copy descriptor: a TorchScript or ONNX file you trust, or `testbed`.")
     preprocessing: str | None = option(
         None, "small-edge-288 (default), square-320 (faster on GPUs), small-edge-N, square-N or none."
@@ -64,7 +78,7 @@ class IndexSummary:
         rows: pictures seen; `ok` of them are in the index, `errors` could not be read.
         error_examples: the first of those, one line each.
         parts: units of work; `resumed` of them were there already.
-        info: what `index_info` returns.
+        info: index_info.json.
     """
 
     index: str
@@ -74,7 +88,7 @@ class IndexSummary:
     error_examples: list[str]
     parts: int
     resumed: int
-    info: dict[str, Any]
+    info: IndexInfo
 
 
 def build_index(config: IndexConfig, stop: Stop | None = None) -> IndexSummary:
@@ -114,9 +128,7 @@ def build_index(config: IndexConfig, stop: Stop | None = None) -> IndexSummary:
                 batches = described(source, part, descriptor, config.batch_size, pool)
                 done[number] = embed_part(number, source, part, batches, descriptor.dim, ledger, stop, progress)
     info = _finish(folder, ledger, done, descriptor, weights, config)
-    return IndexSummary(
-        config.output, info["rows"], info["ok"], info["errors"], info["error_examples"], len(work), resumed, info
-    )
+    return IndexSummary(config.output, info.rows, info.ok, info.errors, info.error_examples, len(work), resumed, info)
 
 
 def plan(folder: Folder, sources: list[Source], descriptor: Descriptor, config: IndexConfig) -> str:
@@ -136,28 +148,16 @@ def plan(folder: Folder, sources: list[Source], descriptor: Descriptor, config: 
     }
     fingerprint = digest(facts)
     if folder.exists(FACTS):
-        old = read_json(folder, FACTS)
-        if old.get("fingerprint") != fingerprint:
-            lines = "; ".join(diff_lines(old.get("facts", {}), facts))
+        old = read_index_facts(folder)
+        if old.fingerprint != fingerprint:
+            lines = "; ".join(diff_lines(old.facts, facts))
             raise AuditError(f"{folder.url}: holds another index ({lines}): name another folder with -o, or remove it")
     else:
         there = [name for name in folder.list() if not name.startswith((".", "_"))]
         if there or (folder.local and folder.fs.isfile(folder.root)):
             raise AuditError(f"-o {folder.url}: not an empty folder and no index (it has {(there or ['data'])[0]})")
-        content = {"fingerprint": fingerprint, "descriptor_name": descriptor.name, "facts": facts}
-        folder.write(FACTS, json.dumps(content, indent=1).encode())
+        folder.write(FACTS, to_json(IndexFacts(fingerprint, descriptor.name, facts)))
     return fingerprint
-
-
-def read_json(folder: Folder, name: str) -> dict[str, Any]:
-    """A JSON object of the index. Raises AuditError when it is not there or is not one."""
-    try:
-        content = json.loads(folder.read(name))
-    except FileNotFoundError:
-        raise AuditError(f"{folder.url}: holds no index ({name} is missing): be-audit index build IMAGES...") from None
-    except ValueError as error:
-        raise AuditError(f"{folder.path(name)}: not readable as JSON: {error}") from error
-    return dict(content)
 
 
 def _finish(
@@ -167,7 +167,7 @@ def _finish(
     descriptor: Descriptor,
     weights: Path,
     config: IndexConfig,
-) -> dict[str, Any]:
+) -> IndexInfo:
     """Gather the parts' vectors, build the search index, measure it; `index_info.json` last says that all is there."""
     counts = Counter[str]()
     for commit in done.values():
@@ -176,10 +176,10 @@ def _finish(
     if total == 0:
         raise AuditError(f"{', '.join(config.images)}: not one picture could be read")
     key = ann.auto_key(total) if config.type == "auto" else config.type
-    wanted = {"fingerprint": ledger.fingerprint, "type": key, "seed": config.seed}
     if folder.exists(INFO):
-        info = read_json(folder, INFO)
-        if wanted.items() <= info.items() and all(folder.exists(name) for name in info["files"]):
+        info = read_index_info(folder)
+        same = (info.fingerprint, info.type, info.seed) == (ledger.fingerprint, key, config.seed)
+        if same and all(folder.exists(name) for name in info.files):
             return info
         folder.remove(INFO)
     start = time.perf_counter()
@@ -204,28 +204,30 @@ def _finish(
             folder.put(name, scratch / name)
         if key == "Flat":
             folder.remove(FAISS)
-        files = {name: {"bytes": (scratch / name).stat().st_size, "sha256": _sha256(scratch / name)} for name in names}
+        files = {name: FileFacts((scratch / name).stat().st_size, file_sha256(scratch / name)) for name in names}
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    info = {
-        **wanted,
-        "descriptor": descriptor.facts(),
-        "weights": str(weights.resolve()),
-        "dim": descriptor.dim,
-        "parts": len(done),
-        "rows": total + counts["error"],
-        "ok": total,
-        "errors": counts["error"],
-        "error_examples": examples,
+    info = IndexInfo(
+        fingerprint=ledger.fingerprint,
+        type=key,
+        seed=config.seed,
+        descriptor=DescriptorFacts(**descriptor.facts()),
+        weights=str(weights.resolve()),
+        dim=descriptor.dim,
+        parts=len(done),
+        rows=total + counts["error"],
+        ok=total,
+        errors=counts["error"],
+        error_examples=examples,
         **facts,
         **recall,
-        "seconds": {
+        seconds={
             "search_index": round(built, 2),
-            "describe": round(sum(c.seconds["part"] for c in done.values()), 2),
+            "describe": round(sum(made.seconds["part"] for made in done.values()), 2),
         },
-        "files": files,
-    }
-    folder.write(INFO, json.dumps(info, indent=1).encode())
+        files=files,
+    )
+    folder.write(INFO, to_json(info))
     return info
 
 
@@ -258,16 +260,6 @@ def read_part(folder: Folder, number: int, columns: list[str]) -> pa.Table:
     names = pa.ipc.open_file(source).schema.names
     options = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in columns])
     return pa.ipc.open_file(source, options=options).read_all().select(columns)
-
-
-def _sha256(path: Path) -> str:
-    import hashlib
-
-    digest_ = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            digest_.update(chunk)
-    return digest_.hexdigest()
 
 
 def _progress(work: list[tuple[Source, Slice]], done: dict[int, Commit]) -> Progress:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from audit import testbed
-from audit.errors import AuditError
+from audit.base.errors import AuditError
 
 if TYPE_CHECKING:
     from pipelines.descriptor import Descriptor

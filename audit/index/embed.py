@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from audit.commits import Commit, Ledger, shard_name
-from audit.errors import AuditError
-from audit.index.sources import Item, Slice, Source, decode, read_bytes
-from audit.progress import Progress
-from audit.stopping import Stop
+from audit.base.commits import Commit, Ledger, shard_name
+from audit.base.errors import AuditError
+from audit.base.progress import Progress
+from audit.base.stopping import Stop
+from audit.index.items import Item, Slice, Source, decode
+from audit.index.sources import read_bytes
 
 if TYPE_CHECKING:
     from pipelines.descriptor import Descriptor

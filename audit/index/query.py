@@ -6,6 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +16,26 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from audit.commits import Ledger
-from audit.errors import AuditError
-from audit.fingerprint import diff_lines
+from audit.base.commits import Ledger
+from audit.base.errors import AuditError
+from audit.base.fingerprint import diff_lines
+from audit.base.storage import Folder
 from audit.index import ann
-from audit.index.build import FACTS, FAISS, IDS, INFO, STAGE, VECTORS, read_json, read_part
+from audit.index.build import read_part
 from audit.index.descriptors import find_descriptor, open_descriptor
-from audit.index.sources import decode, read_bytes
-from audit.storage import Folder
+from audit.index.facts import (
+    FAISS,
+    IDS,
+    INFO,
+    STAGE,
+    VECTORS,
+    DescriptorFacts,
+    IndexInfo,
+    read_index_facts,
+    read_index_info,
+)
+from audit.index.items import decode
+from audit.index.sources import read_bytes
 
 if TYPE_CHECKING:
     from pipelines.descriptor import Descriptor
@@ -37,16 +50,15 @@ class Index:
         folder: where it is.
         fingerprint: of the pictures and the descriptor it was made from.
         descriptor: name, sha256, dim and preprocessing of the descriptor.
+        info: type, sizes, counts, recall, files: index_info.json.
     """
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
-        read_json(folder, FACTS)
-        if not folder.exists(INFO):
-            raise AuditError(f"{folder.url}: the index is not finished: give `be-audit index build` again, it goes on")
-        self._info = read_json(folder, INFO)
-        self.fingerprint: str = self._info["fingerprint"]
-        self.descriptor: dict[str, Any] = self._info["descriptor"]
+        read_index_facts(folder)
+        self.info = read_index_info(folder)
+        self.fingerprint = self.info.fingerprint
+        self.descriptor = self.info.descriptor
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._ids = np.load(self._local(IDS), mmap_mode="r", allow_pickle=False)
         self._vectors = np.load(self._local(VECTORS), mmap_mode="r", allow_pickle=False)
@@ -62,10 +74,6 @@ class Index:
         """Pictures in the index (those that could be read)."""
         return len(self._ids)
 
-    def info(self) -> dict[str, Any]:
-        """Type, sizes, counts, recall, descriptor: `index_info.json`."""
-        return dict(self._info)
-
     def ids(self) -> np.ndarray:
         """Every id, ascending, int64 [N]."""
         return np.asarray(self._ids)
@@ -79,8 +87,8 @@ class Index:
         Returns:
             ids int64 [Q, k] (-1 where there are fewer) and exact cosines float32 [Q, k] (-inf there), best first.
         """
-        if self._faiss is None and FAISS in self._info["files"]:
-            self._faiss = ann.load(self._local(FAISS), self._info["num_probe"])
+        if self._faiss is None and FAISS in self.info.files:
+            self._faiss = ann.load(self._local(FAISS), self.info.num_probe)
         positions, cosines = ann.nearest(self._vectors, vectors, k, self._faiss)
         return np.where(positions >= 0, self._ids[np.maximum(positions, 0)], -1), cosines
 
@@ -120,37 +128,26 @@ class Index:
         except Exception as error:  # decoders raise anything on broken input
             raise AuditError(f"{locator['file']}: the picture has changed and cannot be read: {error}") from error
 
-    def by_url(self, urls: Iterable[str]) -> dict[str, int]:
-        """The first picture of each URL that is known. One pass over the index: ask for many at once."""
-        return self._first("url", urls)
+    def own(self, joins: Sequence[tuple[str, Sequence[str | None]]]) -> list[int | None]:
+        """Each caption's own picture; None where it is not known. One pass over the index a join.
 
-    def by_key(self, keys: Iterable[str]) -> dict[str, int]:
-        """The first picture of each key that is known."""
-        return self._first("key", keys)
-
-    def by_caption(self, captions: Iterable[str]) -> dict[str, int]:
-        """The first picture of each caption that is known, compared exactly."""
-        return self._first("caption", captions)
-
-    def own(
-        self,
-        captions: Sequence[str | None],
-        urls: Sequence[str | None] | None = None,
-        keys: Sequence[str | None] | None = None,
-    ) -> list[int | None]:
-        """Each caption's own picture: by URL, else by key, else by the exact caption; None where it is not known."""
-        own: list[int | None] = [None] * len(captions)
-        for values, join in ((urls, self.by_url), (keys, self.by_key), (captions, self.by_caption)):
-            if values is not None and None in own:
-                pairs = list(zip(own, values, strict=True))
-                known = join(value for have, value in pairs if value and have is None)
-                own = [known.get(value or "") if have is None else have for have, value in pairs]
+        Args:
+            joins: (column of the index: url, key or caption; the value of each of N captions), the surest first; values
+                are compared exactly.
+        Returns:
+            N ids: by the first join that knows the value.
+        """
+        own: list[int | None] = [None] * len(joins[0][1])
+        for column, values in joins:
+            pairs = list(zip(own, values, strict=True))
+            known = self._first(column, (value for have, value in pairs if value and have is None))
+            own = [known.get(value or "") if have is None else have for have, value in pairs]
         return own
 
     def _first(self, column: str, values: Iterable[str]) -> dict[str, int]:
         wanted = pa.array(list(dict.fromkeys(values)), pa.string())
         found: dict[str, int] = {}
-        for part in range(self._info["parts"] if len(wanted) else 0):
+        for part in range(self.info.parts if len(wanted) else 0):
             table = read_part(self.folder, part, ["id", column, "status"])
             hit = pc.and_(pc.is_in(table[column], value_set=wanted), pc.equal(table["status"], "ok"))
             rows = table.filter(hit)
@@ -164,14 +161,15 @@ class Index:
         Raises:
             AuditError: other weights or another preprocessing would be compared with this index.
         """
-        recorded = Path(self._info["weights"])
+        recorded = Path(self.info.weights)
         path = recorded if sscd is None and recorded.is_file() else find_descriptor(sscd)
-        loaded = open_descriptor(path, device, self.descriptor["preprocessing"]["resize"])
-        old, new = ({k: v for k, v in facts.items() if k != "name"} for facts in (self.descriptor, loaded.facts()))
+        loaded = open_descriptor(path, device, self.descriptor.preprocessing["resize"])
+        found = DescriptorFacts(**loaded.facts())
+        old, new = (asdict(replace(facts, name="")) for facts in (self.descriptor, found))
         if old != new:
             lines = "; ".join(diff_lines(old, new))
             raise AuditError(
-                f"{path}: not the descriptor of the index {self.folder.url} ({self.descriptor['name']}; {lines}): "
+                f"{path}: not the descriptor of the index {self.folder.url} ({self.descriptor.name}; {lines}): "
                 "name that file with --sscd, or build an index with this one"
             )
         return loaded
@@ -185,19 +183,19 @@ class Index:
         """
         ledger = Ledger(self.folder, STAGE, self.fingerprint)
         problems = []
-        for part in range(self._info["parts"]):
+        for part in range(self.info.parts):
             commit = ledger.read(part)
             problem = ledger.problem(commit, deep) if commit else f"part {part}: no valid commit"
             if problem:
                 problems.append(problem)
                 if repair:
                     ledger.drop(part)
-        for name, facts in self._info["files"].items():
+        for name, facts in self.info.files.items():
             if not self.folder.exists(name):
                 problems.append(f"{name}: missing")
-            elif self.folder.size(name) != facts["bytes"]:
-                problems.append(f"{name}: {self.folder.size(name)} bytes where {INFO} says {facts['bytes']}")
-            elif deep and _hash(self.folder, name) != facts["sha256"]:
+            elif self.folder.size(name) != facts.bytes:
+                problems.append(f"{name}: {self.folder.size(name)} bytes where {INFO} says {facts.bytes}")
+            elif deep and _hash(self.folder, name) != facts.sha256:
                 problems.append(f"{name}: contents do not match the sha256 in {INFO}")
         if problems and repair:
             self.folder.remove(INFO)
@@ -224,9 +222,9 @@ def _hash(folder: Folder, name: str) -> str:
     return digest.hexdigest()
 
 
-def index_info(path: str) -> dict[str, Any]:
+def index_info(path: str) -> IndexInfo:
     """`be-audit index info`: what an index holds and how well it finds."""
-    return Index.open(path).info()
+    return Index.open(path).info
 
 
 def search_image(

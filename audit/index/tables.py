@@ -14,18 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from audit.errors import AuditError
-from audit.index.sources import (
-    CAPTION_COLUMNS,
-    KEY_COLUMNS,
-    URL_COLUMNS,
-    Columns,
-    Item,
-    Slice,
-    listing_facts,
-    read_file,
-    slices,
-)
+from audit.base.errors import AuditError
+from audit.base.identity import CAPTIONS, KEYS, ROW_NUMBERS, URLS
+from audit.index.items import Columns, Item, Slice, listing_facts, read_file, slices
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "bytes", "image_bytes", "content")
 EMBEDDING_COLUMNS = ("embedding", "embeddings", "image_embedding", "img_emb", "sscd", "vector", "feature", "features")
@@ -71,9 +62,9 @@ class Described:
     """The columns that describe a row, resolved against one schema."""
 
     def __init__(self, schema: pa.Schema, columns: Columns, where: str) -> None:
-        self.url = pick(schema, columns.url, URL_COLUMNS, where, "url-col")
-        self.caption = pick(schema, columns.caption, CAPTION_COLUMNS, where, "caption-col")
-        self.key = pick(schema, columns.key, KEY_COLUMNS, where, "key-col")
+        self.url = pick(schema, columns.url, URLS, where, "url-col")
+        self.caption = pick(schema, columns.caption, CAPTIONS, where, "caption-col")
+        self.key = pick(schema, columns.key, (*KEYS, *ROW_NUMBERS), where, "key-col")
         self.names = [name for name in dict.fromkeys((self.url, self.caption, self.key)) if name]
 
     def item(self, row: dict[str, Any], number: int) -> Item:

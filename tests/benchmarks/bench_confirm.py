@@ -18,14 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from audit import testbed
-from audit.confirm import ConfirmConfig, ConfirmSummary, confirm
-from audit.demo import COPIED
+from audit.cli.demo import COPIED
 from audit.index import IndexConfig, build_index
-from audit.intervals import cluster_bootstrap, share_interval
-from audit.metrics import auc
-from audit.run import Run
-from audit.scan import ScanConfig, scan
-from audit.tables import read_stage
+from audit.run.read import read_stage
+from audit.run.run import Run
+from audit.scores.scan import ScanConfig, scan
+from audit.statistics.intervals import cluster_bootstrap, share_interval
+from audit.statistics.metrics import auc
+from audit.verdicts.confirm import ConfirmConfig, ConfirmSummary, confirm
 
 SCORES = ("sscd", "s", "ls", "ls_norm", "ls_energy", "ls_score")
 

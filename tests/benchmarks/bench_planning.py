@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from audit import captions
-from audit.storage import Folder
+from audit.base.storage import Folder
 
 ROWS_PER_GROUP = 1_000_000  # few, large row groups: the hard case
 DISTINCT = 0.8

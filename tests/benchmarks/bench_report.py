@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from audit.report import ReportConfig, report
+from audit.reports.report import ReportConfig, report
 from tests.browser.chromium import chromium, console, open_page
 from tests.fabricate import add_confirm, make_run
 

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import torch
 
 from audit import testbed
-from audit.scan import ScanConfig, scan
+from audit.scores.scan import ScanConfig, scan
 from pipelines import DiffusionModel, FirstStepScorer, find_model, formulas, load
 from pipelines.attention import capture_attention, paper_layers
 

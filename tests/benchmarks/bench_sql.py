@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from audit.sql import queries, run_query
+from audit.reports.sql import queries, run_query
 from tests.fabricate import add_confirm, make_run
 
 BUDGET = 10.0

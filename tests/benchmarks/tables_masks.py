@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from audit import testbed
-from audit.metrics import auc, best_iou, iou_at, tpr_at_fpr
-from audit.plots import new_figure, png_of
+from audit.evaluation.plots import new_figure, png_of
+from audit.statistics.metrics import auc, best_iou, iou_at, tpr_at_fpr
 from pipelines import formulas
 from pipelines.attention import TOKENS
 from tests.benchmarks.published import published_masks

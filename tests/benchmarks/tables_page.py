@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from audit.evaluate import EvaluateConfig, Figure, Series, measure
+from audit.evaluation.evaluate import EvaluateConfig, Figure, Series, measure
 
 Row = dict[str, Any]
 NO_IDS = np.zeros(0, np.int64)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from audit import testbed
-from audit.demo import COPIED
-from audit.progress import Progress
+from audit.base.progress import Progress
+from audit.cli.demo import COPIED
 from pipelines import FirstStepScorer, MaskSource, TrajectorySampler, find_model, formulas, load
 from pipelines.attention import TOKENS, capture_attention, cross_attention_layers, paper_layers
 from pipelines.loading import DiffusionModel, Embeddings

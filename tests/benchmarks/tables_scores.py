@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from audit import testbed
 from audit.index import Index, IndexConfig, build_index
-from audit.matching import References, match_image
+from audit.verdicts.compare import References, match_image
 from pipelines import formulas
 from pipelines.attention import TOKENS
 from tests.benchmarks import published

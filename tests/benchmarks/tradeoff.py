@@ -29,10 +29,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from audit import testbed
-from audit.demo import COPIED
-from audit.matching import MATCH_MASKS
-from audit.mitigate_job import MASK_LOSS, move_and_sample
-from audit.progress import Progress
+from audit.base.progress import Progress
+from audit.cli.demo import COPIED
+from audit.mitigation.mitigate_shard import MASK_LOSS, move_and_sample
+from audit.verdicts.compare import MATCH_MASKS
 from pipelines import Mitigator, TrajectorySampler, find_model, load
 from pipelines.alignment import load_clip
 from pipelines.baselines import insert_random_numbers, insert_random_tokens, rescaled_attention

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from selenium.webdriver.remote.webdriver import WebDriver
 
-from audit.report import ReportConfig, report
+from audit.reports.report import ReportConfig, report
 from tests.browser.chromium import chromium
 from tests.fabricate import HOSTILE, HOSTILE_URLS, add_confirm, make_run
 

@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 from selenium.webdriver.remote.webdriver import WebDriver
 
-from audit.mitigate_job import mitigated_table
-from audit.report import ReportConfig, report
-from audit.run import Run, Stage
-from audit.tables import read_stage
+from audit.mitigation.mitigate_shard import mitigated_table
+from audit.reports.report import ReportConfig, report
+from audit.run.read import read_stage
+from audit.run.run import Run, Stage
 from tests.browser.chromium import console, wait
 from tests.fabricate import add_confirm, make_run, png
 

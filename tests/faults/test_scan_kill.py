@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from audit.run import Run
-from audit.tables import dataset, read_scores
-from audit.verify import verify_run
+from audit.run.read import dataset, read_scores
+from audit.run.run import Run
+from audit.run.verify import verify_run
 from tests.command import be_audit, start, tree
 from tests.conftest import some_captions
 

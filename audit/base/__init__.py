@@ -1,0 +1,13 @@
+"""What everything else stands on: errors, flags, folders, commits, columns, facts, words.
+
+errors.py       what a user did wrong, and what ends a job
+options.py      command-line flags made from configuration classes
+facts.py        our own JSON files, read and checked as dataclasses
+fingerprint.py  digests, and the difference between two fingerprints in words
+storage.py      a folder anywhere fsspec reaches
+commits.py      the commit protocol: what makes a shard done
+identity.py     which columns name a picture or a caption
+progress.py     a bar on a terminal, lines elsewhere
+stopping.py     SIGTERM and Ctrl-C
+text.py         durations, sizes and tables for people
+"""

@@ -1,0 +1,31 @@
+"""Durations, sizes and tables, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import humanize
+from tabulate import tabulate
+
+
+def duration(seconds: float) -> str:
+    """`12.3 s`, `4.5 min`, `2.0 h`: one unit, so that two lines can be compared at a glance.
+
+    >>> duration(12.34), duration(300), duration(9000)
+    ('12.3 s', '5.0 min', '2.5 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def size(count: float) -> str:
+    """Bytes with a unit: `1.5 MB`."""
+    return humanize.naturalsize(count)
+
+
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[bool] = ()) -> list[str]:
+    """Rows as lines of aligned columns under a head; `right` says which columns are aligned to the right."""
+    align = ["right" if side else "left" for side in right] or ["left"] * len(head)
+    text = tabulate(rows, head, tablefmt="simple", disable_numparse=True, colalign=align if rows else None)
+    return [line.rstrip() for line in text.splitlines()]

@@ -1,0 +1,86 @@
+"""The one policy of what fails, whoever runs shards: tries of a shard, replacement and retirement of a worker."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from audit.base.commits import Ledger
+from audit.base.errors import Broken
+from audit.base.progress import Progress
+
+REPLACE, RETIRE = 2, 8
+"""Shards that fail one after the other at their first try: so many, and a worker is replaced; is not started again.
+Bad data fail here and there; a broken device or driver fails everything at once, and would use up every shard's tries.
+"""
+
+
+@dataclass
+class Outcome:
+    """What became of the shards: committed now, and given up after the last try."""
+
+    committed: list[int] = field(default_factory=list)
+    quarantined: list[int] = field(default_factory=list)
+
+
+class Retries:
+    """Shards to do, and what happens when one fails. A place is where a worker lives: a device, a slot of a cluster.
+
+    Args:
+        ledger: where failed tries are recorded. shards: to do, in order. max_tries: of a shard, before it is given up.
+        progress: is told of every failure.
+    """
+
+    def __init__(self, ledger: Ledger, shards: Sequence[int], max_tries: int, progress: Progress) -> None:
+        self.ledger, self.max_tries, self.progress = ledger, max_tries, progress
+        self.outcome = Outcome()
+        self._queue = collections.deque(shards)
+        self._tried: set[int] = set()
+        self._streaks: collections.Counter[int] = collections.Counter()  # failures in a row at a place, at first tries
+
+    def __len__(self) -> int:
+        """Shards that wait."""
+        return len(self._queue)
+
+    def take(self) -> int | None:
+        """The next shard; None when none waits."""
+        return self._queue.popleft() if self._queue else None
+
+    def put_back(self, shard: int) -> None:
+        """It was not the shard's fault: it comes next, and no try is counted."""
+        self._queue.appendleft(shard)
+
+    def done(self, place: int, shard: int) -> None:
+        """A shard is committed."""
+        self.outcome.committed.append(shard)
+        self._streaks[place] = 0
+
+    def failed(self, place: int, shard: int, error: str) -> None:
+        """A try failed: recorded; the shard is tried again after the others, or given up."""
+        self._streaks[place] += shard not in self._tried
+        self._tried.add(shard)
+        tries = self.ledger.record_attempt(shard, error)
+        again = tries < self.max_tries
+        if again:
+            self._queue.append(shard)
+        else:
+            self.outcome.quarantined.append(shard)
+        what = "will be tried again" if again else f"given up after {tries} tries"
+        first = (error.splitlines() or [""])[0][:300]
+        self.progress.note(f"{self.ledger.stage} shard {shard}: {first}; {what}")
+
+    def replace(self, place: int) -> bool:
+        """Whether the worker at a place has failed so much in a row that another should take its place."""
+        return self._streaks[place] >= REPLACE
+
+    def retired(self, place: int) -> bool:
+        """Whether a place has failed so much in a row that it stays empty."""
+        return self._streaks[place] >= RETIRE
+
+    def broken(self) -> Broken:
+        """What to raise when no place is left."""
+        return Broken(
+            f"{RETIRE} shards failed one after the other on every worker: stopped with {len(self)} shards left. Look "
+            "at what failed (be-audit status), mend it, and give the same command again."
+        )

@@ -1,0 +1,119 @@
+"""Training pictures on their way into the index: what a source gives, and what is known of a picture beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import fsspec
+import numpy as np
+from PIL import Image, ImageOps
+
+from audit.base.identity import CAPTIONS, URLS
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+
+
+@dataclass
+class Item:
+    """One picture on its way into the index.
+
+    Attributes:
+        locator: where its pixels are, for `read_bytes`; {} when there are none.
+        data: the encoded picture where it came with the row, else None and the locator is read.
+        error: why there is no picture.
+    """
+
+    key: str
+    url: str | None = None
+    caption: str | None = None
+    locator: dict[str, Any] | None = None
+    data: bytes | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One unit of work: `count` rows of a source from `start` (of one file, where the source has files)."""
+
+    start: int
+    count: int
+    file: str = ""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns named by the user; None: found by name and type."""
+
+    image: str | None = None
+    url: str | None = None
+    caption: str | None = None
+    key: str | None = None
+
+
+class Source(Protocol):
+    """What the build needs of a source."""
+
+    kind: str
+
+    def facts(self) -> dict[str, Any]:
+        """What the fingerprint holds of it: files, rows, bytes, a digest of the listing."""
+
+    def parts(self, rows: int) -> list[Slice]:
+        """Units of about `rows` rows, in a fixed order."""
+
+    def items(self, part: Slice) -> Iterator[Item]:
+        """The rows of a part, in order."""
+
+    def vectors(self, part: Slice) -> np.ndarray | None:
+        """Embeddings of a part's rows, float [rows, dim], where they are already computed; else None."""
+
+
+def described(item: Item, text: bytes | None, facts: bytes | None) -> Item:
+    """Fill url, caption and key from the files beside a picture; JSON that does not parse is no reason to lose it."""
+    if facts is not None:
+        try:
+            content = json.loads(facts)
+        except ValueError:
+            content = None
+        if isinstance(content, dict):
+            by_name = {str(name).lower(): value for name, value in content.items()}
+            item.url = first_text(by_name, URLS)
+            item.caption = first_text(by_name, ("caption", *CAPTIONS))
+            item.key = first_text(by_name, ("key",)) or item.key
+    if text is not None:
+        item.caption = text.decode("utf-8", "replace")
+    return item
+
+
+def first_text(row: dict[str, Any], names: Iterable[str]) -> str | None:
+    """The first of these columns that holds something, as text."""
+    return next((str(row[name]) for name in names if row.get(name) not in (None, "")), None)
+
+
+def slices(total: int, rows: int, file: str = "") -> list[Slice]:
+    """Cut `total` rows into units of `rows`."""
+    return [Slice(start, min(rows, total - start), file) for start in range(0, total, rows)]
+
+
+def listing_facts(files: dict[str, int]) -> dict[str, Any]:
+    """Count, bytes and a digest of a listing; a picture renamed, added, removed or of another size changes it."""
+    digest = hashlib.sha256()
+    for path, size in files.items():
+        digest.update(f"{path}\0{size}\n".encode())
+    return {"files": len(files), "bytes": sum(files.values()), "listing": digest.hexdigest()[:16]}
+
+
+def read_file(path: str) -> bytes:
+    with fsspec.open(path, "rb") as file:
+        return bytes(file.read())
+
+
+def decode(data: bytes) -> Image.Image:
+    """An encoded picture as RGB, turned as its EXIF says. Raises whatever the decoder does on broken input."""
+    with Image.open(io.BytesIO(data)) as opened:
+        return ImageOps.exif_transpose(opened).convert("RGB")

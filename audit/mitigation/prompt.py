@@ -1,0 +1,103 @@
+"""`be-audit mitigate --prompt TEXT`: one prompt without a run, before and after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from audit.base.errors import AuditError
+from audit.base.options import option
+from audit.index import Index
+from audit.mitigation.config import MASK_LOSS, MovingConfig, find_clip, open_clip, trigger_column
+from audit.mitigation.mitigate_shard import move_and_sample
+from audit.run.schema import MASKS
+from audit.scores.config import DEFAULT_MODEL, DTYPES, MODEL_HELP
+from audit.scores.model import find_model_folder, load_model
+from audit.scores.prompt import draw
+
+FRACTION = 0.15  # of its own loss, the target where none is given: ordinary captions against copies on the testbed
+
+
+@dataclass(frozen=True)
+class MitigatePromptConfig(MovingConfig):
+    """Which prompt to mitigate, of which model. Every field is a flag of `be-audit mitigate --prompt TEXT`."""
+
+    prompt: str | None = option(None, "Mitigate this prompt instead, without a run.")
+    output: str = option("be-audit-mitigate.png", "With --prompt: picture of before and after.", short="-o")
+    model: str = option(DEFAULT_MODEL, f"With --prompt: {MODEL_HELP[0].lower()}{MODEL_HELP[1:]}")
+    revision: str | None = option(None, "With --prompt: revision of a hub model.")
+    steps: int = option(50, "With --prompt: sampling steps.", min=1)
+    guidance_scale: float = option(7.5, "With --prompt: classifier-free guidance scale.")
+    seed: int = option(0, "With --prompt: seed of the noise bank.", min=0, max=2**63 - 1)
+    dtype: str = option("auto", "With --prompt: auto is float16 on CUDA.", choices=DTYPES)
+
+
+def mitigate_prompt(config: MitigatePromptConfig) -> dict[str, tuple[float, float]]:
+    """Mitigate one prompt on each of its noises, and draw the images before (above) and after (below).
+
+    Returns:
+        name -> (before, after), means over the images: `loss` (as in the column of mitigated/), `ld` and `magnitude`
+        of the first step; `sscd` to the training picture nearest to each unmitigated image where `index` is given;
+        `alignment` where there is a CLIP.
+    Raises:
+        AuditError: an empty prompt, a model that cannot be loaded, a picture that cannot be
+            written.
+    """
+    from pipelines import MaskSource, Mitigator, TrajectorySampler
+
+    prompt, count = config.prompt or "", config.num_images or 1
+    if not prompt.strip():
+        raise AuditError("--prompt: is empty; give the caption to mitigate")
+    options: dict[str, Any] = {"steps": config.steps, "guidance_scale": config.guidance_scale}
+    index = None if config.index is None else Index.open(config.index)
+    descriptor = None if index is None else index.load_descriptor(config.sscd, config.device)
+    folder, clip_folder = find_model_folder(config), find_clip(config.clip, config.model)
+    model = load_model(folder, config.device, config.dtype)
+    clip = open_clip(clip_folder, config.device)
+    # 1. unmitigated
+    sampler = TrajectorySampler(model, None, count, config.seed, batch_size=config.batch_size, **options)
+    before = sampler([prompt] * count, list(range(count)))
+    assert before.images is not None
+    scores = {**before.first, **before.windows(), "ld_first_mask": before.first["ld"]}
+    loss = scores["magnitude" if config.loss == "magnitude" else MASK_LOSS[config.mask]]
+    trigger = trigger_column(config.loss, config.mask)
+    score = scores["ld_first_mask" if trigger == "ld" else trigger]
+    rows = np.flatnonzero(score > (-np.inf if config.threshold is None else config.threshold))
+    # 2. mitigated, where triggered
+    mitigator = Mitigator(
+        model,
+        config.loss,
+        FRACTION * float(loss.mean()) if config.target is None else config.target,
+        mask_source=MaskSource("final"),
+        learning_rate=config.learning_rate,
+        iterations=config.iterations,
+        gradient_checkpointing=config.gradient_checkpointing,
+        batch_size=config.batch_size,
+        **options,
+    )
+    columns = {"loss": loss, "ld": scores["ld_first"], "magnitude": scores["magnitude"]}
+    changed, images = {name: values.copy() for name, values in columns.items()}, before.images.copy()
+    if len(rows):
+        masks = getattr(before, MASKS[config.mask])[rows]
+        moved, after = move_and_sample(mitigator, sampler, [prompt] * len(rows), rows.tolist(), masks)
+        windows = after.windows()
+        changed["loss"][rows] = moved.last_loss
+        changed["ld"][rows], changed["magnitude"][rows] = windows["ld_first"], windows["magnitude"]
+        images[rows] = after.images
+    # 3. what it did
+    pairs = {name: (float(columns[name].mean()), float(changed[name].mean())) for name in columns}
+    both = [list(before.images), list(images)]
+    if index is not None and descriptor is not None:
+        vectors = [descriptor(made).numpy() for made in both]
+        nearest = index.vectors(index.search(vectors[0], 1)[0][:, 0])
+        pairs["sscd"] = tuple(float((made * nearest).sum(1).mean()) for made in vectors)  # type: ignore[assignment]
+    if clip is not None:
+        pairs["alignment"] = tuple(float(clip(made, [prompt] * count).mean()) for made in both)  # type: ignore[assignment]
+    above, below = (
+        {f"{when}, noise {at}": made[at] for at in range(count)}
+        for when, made in zip(("before", "after"), both, strict=True)
+    )
+    draw(prompt, above, below, config.output)
+    return pairs

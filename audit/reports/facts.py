@@ -1,0 +1,129 @@
+"""What the first screen of a report says: what was audited, how far it is, what was found and what it cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import datetime, timezone
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from audit.reports.flagged import Flagged
+from audit.run.run import Run
+from audit.run.schema import COPIES, VERDICTS
+from audit.run.stage import CONFIRM, Stage
+from audit.run.status import RunStatus, run_status
+from audit.verdicts.confirm import ConfirmConfig, read_null
+
+BINS = 60
+SETTINGS = ("steps", "guidance_scale", "seed", "num_noises", "dtype")
+
+
+def _inputs(run: Run) -> list[dict[str, Any]]:
+    """The input files and how many of their rows the run has."""
+    rows: Counter[int] = Counter()
+    shards = run.plan.shards
+    for file, count in zip(shards["file_index"].to_pylist(), shards["row_count"].to_pylist(), strict=True):
+        rows[file] += count
+    return [{"file": file.path, "rows": rows[number]} for number, file in enumerate(run.plan.files)]
+
+
+def report_facts(run: Run, flagged: Flagged) -> dict[str, Any]:
+    """All of it as one JSON-able dict: it becomes report.json, and index.html is made from it."""
+    status = run_status(run.url)
+    fingerprint = run.fingerprint
+    verdicts = flagged.table["verdict"]
+    counts = {name: int(pc.sum(pc.equal(verdicts, name)).as_py() or 0) for name in VERDICTS}
+    return {
+        "format": 1,
+        "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "run": run.url,
+        "created": run.facts.created,
+        "digest": run.digest,
+        "version": run.facts.versions.get("be-audit", ""),
+        "model": {
+            "name": run.facts.model,
+            "revision": fingerprint.model.revision,
+            "sha256": fingerprint.model.weights_sha256,
+        },
+        "captions": _inputs(run),
+        "settings": {name: getattr(fingerprint, name) for name in SETTINGS},
+        "mask": fingerprint.mask,
+        "planned": {"rows": run.facts.rows, "unique": run.facts.unique},
+        "scanned": flagged.counts,
+        "score": flagged.by,
+        "threshold": flagged.threshold,
+        "above": flagged.above,
+        "taken": flagged.taken,
+        "listed": flagged.table.num_rows,
+        "templates": len(pc.unique(flagged.table["template"])),
+        "confirm": _confirm_facts(run),
+        "verdicts": counts,
+        "decided": sum(counts.values()) - counts["no_reference"],
+        "copied": sum(counts[name] for name in COPIES),
+        "unfinished": _unfinished(status),
+        "cost": _cost(run, status),
+        "histogram": histogram(flagged),
+    }
+
+
+def _confirm_facts(run: Run) -> dict[str, Any] | None:
+    """How the verdicts were reached; None without a confirm."""
+    stage, null = Stage.find(run, CONFIRM), read_null(run)
+    if stage is None:
+        return None
+    config = stage.config(ConfirmConfig)
+    names = ("threshold", "low", "high", "match_fpr", "pictures")
+    return {
+        "candidates": stage.items.num_rows,
+        "num_images": config.num_images,
+        "neighbours": config.neighbours,
+        "match_mask": config.match_mask,
+        "index": config.index,
+        **{name: getattr(null, name, None) for name in names},
+    }
+
+
+def _unfinished(status: RunStatus) -> list[str]:
+    """One sentence a stage that is not done; [] when everything is."""
+    lines = []
+    for stage in status.stages:
+        if not stage.complete:
+            lines.append(
+                f"{stage.stage}: {stage.rows_done:,} of {stage.rows:,} rows "
+                f"({stage.done:,} of {stage.shards:,} shards) are done"
+            )
+        lines += [f"{stage.stage}: shard {shard} was given up: {error}" for shard, error in stage.errors.items()]
+    return lines
+
+
+def _cost(run: Run, status: RunStatus) -> dict[str, Any]:
+    """Worker time by stage from the commits, and U-Net evaluations of the scan and the trajectories.
+
+    A mitigation's are not counted: they depend on the updates every row took.
+    """
+    seconds = {stage.stage: stage.seconds.get("wall", 0.0) for stage in status.stages}
+    done = {stage.stage: stage.counts.get("ok", 0) for stage in status.stages}
+    noises, steps = run.fingerprint.num_noises, run.fingerprint.steps
+    images = done.get("refine", 0) + done.get("trajectories", 0)
+    first = noises * (done["scan"] + bool(done["scan"]))  # and one unconditional prediction a noise
+    first *= 2 if run.fingerprint.extra_evaluation else 1
+    if run.fingerprint.mask == "final":
+        first = 2 * steps * noises * done["scan"]
+    return {"seconds": seconds, "total_seconds": sum(seconds.values()), "evaluations": first + 2 * steps * images}
+
+
+def histogram(flagged: Flagged) -> dict[str, Any]:
+    """Scores of all scored captions in BINS equal bins, and those of the reproduced ones in the same."""
+    if not len(flagged.scores):
+        return {"edges": [], "all": [], "copied": []}
+    low, high = float(flagged.scores.min()), float(flagged.scores.max())
+    edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
+    copied = flagged.table.filter(pc.is_in(flagged.table["verdict"], pa.array(COPIES)))
+    return {
+        "edges": [float(each) for each in edges],
+        "all": np.histogram(flagged.scores, edges)[0].tolist(),
+        "copied": np.histogram(copied["score"].to_numpy(), edges)[0].tolist(),
+    }

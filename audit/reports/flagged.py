@@ -1,0 +1,243 @@
+"""The rows a report is about: confirm's candidates with their verdicts, and the best-scored rows beyond them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from audit.base.errors import AuditError
+from audit.base.identity import source_columns
+from audit.reports.groups import group_captions
+from audit.run.read import dataset, read_rows, read_scores
+from audit.run.run import Run
+from audit.run.schema import (
+    CONFIRMED_COLUMNS,
+    COPIES,
+    DEFAULT_SCORE,
+    MATCH_COLUMNS,
+    SCORE_COLUMNS,
+    SCORE_MASKS,
+    VERDICTS,
+)
+from audit.run.select import check_score, ranked, rows_of
+from audit.run.stage import CONFIRM, TRAJECTORIES, Stage
+from audit.verdicts.confirm import ConfirmConfig
+
+DEFAULT_FRACTION, DEFAULT_TOP_K = 0.1, 1000  # listed without a threshold: this part of the captions, at most so many
+MOST = 50_000  # rows a report lists, at most: what its table was built for
+_OF_SCORES = [name for name in SCORE_COLUMNS if name not in ("row_id", "caption", "status", "error", *SCORE_MASKS)]
+_OF_VERDICT = ("verdict", "verdict_images", "num_images")
+_OF_BEST = [name for name in MATCH_COLUMNS if name != "verdict"]
+
+FLAGGED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
+    "row_id": SCORE_COLUMNS["row_id"],
+    "caption": (pa.string(), "the caption"),
+    "score": (pa.float32(), "the score rows are ranked by; `score_name` says which"),
+    "score_name": (pa.string(), "name of that score column"),
+    **{name: CONFIRMED_COLUMNS[name] for name in _OF_VERDICT},
+    "occurrences": (pa.int64(), "rows of the run with this caption, itself included"),
+    "template": (pa.string(), "what the caption shares with the others of its group, or the caption itself"),
+    "template_captions": (pa.int32(), "flagged captions in that group"),
+    "source_url": (pa.string(), "URL the caption came with, where the run kept one"),
+    "source_key": (pa.string(), "key the caption came with, where the run kept one"),
+    "input_file": (pa.string(), "caption file the row was read from"),
+    "input_row": (pa.int64(), "its row there, 0 the first"),
+    **{name: SCORE_COLUMNS[name] for name in _OF_SCORES if name != "duplicate_of"},
+    **{f"best_{name}": (kind, f"match the verdict rests on: {text}") for name, (kind, text) in MATCH_COLUMNS.items()},
+}
+del FLAGGED_COLUMNS["best_verdict"]
+"""Columns of the flagged table; the input's own that were carried through follow (as `input_NAME` on a clash)."""
+
+DENY_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
+    "source": (pa.string(), "caption: a row of the caption list; picture: a training picture that was matched"),
+    "key": (pa.string(), "key of the row or picture, where there is one"),
+    "url": (pa.string(), "URL of the row or picture, where there is one"),
+    "caption": (pa.string(), "its caption"),
+    "verdict": (pa.string(), "global or local; null where confirm has not run"),
+    "row_id": (pa.int64(), "the caption's row; of a picture, the row that reproduces it"),
+    "input_file": (pa.string(), "caption file of the row"),
+    "input_row": (pa.int64(), "its row there, 0 the first"),
+}
+"""Columns of the deny list: what to drop from a training set."""
+
+
+@dataclass(frozen=True)
+class Flagged:
+    """What was selected.
+
+    Attributes:
+        table: FLAGGED_COLUMNS and the carried columns: global, local, then the others, each best-scored first.
+        deny: DENY_COLUMNS.
+        scores: of all scored distinct captions by `by`, float32, best first.
+        by: score column. threshold: what rows had to exceed, None when the best `top_k` were taken.
+        above: scored captions above the threshold. taken: how many of them were taken, the best, beside candidates.
+        counts: rows of the committed shards by status after duplicates are resolved, and distinct scored captions.
+    """
+
+    table: pa.Table
+    deny: pa.Table
+    scores: np.ndarray
+    by: str
+    threshold: float | None
+    above: int
+    taken: int
+    counts: dict[str, int]
+
+
+def find_flagged(run: Run, by: str, threshold: float | None, top_k: int | None) -> Flagged:
+    """Select the rows of a report.
+
+    Args:
+        run: the run, finished or not.
+        by: score column.
+        threshold: take rows scored above it.
+        top_k: take this many at most; None for DEFAULT_FRACTION and DEFAULT_TOP_K, or MOST with a threshold.
+
+    Raises:
+        AuditError: nothing committed yet, or no values in that column.
+    """
+    verdicts = read_verdicts(run)
+    scores = read_scores(run, ["row_id", "status", "duplicate_of", check_score(by)])
+    first = ranked(scores, by)
+    values = first[by].to_numpy()
+    valid = int(np.isfinite(values).sum())  # nulls come last
+    if not valid and first.num_rows:
+        raise AuditError(f"--by {by}: the run has no scores in this column")
+    if threshold is not None:
+        above = int((values[:valid] > threshold).sum())
+    else:
+        above = valid if top_k is not None else min(rows_of(DEFAULT_FRACTION, valid), DEFAULT_TOP_K)
+    taken = min(above, MOST if top_k is None else top_k)
+    ids = first["row_id"].to_numpy()
+    chosen = np.arange(len(ids)) < taken
+    candidates = Stage.find(run, TRAJECTORIES)
+    if candidates is not None:
+        chosen |= np.isin(ids, candidates.items["row_id"].to_numpy())
+    same = pc.coalesce(scores["duplicate_of"], scores["row_id"]).to_numpy()
+    table = _flagged_table(run, read_rows(run, ids[chosen]), same, by, verdicts)
+    counts = dict.fromkeys(("ok", "error", "empty", "pending"), 0)
+    counts |= {each["values"]: each["counts"] for each in pc.value_counts(scores["status"]).to_pylist()}
+    counts |= {"rows": scores.num_rows, "duplicates": int(pc.sum(pc.is_valid(scores["duplicate_of"])).as_py() or 0)}
+    counts["distinct"] = first.num_rows
+    deny = deny_list(run, scores["row_id"].to_numpy(), same, table, verdicts is not None)
+    return Flagged(table, deny, values[:valid], by, threshold, above, taken, counts)
+
+
+def read_verdicts(run: Run) -> pa.Table | None:
+    """Confirm's verdicts without pictures: CONFIRMED_COLUMNS up to num_images, then `best_*`. None without any."""
+    found = dataset(run, CONFIRM)
+    if found is None:
+        return None
+    plain = [name for name in CONFIRMED_COLUMNS if name not in ("best", "matches")]
+    columns = {name: pc.field(name) for name in plain}
+    columns |= {f"best_{name}": pc.field("best", name) for name in _OF_BEST}
+    return found.to_table(columns=columns)
+
+
+def default_score(run: Run) -> str:
+    """The score confirm picked its candidates by; DEFAULT_SCORE without a confirm."""
+    stage = Stage.find(run, CONFIRM) or Stage.find(run, TRAJECTORIES)
+    return stage.config(ConfirmConfig).by if stage else DEFAULT_SCORE
+
+
+def _flagged_table(run: Run, rows: pa.Table, same: np.ndarray, by: str, verdicts: pa.Table | None) -> pa.Table:
+    """Rows of scores/ (best first) as the flagged table."""
+    ids, times = np.unique(same, return_counts=True)
+    wanted = rows["row_id"].to_numpy()
+    arrays: dict[str, pa.ChunkedArray | pa.Array] = {name: rows[name] for name in ("row_id", "caption", *_OF_SCORES)}
+    arrays |= _input_places(run, wanted)
+    arrays["score"], arrays["score_name"] = arrays[by], pa.array([by] * rows.num_rows, pa.string())
+    arrays["occurrences"] = pa.array(times[np.searchsorted(ids, wanted)], pa.int64())
+    groups = group_captions(rows["caption"].to_pylist())
+    of = np.array(groups.of, np.int64)
+    arrays["template"] = pa.array(groups.labels, pa.string()).take(pa.array(of))
+    arrays["template_captions"] = pa.array(np.bincount(of)[of] if len(of) else of, pa.int32())
+    kept = [name for name in rows.schema.names if name not in SCORE_COLUMNS]
+    url, key = source_columns(kept)
+    for name, column in (("source_url", url), ("source_key", key)):
+        arrays[name] = rows[column].cast(pa.string()) if column else pa.nulls(rows.num_rows, pa.string())
+    if verdicts is not None:
+        at = pc.index_in(rows["row_id"].combine_chunks(), verdicts["row_id"].combine_chunks())
+        names = [name for name in verdicts.schema.names if name in FLAGGED_COLUMNS and name not in arrays]
+        arrays |= {name: verdicts[name].take(at) for name in names}
+    fields, columns = [], []
+    for name, (kind, text) in FLAGGED_COLUMNS.items():
+        fields.append(pa.field(name, kind, metadata={"description": text}))
+        columns.append(arrays[name].cast(kind) if name in arrays else pa.nulls(rows.num_rows, kind))
+    for name in kept:
+        shown = f"input_{name}" if name in FLAGGED_COLUMNS else name
+        fields.append(pa.field(shown, rows[name].type, metadata={"description": f"column {name} of the caption file"}))
+        columns.append(rows[name])
+    table = pa.table(columns, schema=pa.schema(fields))
+    place = pc.fill_null(pc.index_in(table["verdict"], pa.array(VERDICTS)), len(VERDICTS)).to_numpy()
+    return table.take(pa.array(np.argsort(place, kind="stable")))
+
+
+def _input_places(run: Run, row_ids: np.ndarray) -> dict[str, pa.Array]:
+    """Where rows were read from: input_file and input_row."""
+    shards = run.plan.shards
+    shard = row_ids >> 32
+    starts = shards["row_start"].to_numpy()[shard] if len(row_ids) else row_ids
+    return {
+        "input_file": shards["input_file"].combine_chunks().take(pa.array(shard)),
+        "input_row": pa.array(starts + (row_ids & 0xFFFFFFFF), pa.int64()),
+    }
+
+
+def deny_list(run: Run, row_ids: np.ndarray, same: np.ndarray, flagged: pa.Table, confirmed: bool) -> pa.Table:
+    """What to drop: every row with a reproduced caption, and every training picture that was reproduced.
+
+    Args:
+        row_ids: of all rows. same: of each the row_id of its caption's first occurrence. flagged: the flagged table.
+        confirmed: there are verdicts; only global and local ones count then, else every flagged caption does.
+    """
+    if confirmed:
+        flagged = flagged.filter(pc.is_in(flagged["verdict"], pa.array(COPIES)))
+    ids = flagged["row_id"].combine_chunks()
+    carried = source_columns(list(run.plan.keep_schema.names))
+    wanted = ["row_id", "duplicate_of", "caption", *(name for name in carried if name)]
+    rows = read_rows(run, row_ids[np.isin(same, ids.to_numpy())], wanted)
+    first = pc.coalesce(rows["duplicate_of"], rows["row_id"]).combine_chunks()
+    url, key = carried
+    none = pa.nulls(rows.num_rows, pa.string())
+    captions = {
+        "source": pa.array(["caption"] * rows.num_rows, pa.string()),
+        "key": rows[key].cast(pa.string()) if key else none,
+        "url": rows[url].cast(pa.string()) if url else none,
+        "caption": rows["caption"],
+        "verdict": flagged["verdict"].take(pc.index_in(first, ids)),
+        "row_id": rows["row_id"],
+        **_input_places(run, rows["row_id"].to_numpy()),
+    }
+    schema = pa.schema([pa.field(n, k, metadata={"description": text}) for n, (k, text) in DENY_COLUMNS.items()])
+    tables = [pa.table([captions[name] for name in schema.names], schema=schema).sort_by("row_id")]
+    pictures = copied_pictures(run)
+    if pictures is not None:
+        gap = {name: pa.nulls(pictures.num_rows, schema.field(name).type) for name in ("input_file", "input_row")}
+        gap["source"] = pa.array(["picture"] * pictures.num_rows, pa.string())
+        tables.append(pa.table([gap[name] if name in gap else pictures[name] for name in schema.names], schema=schema))
+    return pa.concat_tables(tables)
+
+
+def copied_pictures(run: Run) -> pa.Table | None:
+    """Training pictures some image was a copy of, once each, with the row and verdict of the closest match."""
+    found = dataset(run, CONFIRM)
+    if found is None:
+        return None
+    table = found.to_table(columns=["row_id", "matches"])
+    matches = table["matches"].combine_chunks()
+    if isinstance(matches, pa.ChunkedArray):
+        matches = matches.chunk(0)
+    flat = pc.list_flatten(matches)
+    rows = table["row_id"].combine_chunks().take(pc.list_parent_indices(matches))
+    names = ("reference_id", "reference_key", "reference_url", "reference_caption", "verdict", "sscd")
+    every = pa.table({"row_id": rows, **{name: pc.struct_field(flat, name) for name in names}})
+    every = every.filter(pc.is_in(every["verdict"], pa.array(COPIES)))
+    every = every.sort_by([("verdict", "ascending"), ("sscd", "descending"), ("row_id", "ascending")])
+    _, at = np.unique(every["reference_id"].to_numpy(), return_index=True)  # the first of each: the closest
+    every = every.take(pa.array(at))
+    renamed = {"reference_key": "key", "reference_url": "url", "reference_caption": "caption"}
+    return every.rename_columns([renamed.get(name, name) for name in every.schema.names])

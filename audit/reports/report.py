@@ -1,0 +1,110 @@
+"""`be-audit report`: a folder people can open, sort, print and hand on, and the same rows for machines."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+
+from audit.base.errors import AuditError
+from audit.base.options import option
+from audit.base.storage import Folder, join
+from audit.reports.export import EXPORTS, write_exports
+from audit.reports.facts import report_facts
+from audit.reports.flagged import default_score, find_flagged
+from audit.reports.html import write_page
+from audit.run.run import DEFAULT_RUN, Run
+from audit.run.schema import SCORES
+from audit.scores.calibrate import load_thresholds
+
+FORMATS = ("html", *EXPORTS)
+_OURS = ("index.html", "data.js", "rows", "pictures", "exports", "report.css", "report.js", "icon.svg")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Of which run, which rows, in which formats. Every field is a flag of `be-audit report`."""
+
+    run: str = option(DEFAULT_RUN, "Run folder.", argument=True, envvar="BE_AUDIT_RUN")
+    output: str | None = option(None, "Folder of the report (any fsspec URL); default RUN/report.", short="-o")
+    format: tuple[str, ...] = option(FORMATS, f"Any of {', '.join(FORMATS)}; comma-separated.")
+    by: str | None = option(None, "Score the rows are ranked by; default the one confirm picked by.", choices=SCORES)
+    threshold: float | None = option(None, "List the captions scored above this, beside confirm's candidates.")
+    thresholds: str | None = option(None, "List those above the threshold in this file (be-audit calibrate).")
+    top_k: int | None = option(
+        None,
+        "List this many at most; default a tenth of the captions up to 1000, or all above the threshold.",
+        min=0,
+        max=50_000,
+    )
+
+
+@dataclass(frozen=True)
+class ReportSummary:
+    """What a report holds.
+
+    Attributes:
+        output: its folder. html: path of index.html, None without it. files: exports written, by path.
+        listed: flagged captions listed, in `templates` groups. verdicts: how many of each. unfinished: what of the
+            run is not done, a sentence each.
+    """
+
+    output: str
+    html: str | None
+    files: list[str]
+    listed: int
+    templates: int
+    verdicts: dict[str, int]
+    unfinished: list[str]
+    seconds: float
+
+
+def report(config: ReportConfig) -> ReportSummary:
+    """Write the report of a run, finished or not; an earlier report in the same folder is replaced.
+
+    Raises:
+        AuditError: no run, nothing scored yet, an unknown format, or a folder with other things in it.
+    """
+    started = time.monotonic()
+    unknown = [name for name in config.format if name not in FORMATS]
+    if unknown or not config.format:
+        raise AuditError(f"--format {','.join(config.format)}: give any of {','.join(FORMATS)}")
+    run = Run.open(config.run)
+    folder = Folder(config.output or join(config.run, "report"))
+    _check_output(folder)
+    threshold, by = config.threshold, config.by or default_score(run)
+    if config.thresholds is not None:
+        threshold = load_thresholds(config.thresholds, run).threshold(by)
+    flagged = find_flagged(run, by, threshold, config.top_k)
+    facts = report_facts(run, flagged)
+    for name in _OURS:
+        folder.remove(name)
+    folder.write("report.json", json.dumps(facts, indent=1).encode())  # first: it marks the folder as ours
+    exports = [name for name in config.format if name != "html"]
+    tables = {"flagged": flagged.table, "denylist": flagged.deny}
+    files = write_exports(folder, tables, exports, facts) if exports else []
+    if "html" in config.format:
+        write_page(run, folder, flagged, facts, files)
+    return ReportSummary(
+        output=folder.url,
+        html=join(folder.url, "index.html") if "html" in config.format else None,
+        files=[join(folder.url, name) for name in files],
+        listed=facts["listed"],
+        templates=facts["templates"],
+        verdicts=facts["verdicts"],
+        unfinished=facts["unfinished"],
+        seconds=time.monotonic() - started,
+    )
+
+
+def _check_output(folder: Folder) -> None:
+    """Refuse a folder that holds anything but a report.
+
+    Raises:
+        AuditError: it is a file, or has other things in it.
+    """
+    if folder.local and folder.fs.isfile(folder.root):
+        raise AuditError(f"-o {folder.url}: is a file; give a folder")
+    there = folder.list()
+    if there and "report.json" not in there:
+        raise AuditError(f"-o {folder.url}: not empty and not a report (it has {there[0]}); give a new folder")

@@ -1,0 +1,10 @@
+"""The run folder: what an audit was asked to do, its stages, and what they have written so far.
+
+schema.py  every column a run writes
+run.py     run.json and the plan: the run itself
+stage.py   a pass over rows of a run, sharded and committed; every stage there is
+read.py    committed rows, with duplicates and refinement resolved, for every reader
+select.py  the best-scored captions
+status.py  how far every stage is
+verify.py  whether everything is there and whole
+"""

@@ -1,0 +1,163 @@
+"""Read a run's results: committed files only, with duplicates and refinement resolved in one way for every reader.
+
+- A row whose caption occurred before has the scores of that first row (columns RESOLVED); until that one is committed
+  its status is `pending`.
+- The scores that take a trajectory (WINDOWS) are those of the row's own trajectories where some were sampled: by
+  `--refine`, else by confirm; means over their images. `refined` says that they are of the scan's own job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+from numpy.typing import NDArray
+
+from audit.base.commits import Ledger
+from audit.base.errors import AuditError
+from audit.run.run import Run
+from audit.run.schema import DETECTORS, SCORE_MASKS, WINDOWS
+from audit.run.stage import REFINE, SCAN, STAGES, TRAJECTORIES, Stage, StageKind
+
+RESOLVED = ("status", "error", "num_tokens", "truncated", *DETECTORS, "ld_std", "refined", *WINDOWS)
+"""Score columns that a duplicate row takes from its first occurrence."""
+
+
+def committed_files(ledger: Ledger, shards: Sequence[int] | None = None) -> list[str]:
+    """Paths of a stage's committed files, of all shards or some, in shard order."""
+    done = ledger.done(shards)
+    return [ledger.folder.path(done[shard].file) for shard in sorted(done)]
+
+
+def dataset(run: Run, kind: StageKind = SCAN, shards: Sequence[int] | None = None) -> pads.Dataset | None:
+    """The committed files of a stage, of all shards or some, as a pyarrow dataset; None while there are none."""
+    stage = Stage.find(run, kind)
+    files = committed_files(stage.ledger, shards) if stage else []
+    if not files:
+        return None
+    fs = run.folder.fs
+    filesystem = None if run.folder.local else pa.fs.PyFileSystem(pa.fs.FSSpecHandler(fs))
+    return pads.dataset(files, format="ipc", filesystem=filesystem)
+
+
+def read_rows(run: Run, row_ids: NDArray[np.int64], columns: Sequence[str] | None = None) -> pa.Table:
+    """Scanned rows by id, in the order given, from the files that hold them: refined, duplicates left as stored.
+
+    Text is read for chosen rows only: a whole column of 10^8 captions does not fit an Arrow string array to be sorted.
+
+    Args:
+        run: the run. row_ids: [n], of committed shards. columns: names to keep; None for all but the masks.
+
+    Returns:
+        n rows.
+    Raises:
+        KeyError: none of their shards is committed.
+    """
+    found = dataset(run, shards=np.unique(row_ids >> 32).tolist() if len(row_ids) else None)
+    if found is None:
+        raise KeyError("rows of shards that are not committed")
+    if columns is None:
+        columns = [name for name in found.schema.names if name not in SCORE_MASKS]
+    needed = [name for name in found.schema.names if name in {*columns, "row_id"}]
+    table = found.to_table(columns=needed, filter=pc.field("row_id").isin(pa.array(row_ids)))
+    table = table.take(pc.index_in(pa.array(row_ids), table["row_id"].combine_chunks()))
+    return _add_windows(run, table).select(list(columns))
+
+
+def read_stage(run: Run, stage: str, columns: Sequence[str] | None = None) -> pa.Table | None:
+    """All rows of a stage (`scan`, `refine`, `trajectories`, `confirm`, `mitigate`) in shard order; None without any.
+
+    Args:
+        run: the run. stage: its name. columns: some of them; None for all.
+    """
+    found = dataset(run, STAGES[stage])
+    return None if found is None else found.to_table(columns=None if columns is None else list(columns))
+
+
+def read_scores(run: Run, columns: Sequence[str] | None = None, masks: bool = False) -> pa.Table:
+    """Every scanned row with duplicates and refinement resolved, in row order.
+
+    A duplicate row gets status and scores of its first occurrence where that one is committed; until then its scores
+    are null and its status is `pending`.
+
+    Args:
+        run: the run.
+        columns: names to keep; None for all but the masks.
+        masks: with the mask columns (null in duplicate rows: take their first occurrence's).
+
+    Raises:
+        AuditError: nothing is committed yet.
+    """
+    found = dataset(run)
+    if found is None:
+        raise AuditError(f"{run.url}: no shard is done yet: go on with `be-audit scan`")
+    if columns is None:
+        columns = [name for name in found.schema.names if masks or name not in SCORE_MASKS]
+    needed = {*columns, "row_id", "duplicate_of"}  # by which rows are resolved; nothing else is read
+    table = found.to_table(columns=[name for name in found.schema.names if name in needed])
+    return resolve_duplicates(_add_windows(run, table)).select(list(columns))
+
+
+def resolve_duplicates(table: pa.Table) -> pa.Table:
+    """Give every row with a `duplicate_of` what its first occurrence has (columns RESOLVED)."""
+    of = table["duplicate_of"].combine_chunks()
+    if isinstance(of, pa.ChunkedArray):
+        of = of.chunk(0) if of.num_chunks else pa.array([], pa.int64())
+    rows = np.flatnonzero(pc.is_valid(of).to_numpy(zero_copy_only=False))
+    if not len(rows):
+        return table
+    ids = table["row_id"].to_numpy()
+    wanted = of.take(pa.array(rows)).to_numpy(zero_copy_only=False)
+    order = np.argsort(ids, kind="stable")
+    at = np.searchsorted(ids, wanted, sorter=order)
+    there = (at < len(ids)) & (ids[order[np.minimum(at, len(ids) - 1)]] == wanted)
+    source = np.arange(len(ids))
+    source[rows[there]] = order[at[there]]
+    missing = np.zeros(len(ids), bool)
+    missing[rows[~there]] = True
+    for name in (name for name in RESOLVED if name in table.schema.names):
+        column = table[name].take(pa.array(source))
+        if missing.any():
+            gap = pa.scalar("pending") if name == "status" else pa.scalar(None, table.schema.field(name).type)
+            column = pc.if_else(pa.array(missing), gap, column)
+        table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
+    return table
+
+
+def window_means(run: Run) -> pa.Table | None:
+    """Scores that take a trajectory, means over the images of a row: row_id, refined, WINDOWS. None without any.
+
+    `refined`: the trajectories are those of `--refine`; rows that only confirm sampled come after them.
+    """
+    parts: list[pa.Table] = []
+    for kind in (REFINE, TRAJECTORIES):
+        found = dataset(run, kind)
+        if found is None:
+            continue
+        table = found.to_table(columns=["row_id", *WINDOWS], filter=pc.field("error").is_null())
+        if parts:
+            table = table.filter(pc.invert(pc.is_in(table["row_id"], parts[0]["row_id"].combine_chunks())))
+        means = table.group_by("row_id").aggregate([(name, "mean") for name in WINDOWS])
+        columns = {name: means[f"{name}_mean"].cast(pa.float32()) for name in WINDOWS}
+        refined = pa.array(np.full(means.num_rows, kind is REFINE))
+        parts.append(pa.table({"row_id": means["row_id"], "refined": refined, **columns}))
+    return pa.concat_tables(parts) if parts else None
+
+
+def _add_windows(run: Run, table: pa.Table) -> pa.Table:
+    """Fill `refined` and the scores that take a trajectory."""
+    wanted = [name for name in ("refined", *WINDOWS) if name in table.schema.names]
+    means = window_means(run) if wanted else None
+    if means is None or not means.num_rows:
+        return table
+    at = pc.index_in(table["row_id"], means["row_id"].combine_chunks())
+    for name in wanted:
+        column = means[name].take(at)
+        column = (
+            pc.or_(table[name], pc.fill_null(column, False)) if name == "refined" else pc.coalesce(column, table[name])
+        )
+        table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
+    return table

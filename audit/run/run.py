@@ -1,0 +1,225 @@
+"""The run folder: what an audit was asked to do and with what; written once, before any work."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import platform
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from audit.base.errors import AuditError
+from audit.base.facts import read_facts, to_json
+from audit.base.fingerprint import diff_lines, digest
+from audit.base.storage import Folder
+from audit.captions import CaptionPlan
+
+FORMAT = 2
+DEFAULT_RUN = "be-audit-run"
+_OURS = {"plan.arrow", "duplicates.arrow", "input", "run.json", "logs"}
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Which weights: their hash, and the hub's commit where they came from there."""
+
+    weights_sha256: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Everything that changes a score, and nothing that does not (docs/run-folder.md).
+
+    Attributes:
+        inputs: what identifies each caption file. scheduler: configuration of the model's scheduler.
+        dtype: as resolved, never `auto`. store_masks: none, bits or float16. The others are flags of scan.
+    """
+
+    formula_version: int
+    inputs: list[dict[str, str | int | None]]
+    limit: int | None
+    rows_per_shard: int
+    keep_cols: list[str] | None
+    model: ModelFacts
+    scheduler: dict[str, Any]
+    dtype: str
+    steps: int
+    guidance_scale: float
+    seed: int
+    num_noises: int
+    mask: str
+    mask_token: str
+    mask_layers: list[str]
+    store_masks: str
+    extra_evaluation: bool
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 of all fields."""
+        return digest(asdict(self))
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """run.json.
+
+    Attributes:
+        created: when, ISO 8601. model: as it was named, a local folder by its absolute path. revision: as it was asked.
+        config: flags of the scan, to go on with. fingerprint: what the scores depend on; digest: its hash.
+        rows, unique, empty, shards: of the plan. versions: of packages, recorded only.
+    """
+
+    format: int
+    created: str
+    model: str
+    revision: str | None
+    config: dict[str, Any]
+    fingerprint: Fingerprint
+    digest: str
+    rows: int
+    unique: int
+    empty: int
+    shards: int
+    versions: dict[str, str]
+
+
+class Run:
+    """A run folder with its run.json read.
+
+    Attributes:
+        folder: the folder, local or remote. facts: run.json.
+    """
+
+    def __init__(self, folder: Folder, facts: RunFacts) -> None:
+        self.folder, self.facts = folder, facts
+
+    @classmethod
+    def open(cls, url: str) -> Run:
+        """Open an existing run.
+
+        Raises:
+            AuditError: no run there, one of another format, or a run.json that cannot be read.
+        """
+        run = cls.find(Folder(url))
+        if run is None:
+            raise AuditError(f"{url}: no run here (no run.json): make one with `be-audit scan CAPTIONS -o {url}`")
+        return run
+
+    @classmethod
+    def find(cls, folder: Folder) -> Run | None:
+        """The run in a folder, or None. Raises AuditError as `open` does."""
+        try:
+            data = folder.read("run.json")
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except Exception as error:  # no permission, no credentials: every file system driver has its own types
+            raise AuditError(f"{folder.url}: cannot be read: {error}") from error
+        _check_format(folder, data)
+        return cls(folder, read_facts(RunFacts, data, folder.path("run.json")))
+
+    @classmethod
+    def create(
+        cls,
+        folder: Folder,
+        config: dict[str, Any],
+        fingerprint: Fingerprint,
+        plan: CaptionPlan,
+        model: str,
+        revision: str | None = None,
+    ) -> Run:
+        """Save the plan, then run.json, which makes the folder a run. Arguments as in RunFacts."""
+        plan.save(folder)
+        facts = RunFacts(
+            format=FORMAT,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            model=model,
+            revision=revision,
+            config=config,
+            fingerprint=fingerprint,
+            digest=fingerprint.digest,
+            rows=plan.num_rows,
+            unique=plan.num_unique,
+            empty=plan.num_empty,
+            shards=len(plan),
+            versions=versions(),
+        )
+        folder.write("run.json", to_json(facts))
+        return cls(folder, facts)
+
+    @property
+    def url(self) -> str:
+        return self.folder.url
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return self.facts.fingerprint
+
+    @property
+    def digest(self) -> str:
+        return self.facts.digest
+
+    @functools.cached_property
+    def plan(self) -> CaptionPlan:
+        """Files, shards and duplicates."""
+        return CaptionPlan.load(self.folder)
+
+    def check_same(self, fingerprint: Fingerprint) -> None:
+        """Refuse to go on under another fingerprint.
+
+        Raises:
+            AuditError: with one line a field that differs.
+        """
+        lines = diff_lines(asdict(self.fingerprint), asdict(fingerprint))
+        if lines:
+            raise AuditError(
+                f"{self.url}: holds a different run; nothing was touched. What differs (run -> now):\n  "
+                + "\n  ".join(lines[:40])
+                + "\nGive the same flags and files to go on with it, or another -o for a new run."
+            )
+
+
+def _check_format(folder: Folder, data: bytes) -> None:
+    """Refuse another version's run by name: its columns mean something else."""
+    try:
+        format = json.loads(data)["format"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise AuditError(f"{folder.path('run.json')}: cannot be read: restore it or use another folder") from error
+    if format != FORMAT:
+        raise AuditError(
+            f"{folder.url}: a run of format {format}, made by another version of be-audit; this one reads {FORMAT}: "
+            "scan again into a new folder (-o), or read the old one with the version that made it"
+        )
+
+
+def check_output(folder: Folder) -> None:
+    """Refuse a folder that holds something else than a run.
+
+    Raises:
+        AuditError: a file, a folder with other things in it, or one that cannot be written.
+    """
+    if folder.local and folder.fs.isfile(folder.root):
+        raise AuditError(f"-o {folder.url}: is a file; give a folder")
+    there = [name for name in folder.list() if not name.startswith(".")]
+    if there and "run.json" not in there and not set(there) <= _OURS:
+        raise AuditError(f"-o {folder.url}: the folder is not empty and not a run (it has {there[0]}); give a new one")
+    check_writable(folder)
+
+
+def check_writable(folder: Folder) -> None:
+    """Raise AuditError where nothing can be written, before work is spent on what should go there."""
+    folder.write(".writable", b"")
+    folder.remove(".writable")
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result may depend on; recorded, not fingerprinted."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in ("be-audit", "torch", "diffusers", "transformers", "pyarrow", "faiss-cpu", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

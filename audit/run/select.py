@@ -1,0 +1,78 @@
+"""The captions a run suspects most: chosen by one rule for refine, confirm, calibrate and the report."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from audit.base.errors import AuditError
+from audit.run.read import read_rows, read_scores
+from audit.run.run import Run
+from audit.run.schema import SCORES
+
+
+def check_score(by: str) -> str:
+    """The column's name. Raises AuditError where no score has it."""
+    if by not in SCORES:
+        raise AuditError(f"--by {by}: no score column; there are {', '.join(SCORES)}")
+    return by
+
+
+def distinct(scores: pa.Table) -> pa.Table:
+    """Of rows of `read_scores`, those that were scored themselves: ok, and no duplicate."""
+    return scores.filter(pc.and_(pc.equal(scores["status"], "ok"), pc.is_null(scores["duplicate_of"])))
+
+
+def ranked(scores: pa.Table, by: str) -> pa.Table:
+    """Distinct scored captions, best first: row_id and the score; ties by row, those without a score last."""
+    table = distinct(scores).select(["row_id", by])
+    return table.sort_by([(by, "descending"), ("row_id", "ascending")])
+
+
+def rows_of(fraction: float, count: int) -> int:
+    """How many a fraction of `count` is: rounded up, but for float noise (0.1 of 30 is 3)."""
+    return math.ceil(round(fraction * count, 9))
+
+
+def best_rows(
+    run: Run, by: str, top_k: int | None = None, fraction: float | None = None, threshold: float | None = None
+) -> pa.Table:
+    """The best-scored distinct captions of a run, best first: row_id, caption, score, rank.
+
+    Args:
+        run: the run.
+        by: score column, higher is more suspicious.
+        top_k: this many at most. fraction: this part of the scored captions at most. threshold: scored above this.
+            Every one given must hold.
+
+    Raises:
+        AuditError: a column the run does not have values in.
+    """
+    table = ranked(read_scores(run, ["row_id", "status", "duplicate_of", check_score(by)]), by)
+    count = len(table) - table[by].null_count
+    if not count:
+        raise AuditError(f"--by {by}: the run has no scores in this column")
+    if fraction is not None:
+        count = min(count, rows_of(fraction, count))
+    if top_k is not None:
+        count = min(count, top_k)
+    if threshold is not None:
+        count = min(count, pc.sum(pc.greater(table[by], threshold)).as_py() or 0)
+    table = table.slice(0, count)
+    return pa.table(
+        {
+            "row_id": table["row_id"],
+            "caption": read_rows(run, table["row_id"].to_numpy(), ["caption"])["caption"],
+            "score": table[by].cast(pa.float32()),
+            "rank": pa.array(np.arange(count), pa.int32()),
+        }
+    )
+
+
+def with_images(rows: pa.Table, num_images: int) -> pa.Table:
+    """Every row once an image: `image_index` 0 to num_images - 1."""
+    repeated = rows.take(pa.array(np.repeat(np.arange(rows.num_rows), num_images)))
+    return repeated.append_column("image_index", pa.array(np.tile(np.arange(num_images), rows.num_rows), pa.int32()))

@@ -1,0 +1,13 @@
+"""Scores of captions: the scan and what belongs to it.
+
+config.py        flags that say how captions are scored
+model.py         which model a run has: found, checked, loaded
+scan.py          `be-audit scan`: plan, scan, refine
+scan_shard.py    one shard of it: read, score, write, commit
+scorer.py        captions to columns, by either scorer
+estimate.py      `scan --dry-run`
+refine.py        `scan --refine`: trajectories of the best-scored rows
+trajectories.py  one shard of trajectories, for refine and confirm
+calibrate.py     `be-audit calibrate`: thresholds from clean captions
+prompt.py        `be-audit score`: one prompt, printed and drawn
+"""

@@ -1,0 +1,277 @@
+"""`be-audit calibrate`: thresholds for YOUR model, from captions known to be clean."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from audit.base.errors import AuditError
+from audit.base.facts import read_facts, to_json
+from audit.base.fingerprint import diff_lines
+from audit.base.options import option
+from audit.base.stopping import Stop
+from audit.base.storage import Folder
+from audit.base.text import grid
+from audit.run.read import read_scores
+from audit.run.run import Run
+from audit.run.schema import DEFAULT_SCORE, EXTRA_DETECTORS, SCORES, WINDOWS
+from audit.run.stage import SCAN, Stage
+from audit.scores.config import ScoringConfig
+from audit.scores.scan import ScanConfig, scan
+from audit.statistics.thresholds import CleanThreshold, sample_size_note, threshold_at_fpr
+
+FORMAT = 1
+MODEL_FIELDS = (
+    *("formula_version", "model", "scheduler", "dtype", "steps", "guidance_scale", "seed", "num_noises"),
+    *("mask", "mask_token", "mask_layers"),
+)
+"""Of a run's fingerprint, what its scores depend on: a threshold holds for no other."""
+
+
+@dataclass(frozen=True)
+class CalibrateConfig(ScoringConfig):
+    """Clean captions, or a run of them, and the rate; how they are scanned is as in ScanConfig."""
+
+    captions: tuple[str, ...] = option((), "Clean captions, as scan takes them, or the run of a scan.", argument=True)
+    output: str = option("thresholds.json", "The thresholds; captions are scanned into OUTPUT.run.", short="-o")
+    fpr: float = option(0.01, "Share of clean captions that may be flagged.", min=1e-9, max=1 - 1e-9)
+    method: str = option(DEFAULT_SCORE, "Score to say the threshold of; the file has them all.", choices=SCORES)
+
+
+@dataclass(frozen=True)
+class ScoreThreshold:
+    """Threshold of one score: flag above it. low, high: 95 % interval of the true quantile, null where unbounded.
+
+    rows: clean captions. above: how many of them are flagged.
+    """
+
+    threshold: float
+    fpr: float
+    low: float | None
+    high: float | None
+    rows: int
+    above: int
+
+
+@dataclass(frozen=True)
+class ThresholdsFile:
+    """What `be-audit calibrate` writes. model: what the scores depend on. method: the score that was asked for."""
+
+    format: int
+    created: str
+    model: dict[str, Any]
+    mask_source: str
+    steps: int
+    method: str
+    fpr: float
+    rows: int
+    note: str
+    thresholds: dict[str, ScoreThreshold]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibration found: a threshold a score, and the distinct clean captions they rest on."""
+
+    output: str
+    run: str
+    fpr: float
+    method: str
+    rows: int
+    failed: int
+    thresholds: dict[str, CleanThreshold]
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 3 when captions failed and are missing from the sample."""
+        return 3 if self.failed else 0
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        rows = [
+            [
+                name,
+                f"{found.threshold:.6g}",
+                f"[{found.low:.6g}, {found.high:.6g}]",
+                f"{found.num_above} of {found.num_rows:,}",
+            ]
+            for name, found in self.thresholds.items()
+        ]
+        lines = grid(["score", "flag above", "95 % interval", "flagged"], rows, [False, True, False, False])
+        if self.failed:
+            lines.append(f"{self.failed:,} captions failed and were left out: be-audit status {self.run}")
+        lines.append(f"{sample_size_note(self.rows, self.fpr)}.")
+        at = self.thresholds[self.method].threshold
+        return [*lines, f"{self.output}: {self.method} > {at:.6g}; use it with --thresholds {self.output}"]
+
+
+class Thresholds:
+    """A thresholds file that fits a run.
+
+    Attributes:
+        path: where it was read from. facts: its content.
+    """
+
+    def __init__(self, path: str, facts: ThresholdsFile) -> None:
+        self.path, self.facts = path, facts
+
+    def threshold(self, score: str) -> float:
+        """Flag a caption when its `score` is above this.
+
+        Raises:
+            AuditError: the file has no threshold for this score.
+        """
+        known = self.facts.thresholds
+        if score not in known:
+            raise AuditError(
+                f"--thresholds {self.path}: none for {score}; it has {', '.join(known)}: pass another --by"
+            )
+        return known[score].threshold
+
+
+def calibrate(config: CalibrateConfig, stop: Stop | None = None) -> Calibration:
+    """Thresholds at a false-positive rate from clean captions, written as JSON.
+
+    Every distinct caption counts once. A threshold is the lowest that flags at most a share `fpr` of them; its
+    interval is that of the true quantile (`audit.statistics.thresholds.threshold_at_fpr`).
+
+    Raises:
+        AuditError: no captions, a run that is not complete, no scores, or an output that is something else.
+        Drained: `stop` asked to; the scan in OUTPUT.run can be gone on with.
+    """
+    _check_output(config.output)
+    run = _find_run(config) or _scan(config, stop)
+    stage = Stage.open(run, SCAN)
+    left = stage.missing()
+    if left:
+        raise AuditError(
+            f"{run.url}: {len(left)} of {len(stage.shards)} shards are not scanned: go on with `be-audit scan`"
+        )
+    table = read_scores(run, ["status", "duplicate_of", "mask_source", *SCORES])
+    table = table.filter(pc.is_null(table["duplicate_of"]))
+    clean = table.filter(pc.equal(table["status"], "ok"))
+    found = {
+        name: threshold_at_fpr(_numbers(clean[name]), config.fpr)
+        for name in SCORES
+        if clean.num_rows
+        and not clean[name].null_count  # a window that only refined rows have says nothing of the rest
+    }
+    if config.method not in found:
+        raise AuditError(f"--method {config.method}: the run has no such score of all rows; it has {', '.join(found)}")
+    facts = ThresholdsFile(
+        format=FORMAT,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        model=_model_facts(run),
+        mask_source=clean["mask_source"][0].as_py(),
+        steps=run.fingerprint.steps,
+        method=config.method,
+        fpr=config.fpr,
+        rows=clean.num_rows,
+        note=sample_size_note(clean.num_rows, config.fpr),
+        thresholds={name: _score_threshold(each, config.fpr) for name, each in found.items()},
+    )
+    with fsspec.open(config.output, "wb") as file:
+        file.write(to_json(facts))
+    failed = pc.sum(pc.equal(table["status"], "error")).as_py() or 0
+    return Calibration(config.output, run.url, config.fpr, config.method, clean.num_rows, failed, found)
+
+
+def load_thresholds(path: str, run: Run) -> Thresholds:
+    """A thresholds file for a run.
+
+    Raises:
+        AuditError: no such file, no thresholds file, or one made for another model, mask or sampler: with one line a
+            field that differs.
+    """
+    facts = _read(path)
+    lines = diff_lines(facts.model, _model_facts(run))
+    if lines:
+        raise AuditError(
+            f"--thresholds {path}: made for other scores than those of {run.url}. What differs (file -> run):\n  "
+            + "\n  ".join(lines[:40])
+            + "\nCalibrate again with the flags the run was scanned with."
+        )
+    return Thresholds(path, facts)
+
+
+def _model_facts(run: Run) -> dict[str, Any]:
+    """What the scores of a run depend on; the revision only names the weights, whose hash is there."""
+    fingerprint = dataclasses.asdict(run.fingerprint)
+    facts = {name: fingerprint[name] for name in MODEL_FIELDS}
+    return {**facts, "model": {"weights_sha256": run.fingerprint.model.weights_sha256}}
+
+
+def _score_threshold(found: CleanThreshold, fpr: float) -> ScoreThreshold:
+    low, high = (value if np.isfinite(value) else None for value in (found.low, found.high))
+    return ScoreThreshold(found.threshold, fpr, low, high, found.num_rows, found.num_above)
+
+
+def _find_run(config: CalibrateConfig) -> Run | None:
+    """The run that was given instead of captions. Flags of a scan that contradict it are refused, not ignored."""
+    if not config.captions:
+        raise AuditError("no captions given: pass captions known to be clean, or the run of a scan of them")
+    run = Run.find(Folder(config.captions[0])) if len(config.captions) == 1 else None
+    if run is None:
+        return None
+    for place in dataclasses.fields(ScoringConfig):
+        given, of_run = getattr(config, place.name), run.facts.config.get(place.name)
+        of_run = tuple(of_run) if isinstance(of_run, list) else of_run
+        if place.name in MODEL_FIELDS and given != place.default and given != of_run and place.name != "dtype":
+            flag = place.name.replace("_", "-")
+            raise AuditError(f"--{flag} {given}: {run.url} was scanned with {of_run}: leave the flag out")
+    return run
+
+
+def _scan(config: CalibrateConfig, stop: Stop | None) -> Run:
+    if config.method in EXTRA_DETECTORS and not config.extra_evaluation:
+        raise AuditError(f"--method {config.method}: needs --extra-evaluation")
+    if config.method in WINDOWS and config.mask != "final":
+        raise AuditError(f"--method {config.method}: needs --mask final")
+    shared = {place.name: getattr(config, place.name) for place in dataclasses.fields(ScoringConfig)}
+    output = f"{config.output}.run"
+    alone = {"output": output, "store_masks": "none", "keep_cols": (), "rank": 0, "world_size": 1}
+    done = scan(ScanConfig(**{**shared, **alone}), stop)
+    if not done.complete:
+        raise AuditError(f"{output}: {len(done.quarantined)} shards were given up: be-audit status {output}")
+    return Run.open(output)
+
+
+def _check_output(path: str) -> None:
+    """Refuse to write over something that is no thresholds file."""
+    fs, name = fsspec.core.url_to_fs(path)
+    if fs.isdir(name):
+        raise AuditError(f"-o {path}: is a folder; give a file")
+    if fs.exists(name):
+        try:
+            _read(path)
+        except AuditError as error:
+            raise AuditError(f"-o {path}: there is another kind of file: give a new name") from error
+
+
+def _read(path: str) -> ThresholdsFile:
+    try:
+        with fsspec.open(path, "rb") as file:
+            data = file.read()
+    except FileNotFoundError as error:
+        raise AuditError(f"--thresholds {path}: no such file: make it with `be-audit calibrate CAPTIONS`") from error
+    except OSError as error:
+        raise AuditError(f"--thresholds {path}: cannot be read: {error.strerror or error}") from error
+    try:
+        facts = read_facts(ThresholdsFile, data, path)
+    except AuditError as error:
+        raise AuditError(f"--thresholds {path}: no file of `be-audit calibrate`") from error
+    if facts.format != FORMAT:
+        raise AuditError(f"--thresholds {path}: format {facts.format}, this version reads {FORMAT}: calibrate again")
+    return facts
+
+
+def _numbers(column: pa.ChunkedArray) -> NDArray[np.float64]:
+    return np.asarray(column.cast(pa.float64()).to_numpy(), np.float64)

@@ -1,0 +1,53 @@
+"""Flags that say how captions are scored: those of scan and of calibrate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from audit.base.options import option
+from audit.run.run import DEFAULT_RUN
+
+DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+DEVICE_HELP = "auto, cpu, cuda, cuda:N or mps."
+MODEL_HELP = "Hub id or diffusers folder; `testbed` is the embedded model."
+ENGINES = ("local", "ray")
+
+
+@dataclass(frozen=True)
+class ScoringConfig:
+    """Which captions, which model, which scores, and where it runs."""
+
+    captions: tuple[str, ...] = option((), "Caption files, folders, globs or data sets.", argument=True)
+    output: str = option(DEFAULT_RUN, "Run folder (any fsspec URL).", short="-o", envvar="BE_AUDIT_RUN")
+    model: str = option(DEFAULT_MODEL, MODEL_HELP)
+    revision: str | None = option(None, "Revision of a hub model.")
+    caption_col: str | None = option(None, "Caption column; found by itself (TEXT, caption, text, prompt, ...).")
+    limit: int | None = option(None, "Scan the first N rows only.", min=1)
+    mask: str = option(
+        "first",
+        "Attention mask of ld: of the first step, at no further cost, or of the final step (the paper's), which takes "
+        "a whole trajectory a caption.",
+        choices=("first", "final"),
+    )
+    mask_token: str = option("eos", "Whose attention the mask of ld is.", choices=("eos", "bos", "padding"))
+    mask_layers: tuple[str, ...] = option(
+        (), "Cross-attention layers of the mask of ld, comma-separated; default the paper's two."
+    )
+    num_noises: int = option(1, "Initial noises every caption is scored with.", min=1)
+    steps: int = option(50, "Sampling steps.", min=1)
+    guidance_scale: float = option(7.5, "Classifier-free guidance scale.")
+    seed: int = option(0, "Seed of the noise bank.", min=0, max=2**63 - 1)
+    dtype: str = option(
+        "auto", "auto is float16 on CUDA, else float32; bfloat16 moves scores by several per cent.", choices=DTYPES
+    )
+    device: str = option("auto", DEVICE_HELP)
+    batch_size: int = option(32, "Latents in one U-Net call; halved when memory runs out.", min=1)
+    rows_per_shard: int = option(1024, "Rows of a shard: what a kill can lose.", min=1)
+    extra_evaluation: bool = option(False, "One more U-Net evaluation a caption, for the anisotropy score.")
+    engine: str = option("local", "Where shards run.", choices=ENGINES)
+    workers: int = option(0, "Worker processes; 0 is one a GPU.", min=0)
+    max_error_rate: float = option(
+        0.05, "A shard with a larger share of failed rows (and more than one) is not committed.", min=0.0, max=1.0
+    )
+    max_shard_retries: int = option(3, "Tries of a shard before it is given up.", min=1)

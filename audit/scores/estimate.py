@@ -1,0 +1,103 @@
+"""`scan --dry-run`: plan in a temporary folder, time one batch, write nothing to the output."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from audit.base.storage import Folder
+from audit.base.text import duration, size
+from audit.captions import CaptionPlan, is_empty, read_shard
+from audit.run.select import rows_of
+from audit.scores.model import load_model
+from audit.scores.scan import ScanConfig, check_config, fingerprint_of, plan_of
+from audit.scores.scorer import open_scorer
+from audit.scores.trajectories import open_sampler
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a dry run found; seconds on one worker from one measured batch, bytes of the masks before compression.
+
+    `refine_seconds` is what `--refine` adds.
+    """
+
+    rows: int
+    unique: int
+    empty: int
+    shards: int
+    seconds: float
+    captions_per_second: float
+    mask_bytes: int
+    refine_seconds: float = 0.0
+
+    def lines(self, config: ScanConfig) -> list[str]:
+        """For a terminal."""
+        rate = f"{self.captions_per_second:.1f} captions/s on one worker, one batch"
+        lines = [
+            f"rows             {self.rows:,} ({self.empty:,} empty)",
+            f"unique captions  {self.unique:,}",
+            f"shards           {self.shards:,} of {config.rows_per_shard:,} rows",
+            f"estimated time   {duration(self.seconds)} ({rate})",
+        ]
+        if config.refine:
+            lines.append(f"--refine adds    {duration(self.refine_seconds)}")
+        stored = f"--store-masks {config.store_masks}, before compression"
+        return [*lines, f"masks            {size(self.mask_bytes)} ({stored})", "Nothing was written."]
+
+
+def estimate(config: ScanConfig) -> Estimate:
+    """What a scan would take.
+
+    Raises:
+        AuditError: as the scan would.
+    """
+    folder = check_config(config)
+    with tempfile.TemporaryDirectory() as temporary:
+        staging = Folder(temporary)
+        plan = plan_of(config, staging)
+        batch = _first_captions(plan, staging, config.batch_size)
+    fingerprint = fingerprint_of(config, folder, plan.files)
+    model = load_model(folder, config.device, fingerprint.dtype)
+    scorer = open_scorer(fingerprint, model, config.batch_size)
+    rate = refine_seconds = 0.0
+    if batch and config.refine:
+        sampler = open_sampler(fingerprint, model, config.num_noises, config.batch_size)
+        few = batch[:4]
+        started = time.monotonic()
+        sampler(few)
+        each = (time.monotonic() - started) / len(few)
+        refine_seconds = each * rows_of(config.refine, plan.num_unique) * config.num_noises
+    if batch:
+        scorer(batch[:1], lambda _: None)  # warm up
+        started = time.monotonic()
+        scorer(batch, lambda _: None)
+        rate = len(batch) / (time.monotonic() - started)
+    _, height, width = folder.latent_shape()
+    stored = {"none": 0, "bits": height * -(-width // 8), "float16": 2 * height * width}[config.store_masks]
+    return Estimate(
+        rows=plan.num_rows,
+        unique=plan.num_unique,
+        empty=plan.num_empty,
+        shards=len(plan),
+        seconds=plan.num_unique / rate if rate else 0.0,
+        captions_per_second=rate,
+        mask_bytes=2 * plan.num_unique * stored,  # mask and energy_mask
+        refine_seconds=refine_seconds,
+    )
+
+
+def _first_captions(plan: CaptionPlan, staging: Folder, count: int) -> list[str]:
+    """The first distinct captions, at most so many."""
+    captions: list[str] = []
+    for shard in range(len(plan)):
+        table = read_shard(plan, shard, staging, [])
+        texts = table["caption"].to_pylist()
+        scored = (plan.duplicates(shard) < 0) & ~is_empty(table["caption"])
+        captions += [texts[row] for row in np.flatnonzero(scored)]
+        if len(captions) >= count:
+            break
+    return captions[:count]

@@ -1,0 +1,223 @@
+"""`be-audit scan`: first-step scores of every caption, shard by shard, resumable."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
+
+from audit.base.errors import AuditError
+from audit.base.options import config_of, option
+from audit.base.stopping import Stop
+from audit.base.storage import Folder
+from audit.captions import CaptionFile, CaptionPlan, describe_captions, plan_captions
+from audit.engines.rank import find_rank
+from audit.run.run import Fingerprint, ModelFacts, Run, check_output
+from audit.run.schema import DEFAULT_SCORE, DETECTORS, EXTRA_DETECTORS, SCORE_COLUMNS
+from audit.run.stage import REFINE, SCAN, Stage, run_stage, sum_counts
+from audit.scores.config import ScoringConfig
+from audit.scores.model import find_model_folder
+from audit.scores.refine import RefineFingerprint, begin_refine, run_refine
+
+if TYPE_CHECKING:
+    from pipelines.loading import ModelFolder
+
+
+@dataclass(frozen=True)
+class ScanConfig(ScoringConfig):
+    """What to scan, with what, and how. Every field is a flag of `be-audit scan`."""
+
+    refine: float = option(
+        0.0, "Then run the full trajectory on this fraction of the rows, the best-scored.", min=0.0, max=1.0
+    )
+    refine_by: str = option(DEFAULT_SCORE, "Score the fraction is chosen by.", choices=DETECTORS)
+    replace: bool = option(False, "Discard an earlier refinement that was begun differently.")
+    store_masks: str = option("bits", "Store the masks of ld and ld_energy.", choices=("none", "bits", "float16"))
+    keep_cols: tuple[str, ...] | None = option(
+        None, "Input columns to carry through, comma-separated; default url, key and id-like."
+    )
+    rank: int | None = option(
+        None, "This machine's place among --world-size; without both, Slurm's are found by themselves, else 0.", min=0
+    )
+    world_size: int | None = option(None, "Machines that share the run; default 1.", min=1)
+    dry_run: bool = option(False, "Plan, time one batch, print the estimate, write nothing.")
+
+
+@dataclass(frozen=True)
+class ScanSummary:
+    """What a scan did.
+
+    Attributes:
+        rows, unique: of the whole run. counts: rows by status (ok, error, empty, duplicate) of committed shards.
+        shards, committed_before, committed_now: numbers of shards. quarantined: shards given up.
+        seconds: wall time of this call. complete: every shard of the run is committed.
+        mine_complete: every shard of this rank is.
+        refined: trajectories of `--refine` that are committed. refine_pending: they wait for other machines' shards.
+    """
+
+    output: str
+    rows: int
+    unique: int
+    counts: dict[str, int]
+    shards: int
+    committed_before: int
+    committed_now: int
+    quarantined: list[int]
+    seconds: float
+    complete: bool
+    mine_complete: bool
+    refined: int = 0
+    refine_pending: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """0 complete, 3 with failed rows or shards, 75 when the refinement still waits for other machines."""
+        if self.quarantined or self.counts.get("error") or not self.mine_complete:
+            return 3
+        return 75 if self.refine_pending else 0
+
+
+def scan(config: ScanConfig, stop: Stop | None = None) -> ScanSummary:
+    """Scan captions into a run folder, or go on with a scan that was begun there.
+
+    Raises:
+        AuditError: bad input or another run's folder; nothing was written.
+        Drained: `stop` asked to; the run can be gone on with.
+        Broken: every worker failed shard after shard; the run can be gone on with.
+    """
+    started = time.monotonic()
+    rank, world = find_rank(config.rank, config.world_size)
+    os.environ["BE_AUDIT_RANK"] = str(rank)
+    # 1. the run: begun now, or gone on with
+    run = _find_or_plan(config, Folder(config.output))
+    # 2. this machine's shards
+    stage = Stage.open(run, SCAN)
+    before = stage.done()
+    mine = stage.shards[rank::world]
+    outcome = run_stage(stage, [shard for shard in mine if shard not in before], config, stop)
+    done = stage.done()
+    complete = len(done) == len(stage.shards)
+    counts, quarantined, refined = sum_counts(done.values()), outcome.quarantined, 0
+    # 3. trajectories of the best-scored rows
+    if config.refine and complete:
+        refine = begin_refine(run, config.refine, config.refine_by, config.replace)
+        more = run_refine(refine, config, rank, world, stop)
+        extra = sum_counts(refine.done().values())
+        refined, quarantined = extra.get("ok", 0), quarantined + more.quarantined
+        counts["error"] = counts.get("error", 0) + extra.get("error", 0)
+    return ScanSummary(
+        output=config.output,
+        rows=run.facts.rows,
+        unique=run.facts.unique,
+        counts=counts,
+        shards=len(stage.shards),
+        committed_before=len(before),
+        committed_now=len(outcome.committed),
+        quarantined=quarantined,
+        seconds=time.monotonic() - started,
+        complete=complete,
+        mine_complete=set(mine) <= set(done),
+        refined=refined,
+        refine_pending=bool(config.refine) and not complete,
+    )
+
+
+def resume(run: Run, stop: Stop | None = None) -> None:
+    """Go on with a run's scan and refinement as they were begun (`verify --repair`)."""
+    config = replace(config_of(ScanConfig, run.facts.config), output=run.url, rank=0, world_size=1, dry_run=False)
+    refine = Stage.find(run, REFINE)
+    if refine is not None:  # which may have been asked for by a later command than the one that is recorded
+        begun = refine.fingerprint(RefineFingerprint)
+        config = replace(config, refine=begun.fraction, refine_by=begun.by)
+    scan(config, stop)
+
+
+def fingerprint_of(config: ScanConfig, model: ModelFolder, files: Sequence[CaptionFile]) -> Fingerprint:
+    """Everything that changes a result, and nothing that does not (docs/run-folder.md)."""
+    from pipelines.formulas import FORMULA_VERSION
+    from pipelines.loading import find_device, resolve_dtype
+
+    return Fingerprint(
+        formula_version=FORMULA_VERSION,
+        inputs=[_input_facts(file) for file in files],
+        limit=config.limit,
+        rows_per_shard=config.rows_per_shard,
+        keep_cols=None if config.keep_cols is None else list(config.keep_cols),
+        model=ModelFacts(model.weights_sha256(), model.revision),
+        scheduler=model.scheduler_config(),
+        dtype=resolve_dtype(config.dtype, find_device(config.device)),
+        steps=config.steps,
+        guidance_scale=config.guidance_scale,
+        seed=config.seed,
+        num_noises=config.num_noises,
+        mask=config.mask,
+        mask_token=config.mask_token,
+        mask_layers=list(config.mask_layers),
+        store_masks=config.store_masks,
+        extra_evaluation=config.extra_evaluation,
+    )
+
+
+def check_config(config: ScanConfig) -> ModelFolder:
+    """Refuse flags that do not go together or that the model cannot serve, before anything is planned.
+
+    Returns:
+        the model's folder.
+    Raises:
+        AuditError: naming the flag.
+    """
+    from pipelines.loading import find_layers
+
+    if config.mask == "final" and config.extra_evaluation:
+        raise AuditError("--extra-evaluation: goes with --mask first")
+    if config.refine and config.refine_by in EXTRA_DETECTORS and not config.extra_evaluation:
+        raise AuditError(f"--refine-by {config.refine_by}: needs --extra-evaluation")
+    model = find_model_folder(config)
+    trained = int(model.scheduler_config().get("num_train_timesteps", 1000))
+    if config.steps > trained:
+        raise AuditError(f"--steps {config.steps}: this model has {trained} timesteps")
+    known = find_layers(model) if config.mask_layers else []
+    for name in config.mask_layers:
+        if name not in known:
+            raise AuditError(f"--mask-layers {name}: the U-Net has no such cross-attention; it has {', '.join(known)}")
+    return model
+
+
+def plan_of(config: ScanConfig, staging: Folder) -> CaptionPlan:
+    """The plan of a configuration's captions; inputs without random access are copied into `staging`."""
+    return plan_captions(
+        list(config.captions),
+        caption_col=config.caption_col,
+        keep_cols=config.keep_cols,
+        limit=config.limit,
+        rows_per_shard=config.rows_per_shard,
+        staging=staging,
+        reserved=SCORE_COLUMNS,
+    )
+
+
+def _input_facts(file: CaptionFile) -> dict[str, str | int | None]:
+    """What identifies an input: not the staged copy, and rows only where they are known without reading it all."""
+    facts = file.to_dict()
+    if facts.pop("staged") or file.rows < 0:
+        del facts["rows"]
+    return facts
+
+
+def _find_or_plan(config: ScanConfig, folder: Folder) -> Run:
+    """The run of this configuration: the one in the folder when it is the same, else a new one."""
+    existing = Run.find(folder)
+    known = existing.plan.files if existing else []
+    files = describe_captions(list(config.captions), caption_col=config.caption_col, known=known)
+    model = check_config(config)
+    if existing is not None:
+        existing.check_same(fingerprint_of(config, model, files))
+        return existing
+    check_output(folder)
+    plan = plan_of(config, folder)
+    # with absolute paths, so that it can be gone on with from elsewhere
+    name = os.path.abspath(config.model) if os.path.isdir(config.model) else config.model
+    recorded = {**asdict(config), "model": name, "captions": [file.path for file in plan.files]}
+    return Run.create(folder, recorded, fingerprint_of(config, model, plan.files), plan, name, config.revision)

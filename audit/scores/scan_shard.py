@@ -1,0 +1,132 @@
+"""One shard of a scan: read, score, write, commit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from audit.base.commits import Commit
+from audit.captions import is_empty, read_shard
+from audit.engines.failures import check_failures
+from audit.engines.job import JobSpec
+from audit.run.run import Run
+from audit.run.schema import SCORE_MASKS, mask_type, pack_mask_bits, scores_schema, tensor_array
+from audit.run.stage import SCAN, Stage
+from audit.scores.model import load_run_model
+from audit.scores.scorer import Scored, mask_source, open_scorer, score_captions
+
+if TYPE_CHECKING:
+    from pipelines import DiffusionModel
+
+
+def open_job(spec: JobSpec) -> ScanJob:
+    """The scan of a run, with its model loaded. Raises AuditError as `load_run_model`."""
+    run = Run.open(spec.run)
+    return ScanJob(run, load_run_model(run, spec.device), spec.batch_size, spec.max_error_rate)
+
+
+class ScanJob:
+    """Scan of one run with its model loaded: read, score, write, commit.
+
+    Args:
+        run: the run. model: the loaded model. batch_size: latents at a time.
+        max_error_rate: a shard with a larger share of failed rows is not committed.
+    """
+
+    def __init__(self, run: Run, model: DiffusionModel, batch_size: int, max_error_rate: float) -> None:
+        self.run, self.stage, self.max_error_rate = run, Stage.open(run, SCAN), max_error_rate
+        self.ledger = self.stage.ledger
+        self.scorer = open_scorer(run.fingerprint, model, batch_size)
+        self.mask_type = mask_type(run.fingerprint.store_masks, *model.latent_shape[1:])
+        self.mask_source = mask_source(run.fingerprint).describe()
+
+    def __call__(self, shard: int, on_rows: Callable[[int], None]) -> Commit:
+        started = time.monotonic()
+        # 1. read
+        rows = read_shard(self.run.plan, shard, self.run.folder)
+        duplicate_of = self.run.plan.duplicates(shard)
+        empty = is_empty(rows["caption"])
+        own = np.flatnonzero(~empty & (duplicate_of < 0))
+        read = time.monotonic()
+        # 2. score
+        captions = rows["caption"].take(pa.array(own)).to_pylist()
+        scored = score_captions(self.scorer, captions, on_rows)
+        finished = time.monotonic()
+        check_failures(list(scored.errors.values()), len(own), self.max_error_rate, "captions")
+        # 3. write and commit
+        table = self._table(shard, rows, duplicate_of, empty, own, scored)
+        counts = {
+            "ok": len(scored.rows),
+            "error": len(scored.errors),
+            "empty": int(empty.sum()),
+            "duplicate": int((duplicate_of >= 0).sum()),
+        }
+        seconds = {"read": read - started, "score": finished - read, "wall": time.monotonic() - started}
+        return self.ledger.commit(shard, self.stage.file(shard), table, counts, seconds)
+
+    def _table(
+        self,
+        shard: int,
+        rows: pa.Table,
+        duplicate_of: NDArray[np.int64],
+        empty: NDArray[np.bool_],
+        own: NDArray[np.int64],
+        scored: Scored,
+    ) -> pa.Table:
+        """A row for every input row; scores where there are some, nulls elsewhere.
+
+        Raises:
+            KeyError: a scored value without a column in audit/base/schema.py.
+        """
+        length = rows.num_rows
+        status = np.where(empty, "empty", "ok").astype(object)
+        error = np.full(length, None, object)
+        for place, reason in scored.errors.items():
+            status[own[place]], error[own[place]] = "error", reason
+        places = own[scored.rows]
+        arrays: dict[str, pa.Array] = {
+            "row_id": pa.array((np.int64(shard) << 32) | np.arange(length, dtype=np.int64)),
+            "caption": rows["caption"],
+            "status": pa.array(status, pa.string()),
+            "error": pa.array(error, pa.string()),
+            "duplicate_of": pa.array(duplicate_of, pa.int64(), mask=duplicate_of < 0),
+            "mask_source": pa.array(np.full(length, self.mask_source, object), pa.string()),
+            "refined": pa.array(np.zeros(length, bool)),
+            **{name: rows[name] for name in self.run.plan.keep_cols},
+        }
+        schema = scores_schema(self.mask_type, list(self.run.plan.keep_schema))
+        unknown = set(scored.columns) - {*schema.names, *SCORE_MASKS}
+        if unknown:
+            raise KeyError(f"no column for {', '.join(sorted(unknown))}: add it to audit/base/schema.py")
+        for field in schema:
+            values = scored.columns.get(field.name)
+            if field.name in SCORE_MASKS:
+                arrays[field.name] = self._masks(values, places, length)
+            elif values is not None or field.name not in arrays:
+                arrays[field.name] = _spread(values, places, length, field.type)
+        return pa.table([arrays[name] for name in schema.names], schema=schema)
+
+    def _masks(self, masks: NDArray[np.float32] | None, places: NDArray[np.int64], length: int) -> pa.Array:
+        """Masks [n, H, W] at their places as the column's type, null elsewhere."""
+        kind = self.mask_type
+        assert kind is not None
+        if masks is None or not len(masks):
+            return tensor_array(np.zeros((0, *kind.shape)), kind, places[:0], length)
+        packed = pack_mask_bits(masks) if self.run.fingerprint.store_masks == "bits" else masks
+        return tensor_array(packed, kind, places, length)
+
+
+def _spread(values: NDArray[np.generic] | None, places: NDArray[np.int64], length: int, kind: pa.DataType) -> pa.Array:
+    """Values at their places, null elsewhere and where a float is NaN."""
+    if values is None or not len(places):
+        return pa.nulls(length, kind)
+    spread = np.zeros(length, values.dtype)
+    null = np.ones(length, bool)
+    spread[places] = values
+    null[places] = np.isnan(values) if values.dtype.kind == "f" else False
+    return pa.array(spread, mask=null).cast(kind)

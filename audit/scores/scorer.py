@@ -1,0 +1,145 @@
+"""Captions to score columns, by either scorer; a caption that fails is a row with an error, never a missing row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from audit.base.errors import AuditError
+from audit.engines.failures import together_or_alone
+from audit.run.run import Fingerprint
+
+if TYPE_CHECKING:
+    from pipelines import DiffusionModel, MaskSource, TrajectorySampler
+
+Columns = dict[str, NDArray[Any]]
+REQUIRED = ("magnitude", "ld", "ld_energy")  # a row in which one of these is not finite was not scored
+
+
+class Scorer(Protocol):
+    """N captions to columns of length N; raises on a batch that cannot be scored."""
+
+    def __call__(self, captions: list[str], on_batch: Callable[[int], None]) -> Columns: ...
+
+
+@dataclass
+class Scored:
+    """Columns of the rows that could be scored.
+
+    Attributes:
+        rows: their places among the captions. columns: one entry per place. errors: place -> why, for the others.
+    """
+
+    rows: NDArray[np.int64]
+    columns: Columns = field(default_factory=dict)
+    errors: dict[int, str] = field(default_factory=dict)
+
+
+def score_captions(scorer: Scorer, captions: list[str], on_batch: Callable[[int], None]) -> Scored:
+    """Score captions together; when that fails, one by one, so that a bad one costs itself alone.
+
+    A score that is not finite is an error of its row.
+    """
+    columns: Columns = {}
+
+    def compute(rows: Sequence[int]) -> list[dict[str, Any]]:
+        found = scorer([captions[row] for row in rows], on_batch)
+        if len(rows) == len(captions):
+            columns.update(found)
+        return [{name: values[at] for name, values in found.items()} for at in range(len(rows))]
+
+    rows = together_or_alone(range(len(captions)), compute)
+    errors = {place: row for place, row in enumerate(rows) if isinstance(row, str)}
+    good = np.array([place for place in range(len(rows)) if place not in errors], np.int64)
+    if not columns and len(good):  # one by one
+        kept = [row for row in rows if not isinstance(row, str)]
+        columns = {name: np.stack([row[name] for row in kept]) for name in kept[0]}
+    needed = [name for name in REQUIRED if name in columns]
+    finite = np.ones(len(good), bool)
+    for name in needed:
+        finite &= np.isfinite(columns[name])
+    for at in np.flatnonzero(~finite):
+        told = ", ".join(f"{name} {columns[name][at]}" for name in needed)
+        errors[int(good[at])] = f"scores are not finite: {told}"
+    return Scored(good[finite], {name: values[finite] for name, values in columns.items()}, errors)
+
+
+def mask_source(fingerprint: Fingerprint) -> MaskSource:
+    """Where the mask of `ld` comes from."""
+    from pipelines import MaskSource
+
+    return MaskSource(fingerprint.mask, fingerprint.mask_token, tuple(fingerprint.mask_layers))
+
+
+def open_scorer(fingerprint: Fingerprint, model: DiffusionModel, batch_size: int) -> Scorer:
+    """The scorer a run's fingerprint describes.
+
+    Args:
+        fingerprint: of a run. model: loaded. batch_size: latents at a time.
+
+    Raises:
+        AuditError: settings the model cannot serve.
+    """
+    from pipelines import FirstStepScorer, TrajectorySampler
+
+    source = mask_source(fingerprint)
+    shared: dict[str, Any] = {
+        "num_noises": fingerprint.num_noises,
+        "seed": fingerprint.seed,
+        "steps": fingerprint.steps,
+        "guidance_scale": fingerprint.guidance_scale,
+    }
+    try:
+        if source.step == "final":
+            sampler = TrajectorySampler(model, source, batch_size=max(1, batch_size // 2), **shared)
+            return lambda captions, on_batch: final_mask_columns(sampler, captions, on_batch)
+        first = FirstStepScorer(
+            model, source, batch_size=batch_size, extra_evaluation=fingerprint.extra_evaluation, **shared
+        )
+    except ValueError as error:
+        raise AuditError(str(error)) from error
+
+    def score(captions: list[str], on_batch: Callable[[int], None]) -> Columns:
+        found = first(captions, on_batch)
+        columns = {
+            **found.scores,
+            "ld_std": found.ld_std,
+            "mask": found.mask,
+            "energy_mask": found.energy_mask,
+            "num_tokens": found.num_tokens,
+            "truncated": found.truncated,
+        }
+        return {name: values for name, values in columns.items() if values is not None}
+
+    return score
+
+
+def final_mask_columns(sampler: TrajectorySampler, captions: list[str], on_batch: Callable[[int], None]) -> Columns:
+    """The paper's first-step LD (mask of the final step) and every window, means over the K noises."""
+    count = len(sampler.noises)
+    repeated = [caption for caption in captions for _ in range(count)]
+    finished = 0
+
+    def on_trajectories(done: int) -> None:
+        nonlocal finished
+        before, finished = finished // count, finished + done
+        on_batch(finished // count - before)
+
+    found = sampler(repeated, list(range(count)) * len(captions), decode=False, on_batch=on_trajectories)
+    singles = {**found.first, **found.windows(), "mask": found.be_mask, "energy_mask": found.energy_mask}
+    columns = {
+        name: values.reshape(len(captions), count, *values.shape[1:]).mean(1) for name, values in singles.items()
+    }
+    encoded = sampler.model.tokens(captions)
+    return {
+        **columns,
+        "ld": columns["ld_first"],
+        "ld_std": found.ld_t[:, 0].reshape(len(captions), count).std(1),
+        "num_tokens": encoded.num_tokens.numpy(),
+        "truncated": encoded.truncated.numpy(),
+        "refined": np.ones(len(captions), bool),
+    }

@@ -1,0 +1,199 @@
+"""Every first-step score, one function each: what it is called, where it comes from, what it needs.
+
+A detector is a function of a `FirstStep` with a value a row; a higher value is more suspicious. Its column in a run,
+its line in the data dictionary, its place in `--by`, in `evaluate`, in SQL and in the report follow from the decorator:
+nothing else names it. Importing this module loads no torch, so that commands which only list the scores stay quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import pipelines  # formulas are reached through it when a detector runs: they load torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    import pipelines.formulas
+
+Need = Literal["mask", "token_attention", "low"]
+
+
+@dataclass(frozen=True)
+class FirstStep:
+    """What the first sampling step tells of B rows (a row is a prompt and a noise).
+
+    Attributes:
+        difference: noise difference d = eps(x_T, e_p) - eps(x_T, e_0), [B, C, H, W], float32.
+        uncond: unconditional prediction eps(x_T, e_0), [B, C, H, W].
+        energy: d squared and summed over channels, [B, H, W], float32.
+        mask: attention of the end-of-text token at this step, [B, H, W]; None where the model has none to read.
+        token_attention: attention over tokens of Ren et al.'s layer, averaged over heads and pixels, [B, L]; or None.
+        low: the same facts on the same pure noise at the third last timestep; None without the extra evaluation.
+        guidance_scale: of classifier-free guidance.
+        sigma_max: sqrt((1 - abar) / abar) of the schedule's last training step.
+    """
+
+    difference: Tensor
+    uncond: Tensor
+    energy: Tensor
+    mask: Tensor | None = None
+    token_attention: Tensor | None = None
+    low: FirstStep | None = None
+    guidance_scale: float = 7.5
+    sigma_max: float = 1.0
+
+    @classmethod
+    def of(
+        cls,
+        difference: Tensor,
+        uncond: Tensor | None = None,
+        mask: Tensor | None = None,
+        token_attention: Tensor | None = None,
+        low: FirstStep | None = None,
+        guidance_scale: float = 7.5,
+        sigma_max: float = 1.0,
+    ) -> FirstStep:
+        """From a noise difference [B, C, H, W]; its energy is computed here, `uncond` is zero where it is not given."""
+        difference = difference.float()
+        return cls(
+            difference,
+            difference.new_zeros(difference.shape) if uncond is None else uncond,
+            pipelines.formulas.energy_map(difference),
+            mask,
+            token_attention,
+            low,
+            guidance_scale,
+            sigma_max,
+        )
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A first-step score: the column `name`, what it is, who it is from, and its function.
+
+    Attributes:
+        needs: what must be there beside difference, unconditional prediction and energy; a run that has it not has
+            nulls in this column.
+    """
+
+    name: str
+    description: str
+    source: str
+    needs: tuple[Need, ...]
+    function: Callable[[FirstStep], Tensor]
+
+    @property
+    def text(self) -> str:
+        """One line for a data dictionary."""
+        extra = "; null without --extra-evaluation" if "low" in self.needs else ""
+        return f"{self.description} ({self.source}){extra}"
+
+
+DETECTORS: dict[str, Detector] = {}
+"""Every detector by name, in the order of their columns."""
+
+
+def detector(
+    description: str, source: str, needs: tuple[Need, ...] = ()
+) -> Callable[[Callable[[FirstStep], Tensor]], Callable[[FirstStep], Tensor]]:
+    """Register a function of a `FirstStep` as the score of its name.
+
+    Args:
+        description: what the number is, in a few words: it becomes the column's description.
+        source: paper or project it comes from.
+        needs: see `Detector`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def register(function: Callable[[FirstStep], Tensor]) -> Callable[[FirstStep], Tensor]:
+        name = function.__name__
+        if name in DETECTORS:
+            raise ValueError(f"there is a detector {name} already")
+        DETECTORS[name] = Detector(name, description, source, needs, function)
+        return function
+
+    return register
+
+
+def scores(first: FirstStep) -> dict[str, Tensor]:
+    """Every score that `first` has the facts for: name -> [B], float32."""
+    return {
+        name: found.function(first).float()
+        for name, found in DETECTORS.items()
+        if all(getattr(first, need) is not None for need in found.needs)
+    }
+
+
+@detector("||d||_2, first step", "Wen et al. 2024")
+def magnitude(first: FirstStep) -> Tensor:
+    """Magnitude of the noise difference, [B]: the baseline of the paper.
+
+    Example:
+        >>> import torch
+        >>> magnitude(FirstStep.of(torch.ones(1, 4, 8, 8)))
+        tensor([16.])
+    """
+    return pipelines.formulas.magnitude(first.energy)
+
+
+@detector("||d * m||_2 / mean(m), first step, m the attention mask of mask_source", "Chen et al. 2025", ("mask",))
+def ld(first: FirstStep) -> Tensor:
+    """Localised detection score under an attention mask, [B]: always the paper's formula.
+
+    Example:
+        >>> import torch
+        >>> left = torch.tensor([1.0, 0.0]).repeat_interleave(4).expand(1, 8, 8)
+        >>> ld(FirstStep.of(torch.ones(1, 4, 8, 8), mask=left))
+        tensor([22.6274])
+    """
+    assert first.mask is not None
+    return pipelines.formulas.ld(first.energy, first.mask)
+
+
+@detector("ld with the smoothed energy map of the first step as its mask", "ours")
+def ld_energy(first: FirstStep) -> Tensor:
+    """LD under the first step's own energy mask, [B]: the noise difference localises itself.
+
+    Example:
+        >>> import torch
+        >>> ld_energy(FirstStep.of(torch.ones(1, 4, 8, 8)))
+        tensor([16.])
+    """
+    return pipelines.formulas.ld(first.energy, pipelines.formulas.energy_mask(first.energy))
+
+
+@detector("sigma_max^2 mean(eps_cfg^2), first step", "Webster 2023")
+def webster(first: FirstStep) -> Tensor:
+    """Webster's white-box one-step score, [B]."""
+    return pipelines.formulas.webster(first.uncond, first.difference, first.guidance_scale, first.sigma_max)
+
+
+@detector("entropy of the attention over tokens, first step", "Ren et al. 2024", ("token_attention",))
+def attention_entropy(first: FirstStep) -> Tensor:
+    """Entropy of the mean attention over tokens, [B]."""
+    assert first.token_attention is not None
+    return pipelines.formulas.attention_entropy(first.token_attention)
+
+
+@detector("cosine of eps_0 and d, first step", "Asthana & Belagiannis 2026")
+def cosine(first: FirstStep) -> Tensor:
+    """Angle of the unconditional prediction and the noise difference, [B]."""
+    return pipelines.formulas.cosine(first.uncond, first.difference)
+
+
+@detector("cosine on pure noise at the third last timestep", "Asthana & Belagiannis 2026", ("low",))
+def cosine_low(first: FirstStep) -> Tensor:
+    """The same angle at a low noise level, fed pure noise, [B]."""
+    assert first.low is not None
+    return pipelines.formulas.cosine(first.low.uncond, first.low.difference)
+
+
+@detector("magnitude + 2 cosine_low", "Asthana & Belagiannis 2026", ("low",))
+def anisotropy(first: FirstStep) -> Tensor:
+    """Weighted sum of magnitude and `cosine_low`, [B]."""
+    return pipelines.formulas.anisotropy(magnitude(first), cosine_low(first))

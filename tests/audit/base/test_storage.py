@@ -1,0 +1,228 @@
+"""Files appear whole or not at all, on a disk and on a real S3 server; a whole audit there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import s3fs
+
+from audit.base.commits import Ledger, read_table
+from audit.base.errors import AuditError
+from audit.base.storage import Folder, join
+from audit.run.read import read_scores, read_stage
+from audit.run.run import Run
+from tests.command import be_audit, start
+from tests.conftest import some_captions
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[dict[str, str]]:
+    """A real S3 server in a process of its own; gives the environment to reach it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        deadline = time.monotonic() + 60
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert server.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem().mkdir("bucket")
+        yield environment
+        s3fs.S3FileSystem.clear_instance_cache()
+    server.terminate()
+    server.wait()
+
+
+@pytest.fixture(params=["disk", "memory", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+        return Folder(f"s3://bucket/{tmp_path.name}")
+    return Folder(tmp_path / "below" if request.param == "disk" else f"memory://{tmp_path.name}")
+
+
+def test_files_are_written_read_listed_and_removed(folder: Folder) -> None:
+    assert not folder.exists("a/b.txt") and folder.list() == [] and folder.list("a") == []
+    folder.write("a/b.txt", b"one")
+    folder.write("a/b.txt", b"three")
+    folder.write("a/c.txt", b"")
+    folder.write("d.txt", b"x")
+    assert folder.exists("a/b.txt") and folder.read("a/b.txt") == b"three" and folder.size("a/b.txt") == 5
+    assert folder.list() == ["a", "d.txt"] and folder.list("a") == ["b.txt", "c.txt"]
+    with folder.open("a/b.txt") as file:
+        file.seek(2)
+        assert file.read() == b"ree"
+    for missing in (folder.read, folder.size):
+        with pytest.raises(FileNotFoundError):
+            missing("a/none.txt")
+    folder.remove("a")
+    folder.remove("a")
+    assert folder.list() == ["d.txt"]
+
+
+def test_large_files_are_published_whole(folder: Folder, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(1 << 20))
+    folder.put("big/file", source)
+    assert folder.read("big/file") == source.read_bytes() and source.exists()
+    assert folder.list("big") == ["file"]
+
+
+def test_a_ledger_believes_files_not_names(folder: Folder) -> None:
+    ledger = Ledger(folder, "scan", "print")
+    table = pa.table({"x": [1, 2, 3]})
+    made = ledger.commit(7, "scores/000/00007.arrow", table, {"ok": 3}, {"score": 1.23456})
+    assert ledger.read(7) == made and (made.rows, made.counts, made.seconds) == (3, {"ok": 3}, {"score": 1.2346})
+    assert ledger.done([6, 7]) == {7: made} and ledger.shards() == [7]
+    assert read_table(folder, made.file).equals(table) and read_table(folder, made.file, ["x"]).num_rows == 3
+    assert ledger.problem(made, deep=True) is None
+    assert Ledger(folder, "scan", "another").read(7) is None and Ledger(folder, "other", "print").read(7) is None
+    folder.write(made.file, folder.read(made.file)[:-1] + b"?")
+    assert ledger.problem(made) is None and "sha256" in str(ledger.problem(made, deep=True))
+    folder.write(made.file, b"")
+    assert "0 bytes" in str(ledger.problem(made)) and ledger.done() == {}
+    folder.remove(made.file)
+    assert "missing" in str(ledger.problem(made))
+    assert (ledger.record_attempt(7, "first"), ledger.record_attempt(7, "second")) == (1, 2)
+    assert [tries["error"] for tries in ledger.attempts(7)] == ["first", "second"]
+    ledger.drop(7)
+    assert ledger.shards() == [] and ledger.attempts(7) == []
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.write("x", b"old")
+    (tmp_path / "blocked").write_bytes(b"a file where a folder should be")
+    with pytest.raises(AuditError, match="blocked/y: cannot be written"):
+        folder.write("blocked/y", b"new")
+    with pytest.raises(TypeError):
+        folder.write("x", "not bytes")  # type: ignore[arg-type]
+    assert folder.read("x") == b"old"
+
+
+def test_a_full_disk_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk."""
+    code = f"""
+import resource, signal
+from audit.errors import AuditError
+from audit.storage import Folder
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    Folder({str(tmp_path)!r}).write("a/x", b"0" * 5000)
+except AuditError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == f"{tmp_path}/a/x: cannot be written: File too large\n", done.stderr
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_paths_and_schemes(tmp_path: Path) -> None:
+    assert join("s3://bucket/", "/a/", "b") == "s3://bucket/a/b" and join("x", "") == "x"
+    assert Folder(str(tmp_path) + "/").path("a/b") == f"{tmp_path}/a/b"
+    with pytest.raises(AuditError, match="nowhere://x: cannot open"):
+        Folder("nowhere://x")
+
+
+def test_an_audit_on_s3(s3: dict[str, str], sd1: str, tmp_path: Path) -> None:
+    """Scan, SIGKILL, resume, refine, status, verify and repair; the same scores as on a disk."""
+    captions = [*some_captions(46), *some_captions(2), "", None]
+    pq.write_table(pa.table({"TEXT": captions}), tmp_path / "captions.parquet")
+    s3fs.S3FileSystem().put(str(tmp_path / "captions.parquet"), "bucket/in/captions.parquet")
+    flags = ("--model", sd1, "--rows-per-shard", 5, "--batch-size", 2, "--refine", 0.1, "--steps", 3)
+    local, url, log = tmp_path / "run", "s3://bucket/run", tmp_path / "log"
+    assert be_audit("scan", tmp_path / "captions.parquet", "-o", local, *flags).code == 0
+
+    folder = Folder(url)
+    process = start("scan", "s3://bucket/in/captions.parquet", "-o", url, *flags, log=log, environment=s3)
+    deadline = time.monotonic() + 60
+    while len(folder.list("_commits/scan")) < 3:
+        assert process.is_alive() and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    done = set(Run.open(url).scan.done())
+    assert 3 <= len(done) < 10
+    stamps = {shard: Run.open(url).scan.read(shard) for shard in done}
+    found = be_audit("status", url)
+    assert found.code == 0 and f"{len(done)}/10 shards" in found.out
+
+    found = be_audit("scan", "s3://bucket/in/captions.parquet", "-o", url, *flags)
+    assert found.code == 0, found
+    assert f"10 of 10 shards done ({10 - len(done)} now" in found.out
+    run = Run.open(url)
+    assert {shard: run.scan.read(shard) for shard in done} == stamps
+    one, other = read_scores(run, masks=True), read_scores(Run.open(str(local)), masks=True)
+    for name in ("row_id", "caption", "status", "duplicate_of", "refined"):
+        assert one[name].equals(other[name])
+    for name in ("ld", "magnitude", "ld_all"):
+        np.testing.assert_allclose(one[name].to_numpy().astype(float), other[name].to_numpy().astype(float), rtol=1e-4)
+    refined = read_stage(run, "refine", ["row_id"])
+    assert refined is not None and refined.num_rows == 5
+
+    assert be_audit("verify", url, "--deep").code == 0
+    Folder(url).write("scores/000/00004.arrow", b"torn")
+    found = be_audit("verify", url)
+    assert found.code == 3 and found.err.startswith("scores/000/00004.arrow: 4 bytes where the commit says ")
+    assert be_audit("verify", url, "--repair").code == 0
+    found = be_audit("scan", "s3://bucket/in/captions.parquet", "-o", url, *flags, "--seed", 1)
+    assert found.code == 2 and "  seed: 0 -> 1\n" in found.err
+
+
+def test_workers_share_a_run_on_s3(s3: dict[str, str], sd1: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"TEXT": some_captions(12)}), tmp_path / "captions.parquet")
+    flags = ("--model", sd1, "--rows-per-shard", 3, "--workers", 2)
+    found = be_audit("scan", tmp_path / "captions.parquet", "-o", "s3://bucket/workers", *flags)
+    assert found.code == 0, found
+    assert read_scores(Run.open("s3://bucket/workers"))["caption"].to_pylist() == some_captions(12)
+
+
+def test_buckets_that_cannot_be_had_are_one_line(
+    s3: dict[str, str], sd1: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pq.write_table(pa.table({"TEXT": some_captions(2)}), tmp_path / "captions.parquet")
+    scan = ("scan", tmp_path / "captions.parquet", "--model", sd1, "-o")
+    found = be_audit(*scan, "s3://no-such-bucket/run")
+    assert found.code == 2 and found.err.startswith("Error: no-such-bucket/run") and found.err.count("\n") == 1
+    found = be_audit("status", "s3://no-such-bucket/run")
+    assert found.code == 2 and "no run here" in found.err
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    s3fs.S3FileSystem.clear_instance_cache()
+    for command in ((*scan, "s3://bucket/denied"), ("status", "s3://bucket/run")):
+        found = be_audit(*command)
+        assert found.code == 2 and "Unable to locate credentials" in found.err and found.err.count("\n") == 1, found
+    s3fs.S3FileSystem.clear_instance_cache()

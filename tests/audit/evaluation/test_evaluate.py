@@ -1,0 +1,215 @@
+"""`be-audit evaluate` on made-up scores whose figures are known by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from audit.base.errors import AuditError
+from audit.evaluation.evaluate import (
+    MATCH_SCORES,
+    EvaluateConfig,
+    Evaluation,
+    Series,
+    _best_matches,
+    evaluate,
+    measure,
+)
+from audit.run.run import Run
+from tests.command import be_audit
+from tests.fabricate import add_confirm, make_run
+
+# memorised a to d, clean w to z: of the 16 pairs 13 are in order, one is tied -> AUC 13.5 / 16
+SCORES = {"a": 9.0, "b": 8.0, "c": 5.0, "d": 2.0, "w": 6.0, "x": 2.0, "y": 1.0, "z": 0.5}
+LABELS = {"a": "global", "b": "local", "c": "local", "d": "global", "w": "none", "x": "none", "y": "None", "z": "none"}
+
+
+def write_labels(path: Path, labels: dict[str, str], **more: dict[str, str]) -> str:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["caption", "label", *more])
+        writer.writerows([name, label, *(column[name] for column in more.values())] for name, label in labels.items())
+    return str(path)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Eight captions, of which `a` and `w` stand twice more, with other scores that must not count."""
+    names = [*SCORES, "a", "w", "a"]
+    return make_run(tmp_path / "made", names, scores=[*SCORES.values(), 0, 0, 0], urls=[f"u{i}" for i in range(11)])
+
+
+@pytest.fixture
+def labels(tmp_path: Path) -> str:
+    return write_labels(tmp_path / "labels.csv", LABELS)
+
+
+def of(run: Run, labels: str, **more: Any) -> Evaluation:
+    return evaluate(EvaluateConfig(run=run.url, labels=labels, resamples=200, **more))
+
+
+def test_figures_are_the_hand_computed_ones_and_a_repeated_caption_counts_once(run: Run, labels: str) -> None:
+    found = {(each.score, each.type): each for each in of(run, labels).figures}
+    every = found["ld_energy", "all"]
+    assert (every.memorised, every.clean) == (4, 4)
+    assert every.auc == 13.5 / 16
+    # above 2: a, b, c and w -> F1 = 6 / 8; above 1: a, b, c, d, w, x -> 8 / 10, the best
+    assert (every.f1, every.f1_threshold) == (0.8, 1.0)
+    assert every.tpr_1 == every.tpr_01 == 0.5  # a and b, above every clean caption
+    assert found["ld_energy", "local"].auc == 7 / 8
+    assert found["ld_energy", "global"].auc == 6.5 / 8
+    assert every.auc_low < every.auc < every.auc_high
+
+
+def test_gain_is_the_paired_difference_to_magnitude() -> None:
+    truth = np.array([True] * 30 + [False] * 30)
+    good = np.r_[np.arange(30) + 100.0, np.arange(30.0)]
+    bad = np.tile([0.0, 1.0], 30)
+    series = Series("scan", "ld", "one", np.arange(60), good)
+    found = measure(series, "all", good, truth, bad, None, EvaluateConfig(resamples=200))
+    assert found.gain == 0.5 and found.gain_low > 0.3 and found.gain_not_above == 0
+    back = measure(series, "all", bad, truth, good, None, EvaluateConfig(resamples=200))
+    assert back.gain == -0.5 and back.gain_not_above == 1
+
+
+def test_same_seed_same_figures(run: Run, labels: str) -> None:
+    first, again, other = of(run, labels), of(run, labels), of(run, labels, seed=1)
+    assert first.figures == again.figures
+    assert [each.auc for each in first.figures] == [each.auc for each in other.figures]
+    assert [each.auc_low for each in first.figures] != [each.auc_low for each in other.figures]
+
+
+def test_clusters_come_from_their_column_and_widen_the_interval(run: Run, tmp_path: Path) -> None:
+    groups = dict(zip(SCORES, "mmnnvvuu", strict=True))
+    labels = write_labels(tmp_path / "grouped.csv", LABELS, group=groups)
+    alone, grouped = (
+        next(
+            each
+            for each in of(run, labels, cluster_col=column).figures
+            if (each.score, each.type) == ("ld_energy", "all")
+        )
+        for column in (None, "group")
+    )
+    assert alone.auc == grouped.auc
+    assert (alone.auc_low, alone.auc_high) != (grouped.auc_low, grouped.auc_high)
+
+
+def test_one_cluster_a_class_gives_no_interval_and_null_in_the_json(run: Run, tmp_path: Path) -> None:
+    labels = write_labels(tmp_path / "one.csv", LABELS, group=dict(zip(SCORES, "mmmmuuuu", strict=True)))
+    found = of(run, labels, cluster_col="group")
+    assert all(np.isnan(each.auc_low) for each in found.figures)
+    text = (Path(found.output) / "evaluation.json").read_text()
+    facts = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert facts["scores"][0]["auc_low"] is None and facts["scores"][0]["auc"] is not None
+
+
+def test_written_tables_hold_the_figures_and_plots_are_pictures(run: Run, labels: str, tmp_path: Path) -> None:
+    found = of(run, labels, output=str(tmp_path / "out"))
+    rows = list(csv.DictReader((tmp_path / "out/evaluation.csv").open()))
+    assert [(row["score"], row["type"], float(row["auc"])) for row in rows] == [
+        (each.score, each.type, each.auc) for each in found.figures
+    ]
+    for name in ("roc.png", "scores.png"):
+        image = Image.open(tmp_path / "out" / name).convert("L")
+        assert min(image.size) > 200 and len(set(image.tobytes())) > 20
+
+
+def test_joins_by_a_kept_column(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "by_url.jsonl"
+    rows = [{"url": f"u{place}", "kind": LABELS[name]} for place, name in enumerate(SCORES)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    found = of(run, str(path), key="url", label_col="kind")
+    assert next(each.auc for each in found.figures if (each.score, each.type) == ("ld_energy", "all")) == 13.5 / 16
+    with pytest.raises(AuditError, match=r"--key page: the run kept url, key"):
+        of(run, str(path), key="page", label_col="kind")
+    with pytest.raises(AuditError, match=r"no column 'key'; it has url, kind: pass another --key"):
+        of(run, str(path), key="key", label_col="kind")
+
+
+def test_which_labels_are_clean_and_memorised_can_be_said(run: Run, tmp_path: Path) -> None:
+    names = {"global": "whole", "local": "part", "none": "ok", "None": "ok"}
+    labels = write_labels(tmp_path / "own.csv", {name: names[label] for name, label in LABELS.items()})
+    with pytest.raises(AuditError, match=r"no clean caption.*ok, part, whole.*--clean"):
+        of(run, labels)
+    assert {each.type for each in of(run, labels, clean=("ok",)).figures} == {"all", "part", "whole"}
+    only = of(run, labels, clean=("ok",), positive=("part",))
+    assert {(each.type, each.memorised, each.clean) for each in only.figures} == {("part", 2, 4)}
+    with pytest.raises(AuditError, match=r"--positive half: no such memorised label; there are part, whole"):
+        of(run, labels, clean=("ok",), positive=("half",))
+
+
+def test_verdicts_are_counted_by_label_and_matches_scored_by_image(run: Run, labels: str) -> None:
+    add_confirm(run, ["global", "none", "local"], num_images=2)  # of a, b and w, the three best
+    found = of(run, labels)
+    assert found.verdicts is not None
+    table = dict(zip(found.verdicts.labels, found.verdicts.counts.tolist(), strict=True))
+    assert found.verdicts.verdicts == ("global", "local", "none", "not a candidate")
+    assert table == {"global": [1, 0, 0, 1], "local": [0, 0, 1, 1], "none": [0, 1, 0, 2], "None": [0, 0, 0, 1]}
+    scored = {(each.score, each.images, each.type): each for each in found.figures if each.stage == "confirm"}
+    assert {images for _, images, _ in scored} == {"one", "mean", "best"}
+    # sscd 0.93 (a, global), 0.2 (b, none), 0.4 (w, local): a above w, b below
+    every = scored["sscd", "mean", "all"]
+    assert (every.memorised, every.clean, every.auc) == (2, 1, 0.5)
+    assert "Verdicts by label:" in found.lines()
+
+
+def test_matches_of_an_image_beside_one_that_failed_are_kept() -> None:
+    """Image 0 failed, image 1 is a copy: num_images is 1, and its matches carry index 1."""
+    numbers = dict.fromkeys(MATCH_SCORES, 0.25) | {"sscd": 0.9}
+    row = {"row_id": 7, "num_images": 1, "matches": [{"image_index": 1, **numbers}]}
+    assert _best_matches(pa.Table.from_pylist([row])).to_pylist() == [{"row_id": 7, "image_index": 1, **numbers}]
+
+
+def test_only_labelled_and_scored_captions_count_and_the_rest_is_said(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "made", list(SCORES), scores=list(SCORES.values()), failed=[0])
+    labels = write_labels(tmp_path / "labels.csv", {**LABELS, "b": "", "elsewhere": "none"})
+    found = of(run, labels)
+    every = next(each for each in found.figures if (each.score, each.type) == ("ld_energy", "all"))
+    assert (every.memorised, every.clean) == (2, 4)
+    notes = "\n".join(found.notes)
+    assert "1 of 8 labels match no caption" in notes and "1 labelled rows have no scores" in notes
+    assert "2 distinct captions of the run are not scored or have no label" in notes
+
+
+def test_a_users_mistakes_are_one_line_and_exit_2(run: Run, labels: str, tmp_path: Path) -> None:
+    def fails(*arguments: object) -> str:
+        done = be_audit("evaluate", run.url, *arguments)
+        assert done.code == 2 and done.err.count("\n") == 1
+        return done.err
+
+    assert "--labels FILE" in fails()
+    assert "no such file" in fails("--labels", tmp_path / "none.csv")
+    assert "no column 'kind'; it has caption, label: pass --label-col" in fails(
+        "--labels", labels, "--label-col", "kind"
+    )
+    assert "pass --cluster-col" in fails("--labels", labels, "--cluster-col", "group")
+    only = write_labels(tmp_path / "only.csv", {"a": "local", "b": "local"})
+    assert "no clean caption among 2" in fails("--labels", only)
+    clean = write_labels(tmp_path / "clean.csv", {"w": "none"})
+    assert "no memorised caption among 1" in fails("--labels", clean)
+    other = write_labels(tmp_path / "other.csv", {"nobody": "local"})
+    assert "none of its 1 captions" in fails("--labels", other)
+    twice = tmp_path / "twice.csv"
+    twice.write_text("caption,label\na,local\na,none\n")
+    assert "'a' is labelled 'local' and 'none'" in fails("--labels", twice)
+    by_url = tmp_path / "by_url.csv"
+    by_url.write_text("url,label\nu0,local\nu8,none\n")  # both are caption a
+    assert "equal captions are labelled 'local' and 'none'" in fails("--labels", by_url, "--key", "url")
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in fails("--labels", labels, "-o", tmp_path / "file" / "below")
+
+
+def test_the_command_prints_the_table_and_a_report_can_follow(run: Run, labels: str) -> None:
+    done = be_audit("evaluate", run.url, "--labels", labels, "--resamples", 100)
+    assert done.code == 0
+    (line,) = [line for line in done.out.splitlines() if line.startswith("scan   ld_energy") and " all " in line]
+    assert "4/4" in line and "0.844 [" in line
+    assert "no false positive at all is allowed" in done.out
+    assert be_audit("report", run.url).code == 0

@@ -1,0 +1,69 @@
+"""Every query on a fresh run of the testbed, made as the demo makes it (fewer steps), against the same pandas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+
+from audit import testbed
+from audit.index import IndexConfig, build_index
+from audit.run.read import read_stage
+from audit.run.run import Run
+from audit.scores.scan import ScanConfig, scan
+from audit.verdicts.confirm import ConfirmConfig, confirm
+from tests.audit.reports.test_sql import (  # noqa: F401
+    frame_of,
+    test_domains,
+    test_duplicates,
+    test_flagged,
+    test_histogram,
+    test_templates,
+    test_throughput,
+    test_verdicts,
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("demo")
+    scan(
+        ScanConfig(
+            captions=(str(testbed.CAPTIONS),),
+            output=str(folder / "run"),
+            model="testbed",
+            steps=4,
+            limit=250,
+            rows_per_shard=64,
+            refine=0.02,
+            device="cpu",
+        )
+    )
+    build_index(IndexConfig(images=(str(testbed.PICTURES),), output=str(folder / "index"), sscd="testbed"))
+    confirm(ConfirmConfig(run=str(folder / "run"), index=str(folder / "index"), top_k=8, device="cpu"))
+    return Run.open(str(folder / "run"))
+
+
+@pytest.fixture(scope="module")
+def scores(run: Run) -> pd.DataFrame:
+    """From the raw files by pandas alone: of every row the values of its first occurrence."""
+    files = sorted(Path(run.url, "scores").rglob("*.arrow"))
+    raw = pd.concat(pa.ipc.open_file(pa.memory_map(str(file))).read_all().drop(["mask"]).to_pandas() for file in files)
+    raw = raw.set_index("row_id", drop=False)
+    frame = raw.loc[raw["duplicate_of"].fillna(raw["row_id"]).astype("int64")].set_index(raw.index)
+    frame["row_id"], frame["duplicate_of"], frame["url"] = raw["row_id"], raw["duplicate_of"], raw["URL"]
+    return frame.rename_axis(index=None)
+
+
+@pytest.fixture(scope="module")
+def confirmed(run: Run) -> pd.DataFrame:
+    table = read_stage(run, "confirm")
+    assert table is not None
+    frame = pd.DataFrame(table.drop_columns(["matches"]).to_pylist())
+    return frame.set_index("row_id", drop=False).rename_axis(index=None)
+
+
+def test_errors(run: Run) -> None:
+    assert frame_of("errors", run).empty

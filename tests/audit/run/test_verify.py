@@ -1,0 +1,292 @@
+"""Damage is named and repaired, and repairing touches nothing that is whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from audit.base.commits import read_table, table_bytes
+from audit.base.errors import AuditError
+from audit.base.storage import Folder
+from audit.run.read import read_scores
+from audit.run.run import Run
+from audit.run.verify import verify_run
+from audit.scores.scan import ScanConfig, scan
+from tests.command import be_audit, tree
+from tests.conftest import some_captions
+
+SHARDS = 5
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory, sd1: str) -> ScanConfig:
+    """A finished scan of 20 rows in 5 shards with duplicates, an empty row and refined rows."""
+    root = tmp_path_factory.mktemp("verify")
+    captions: list[str | None] = [*some_captions(16), None, "a tiny lamp number 3", some_captions(2)[1], " "]
+    pq.write_table(pa.table({"TEXT": captions}), root / "captions.parquet")
+    config = ScanConfig((str(root / "captions.parquet"),), str(root / "run"), sd1, rows_per_shard=4)
+    config = replace(config, refine=0.2, steps=3)
+    assert scan(config).exit_code == 0
+    return config
+
+
+@pytest.fixture
+def run(original: ScanConfig, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    return Path(shutil.copytree(original.output, tmp_path / "run"))
+
+
+def damage_missing(path: Path) -> None:
+    path.unlink()
+
+
+def damage_empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def damage_truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def damage_flipped(path: Path) -> None:
+    """One bit, the size stays."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def damage_replaced(path: Path) -> None:
+    """By that of another shard."""
+    other = path.with_name(path.name.replace("00002", "00003"))
+    shutil.copy(other, path)
+
+
+SCORE, COMMIT = "scores/000/00002.arrow", "_commits/scan/00002.json"
+DAMAGE: list[tuple[str, Callable[[Path], None], str]] = [
+    (SCORE, damage_missing, f"{SCORE}: missing"),
+    (SCORE, damage_empty, f"{SCORE}: 0 bytes where the commit says"),
+    (SCORE, damage_truncated, f"{SCORE}: "),
+    (SCORE, damage_flipped, f"{SCORE}: contents do not match the commit's sha256"),
+    (SCORE, damage_replaced, f"{SCORE}: "),
+    (COMMIT, damage_missing, f"{COMMIT}: no commit"),
+    (COMMIT, damage_empty, f"{COMMIT}: cannot be read or is of another run"),
+    (COMMIT, damage_truncated, f"{COMMIT}: cannot be read or is of another run"),
+    (COMMIT, damage_replaced, f"{COMMIT}: cannot be read or is of another run"),
+    ("refined/000/{}.arrow", damage_flipped, "refined/000/"),
+    ("_commits/refine/{}.json", damage_empty, "_commits/refine/"),
+]
+
+
+@pytest.mark.parametrize("name, damage, line", DAMAGE, ids=[f"{d[0]} {d[1].__name__[7:]}" for d in DAMAGE])
+def test_damage_is_named_and_repaired_alone(
+    run: Path, original: ScanConfig, name: str, damage: Callable[[Path], None], line: str
+) -> None:
+    refined = sorted(path.stem for path in (run / "_commits" / "refine").iterdir())
+    name = name.format(refined[0])
+    scores, before = read_scores(Run.open(original.output)), tree(run)
+    damage(run / name)
+    damaged = tree(run)
+    found = be_audit("verify", run)
+    assert found.code == 3
+    assert len(found.err.splitlines()) == 1 and line in found.err
+    assert found.out == f"{run}: {SHARDS + len(refined)} shards checked, 1 not whole.\n"
+    assert tree(run) == damaged  # looking changes nothing
+    found = be_audit("verify", run, "--repair")
+    assert found.code == 0, found
+    assert found.out.endswith(f"{SHARDS + len(refined)} shards checked, all whole. 1 shards were done again.\n")
+    after = tree(run)
+    shard, stage = Path(name).stem, "refine" if "refine" in name else "scan"
+    folder = "refined" if stage == "refine" else "scores"
+    redone = {f"{folder}/000/{shard}.arrow", f"_commits/{stage}/{shard}.json"}
+    assert set(after) == set(before)
+    assert {path for path in before if after[path] != before[path]} == redone
+    again = read_scores(Run.open(str(run)))
+    assert again["caption"].equals(scores["caption"]) and again["duplicate_of"].equals(scores["duplicate_of"])
+    for column in ("ld", "magnitude", "ld_all"):
+        one, other = (table[column].to_numpy().astype(float) for table in (again, scores))
+        np.testing.assert_allclose(one, other, rtol=1e-4)
+
+
+def test_all_damage_is_found_at_once(run: Path) -> None:
+    (run / "scores/000/00000.arrow").unlink()
+    (run / "scores/000/00003.arrow").write_bytes(b"")
+    (run / "_commits/scan/00001.json").write_text("{}")
+    (run / "_commits/scan/00002.json").write_text('["a", "list"]')
+    found = verify_run(str(run))
+    assert found.bad == {"scan": [0, 1, 2, 3]} and len(found.problems) == 4
+    assert verify_run(str(run), repair=True).repaired == 4
+    assert verify_run(str(run), deep=True).whole
+
+
+def test_an_unfinished_run_is_not_whole_and_repair_finishes_it(original: ScanConfig, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(original.output, tmp_path / "run"))
+    (run / SCORE).unlink()
+    (run / COMMIT).unlink()
+    found = be_audit("verify", run)
+    assert (found.code, found.err) == (3, "scan: 1 of 5 shards not done yet (2)\n")
+    assert be_audit("verify", run, "--repair").code == 0
+
+
+def test_repair_from_another_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    (run / SCORE).unlink()
+    assert be_audit("verify", run, "--repair").code == 0
+    assert list(elsewhere.iterdir()) == []
+
+
+# --- what only --deep can see: files that are whole but hold the wrong rows ------------------------------------------
+
+
+def rewrite(run: Path, change: Callable[[pa.Table], pa.Table], shard: int = 2) -> None:
+    """Replace a shard's rows and its commit, as a bug or a forger would."""
+    opened = Run.open(str(run))
+    made = opened.scan.read(shard)
+    assert made is not None
+    opened.scan.commit(shard, made.file, change(read_table(opened.folder, made.file)), made.counts)
+
+
+def set_column(table: pa.Table, name: str, values: list[object]) -> pa.Table:
+    place = table.schema.get_field_index(name)
+    return table.set_column(place, table.schema.field(place), [pa.array(values, table.schema.field(place).type)])
+
+
+def row_twice(table: pa.Table) -> pa.Table:
+    return pa.concat_tables([table.slice(0, 2), table.slice(1, 2)])
+
+
+def row_lost(table: pa.Table) -> pa.Table:
+    return table.slice(1)
+
+
+def other_captions(table: pa.Table) -> pa.Table:
+    return set_column(table, "caption", ["x", *table["caption"].to_pylist()[1:]])
+
+
+def no_score(table: pa.Table) -> pa.Table:
+    return set_column(table, "ld", [None, *table["ld"].to_pylist()[1:]])
+
+
+def not_finite(table: pa.Table) -> pa.Table:
+    return set_column(table, "magnitude", [float("nan"), *table["magnitude"].to_pylist()[1:]])
+
+
+def no_duplicate(table: pa.Table) -> pa.Table:
+    return set_column(table, "duplicate_of", [None] * 4)
+
+
+def no_empties(table: pa.Table) -> pa.Table:
+    return set_column(table, "status", ["ok"] * 4)
+
+
+@pytest.mark.parametrize(
+    "shard, change, line",
+    [
+        (2, row_twice, "row ids are not as planned"),
+        (2, row_lost, "3 rows where 4 were planned"),
+        (2, other_captions, "captions are not those of the input"),
+        (2, no_score, "a scored row has no finite ld"),
+        (2, not_finite, "a scored row has no finite magnitude"),
+        (4, no_duplicate, "duplicates are not as planned"),
+        (4, no_empties, "empty captions are not marked as such"),
+    ],
+)
+def test_wrong_rows_are_found_by_deep(run: Path, shard: int, change: Callable[[pa.Table], pa.Table], line: str) -> None:
+    rewrite(run, change, shard)
+    assert be_audit("verify", run).code == 0
+    found = be_audit("verify", run, "--deep")
+    assert (found.code, found.err) == (3, f"scores/000/{shard:05d}.arrow: {line}\n")
+    assert be_audit("verify", run, "--deep", "--repair").code == 0
+
+
+def test_a_hash_collision_is_found_by_deep(run: Path) -> None:
+    """Duplicates rest on 64-bit hashes; here two captions are called equal that are not."""
+    folder = Folder(run)
+    reader = pa.ipc.open_file(pa.BufferReader(folder.read("duplicates.arrow")))
+    batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+    batches[4] = pa.record_batch([batches[4]["row_id"], pa.array([2, 2], pa.int64())], schema=batches[4].schema)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, reader.schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+    folder.write("duplicates.arrow", sink.getvalue().to_pybytes())
+    rewrite(run, lambda table: set_column(table, "duplicate_of", [None, 2, 2, None]), 4)
+    found = be_audit("verify", run, "--deep")
+    assert found.code == 3 and "a row is called a duplicate of another caption in shard" in found.err
+
+
+def test_an_input_that_was_deleted_is_one_line(original: ScanConfig, run: Path, tmp_path: Path) -> None:
+    facts = json.loads((run / "run.json").read_text())
+    gone = str(tmp_path / "gone.parquet")
+    plan = (run / "plan.arrow").read_bytes()
+    place = original.captions[0].encode()
+    assert place in plan
+    table = pa.ipc.open_file(pa.BufferReader(plan)).read_all()
+    metadata = {key: value.replace(place, gone.encode()) for key, value in (table.schema.metadata or {}).items()}
+    (run / "plan.arrow").write_bytes(table_bytes(table.replace_schema_metadata(metadata)))
+    facts["config"]["captions"] = [gone]
+    (run / "run.json").write_text(json.dumps(facts))
+    assert be_audit("verify", run).code == 0  # commits alone
+    (run / SCORE).unlink()
+    found = be_audit("verify", run, "--repair")
+    assert found.code == 2 and found.err == f"Error: {gone}: no such file or folder\n"
+    found = be_audit("verify", run, "--deep")
+    assert found.code == 2 and gone in found.err
+
+
+def test_repair_leaves_what_was_committed_while_it_looked(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine does shard 2 after it was looked at: its commit stays, the work is not done again."""
+    score, commit = (run / name for name in (SCORE, COMMIT))
+    kept = {path: path.read_bytes() for path in (score, commit)}
+    lost = list(kept)
+    for path in lost:
+        path.unlink()
+
+    import audit.run.verify
+
+    check = audit.verify._check
+
+    def look(*arguments: object) -> object:
+        found = check(*arguments)  # type: ignore[arg-type]
+        while lost:  # the first time
+            path = lost.pop()
+            path.write_bytes(kept[path])
+        return found
+
+    monkeypatch.setattr(audit.verify, "_check", look)
+    found = verify_run(str(run), repair=True)
+    assert found.whole and commit.read_bytes() == kept[commit]
+
+
+def test_repair_redoes_a_refinement_that_a_later_command_asked_for(run: Path) -> None:
+    facts = json.loads((run / "run.json").read_text())
+    facts["config"]["refine"] = 0.0  # as a scan without --refine records, which one with it went on with
+    (run / "run.json").write_text(json.dumps(facts))
+    part = next((run / "refined").rglob("*.arrow"))
+    whole = part.read_bytes()
+    damage_truncated(part)
+    found = be_audit("verify", run, "--repair")
+    assert found.code == 0 and "1 shards were done again" in found.out, found
+    assert len(part.read_bytes()) == len(whole)
+
+
+def test_a_damaged_list_of_rows_is_named(run: Path) -> None:
+    damage_truncated(run / "stages" / "refine.arrow")
+    found = be_audit("verify", run)
+    assert found.code == 2 and "stages/refine.arrow: cannot be read" in found.err and found.err.count("\n") == 1
+
+
+def test_another_fraction_is_refused_or_replaces(original: ScanConfig, run: Path) -> None:
+    other = replace(original, output=str(run), refine=0.5)
+    with pytest.raises(AuditError, match="--replace"):
+        scan(other)
+    assert scan(replace(other, replace=True)).refined == 8  # half of the 16 distinct captions

@@ -1,0 +1,269 @@
+"""`confirm` and `scan --refine` on the testbed: real trajectories (few steps), real index, real verdicts."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from audit import testbed
+from audit.base.commits import read_table
+from audit.base.errors import AuditError, Drained
+from audit.base.stopping import Stop
+from audit.cli.commands import cli
+from audit.index import Index, IndexConfig, build_index
+from audit.reports.flagged import find_flagged
+from audit.run.read import read_scores, read_stage
+from audit.run.run import Run, Stage
+from audit.run.schema import tensor_values
+from audit.run.verify import verify_run
+from audit.scores.scan import ScanConfig, scan
+from audit.scores.trajectories import decode_png
+from audit.verdicts.confirm import ConfirmConfig, _run_masks, confirm
+
+STEPS = 5  # enough for the strongest copies
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """captions.parquet (24 captions), be-audit-run scanned, be-audit-index built."""
+    folder = tmp_path_factory.mktemp("confirm")
+    table = pq.read_table(testbed.CAPTIONS).to_pandas().drop_duplicates("TEXT")
+    copied = table[table.copy_error < 0.15].sort_values("copy_error")
+    chosen = [
+        copied[copied.label == "global"].head(6),
+        copied[copied.label == "local"].drop_duplicates("cluster").head(6),
+        table[table.cluster.str.startswith("unseen")].head(12),
+    ]
+    rows = [row for part in chosen for row in part.to_dict("records")]
+    pq.write_table(pa.Table.from_pylist([*rows, rows[0]]), folder / "captions.parquet")
+    scan(config_at(folder))
+    build_index(IndexConfig(images=(str(testbed.PICTURES),), output=str(folder / "be-audit-index"), sscd="testbed"))
+    yield folder
+
+
+def config_at(folder: Path, **more: object) -> ScanConfig:
+    base = ScanConfig(
+        captions=(str(folder / "captions.parquet"),),
+        output=str(folder / "be-audit-run"),
+        model="testbed",
+        steps=STEPS,
+        rows_per_shard=7,
+        device="cpu",
+    )
+    return replace(base, **more)  # type: ignore[arg-type]
+
+
+@pytest.fixture()
+def run(work: Path, tmp_path: Path) -> ConfirmConfig:
+    """A fresh copy of the scanned run, and how to confirm all of it."""
+    shutil.copytree(work / "be-audit-run", tmp_path / "run")
+    return ConfirmConfig(
+        run=str(tmp_path / "run"),
+        index=str(work / "be-audit-index"),
+        top_fraction=1.0,
+        match_fpr=0.05,
+        null_pictures=200,
+    )
+
+
+def test_verdicts_name_the_picture_and_store_the_proof(run: ConfirmConfig, work: Path) -> None:
+    done = confirm(run)
+    assert (done.candidates, done.exit_code, done.failed) == (24, 0, 0)
+    truth = {row["TEXT"]: row for row in pq.read_table(work / "captions.parquet").to_pylist()}
+    rows = read_stage(Run.open(run.run), "confirm").to_pylist()
+    assert len(rows) == 24 and len({row["row_id"] for row in rows}) == 24
+    copies = [row for row in rows if truth[row["caption"]]["label"] == "global"]
+    assert [row["verdict"] for row in copies] == ["global"] * 6
+    for row in copies:
+        best = row["best"]
+        assert best["reference_url"] == truth[row["caption"]]["URL"] or best["reference_caption"] == row["caption"]
+        assert best["sscd"] > 0.5 and best["ls"] == 0 and best["own"]
+        assert Image.open(io.BytesIO(best["reference_image"])).size == (64, 64)
+    unseen = [row["verdict"] for row in rows if truth[row["caption"]]["label"] == "none"]
+    assert unseen.count("none") >= 11
+    made = read_stage(Run.open(run.run), "trajectories")
+    assert decode_png(made["image"][0].as_py()).shape == (64, 64, 3)
+    assert verify_run(run.run, deep=True).whole
+
+
+def test_own_sscd_is_the_cosine_of_the_stored_pictures(run: ConfirmConfig) -> None:
+    confirm(replace(run, top_fraction=None, top_k=3))
+    opened = Run.open(run.run)
+    index = Index.open(run.index)
+    describe = index.load_descriptor()
+    images = {row["row_id"]: row["image"] for row in read_stage(opened, "trajectories").to_pylist()}
+    for row in read_stage(opened, "confirm").to_pylist():
+        image = decode_png(images[row["row_id"]])
+        for match in row["matches"]:
+            pixels = np.asarray(index.picture(match["reference_id"]))
+            both = describe([image, pixels]).numpy()
+            assert match["sscd"] == pytest.approx(float(both[0] @ both[1]), abs=2e-3)  # the index stores float16
+            distance = float(np.sqrt((((image / 255.0) - (pixels / 255.0)) ** 2).sum()))
+            assert match["s"] == pytest.approx(-distance if match["sscd"] < 0.5 else 0, rel=1e-5)
+
+
+def test_confirm_again_does_nothing_and_other_flags_are_refused(run: ConfirmConfig) -> None:
+    small = replace(run, top_fraction=None, top_k=5)
+    assert confirm(small).committed_now > 0
+    assert confirm(small).committed_now == 0
+    before = {path: path.read_bytes() for path in Path(run.run).rglob("*") if path.is_file()}
+    with pytest.raises(AuditError, match=r"match_mask: energy -> final[\s\S]*--replace"):
+        confirm(replace(small, match_mask="final"))
+    with pytest.raises(AuditError, match=r"candidates: 5 -> 6"):
+        confirm(replace(small, top_k=6))
+    assert {path: path.read_bytes() for path in Path(run.run).rglob("*") if path.is_file()} == before
+    images = Stage.find(Run.open(run.run), "trajectories").ledger.done()  # type: ignore[union-attr]
+    again = confirm(replace(small, match_mask="final", replace=True))
+    assert again.committed_now == 1  # new verdicts, the same images
+    assert Stage.find(Run.open(run.run), "trajectories").ledger.done() == images  # type: ignore[union-attr]
+
+
+def test_stopped_and_damaged_confirms_go_on(run: ConfirmConfig) -> None:
+    class StopLater(Stop):
+        calls = 0
+
+        def check(self) -> None:
+            self.calls += 1
+            if self.calls > 4:
+                raise Drained
+
+    many = replace(run, num_images=2, top_fraction=None, top_k=20, batch_size=8)
+    with pytest.raises(Drained):
+        confirm(many, StopLater())
+    done = confirm(many)
+    assert done.candidates == 20 and sum(done.verdicts.values()) == 20
+    whole = read_stage(Run.open(run.run), "confirm").to_pylist()
+    assert {row["num_images"] for row in whole} == {2}
+    assert {m["image_index"] for m in whole[0]["matches"]} == {0, 1}
+    (Path(run.run) / "confirmed/000/00000.arrow").write_bytes(b"")
+    (Path(run.run) / "trajectories/000/00001.arrow").unlink()
+    broken = verify_run(run.run)
+    assert not broken.whole and len(broken.problems) == 2
+    assert verify_run(run.run, repair=True).whole
+    assert read_stage(Run.open(run.run), "confirm").to_pylist() == whole
+
+
+def test_a_confirm_that_goes_on_keeps_the_threshold_it_began_with(run: ConfirmConfig) -> None:
+    """Trajectories that come later would calibrate another one, and verdicts of one confirm would not agree."""
+    many = replace(run, num_images=2, top_fraction=None, top_k=20)
+    confirm(many)
+    file = Path(run.run) / "stages/null.json"
+    begun = json.loads(file.read_text())
+    Stage.find(Run.open(run.run), "confirm").ledger.drop(1)  # type: ignore[union-attr]
+    file.write_text(json.dumps({**begun, "threshold": 1e9}))  # as if other masks had been there at the beginning
+    confirm(many)
+    assert json.loads(file.read_text())["threshold"] == 1e9
+    rows = read_stage(Run.open(run.run), "confirm").to_pylist()
+    redone = [row["verdict"] for row in rows[16:]]
+    assert len(redone) == 4 and "none" not in redone
+    file.write_text("{")  # damaged: calibrated again, on what there is
+    Stage.find(Run.open(run.run), "confirm").ledger.drop(1)  # type: ignore[union-attr]
+    confirm(many)
+    assert json.loads(file.read_text()) == begun
+
+
+def test_the_threshold_rests_on_masks_of_all_candidates(run: ConfirmConfig) -> None:
+    """Not of the best-scored alone, whose masks are the most concentrated."""
+    confirm(run)
+    stage = Stage.find(Run.open(run.run), "trajectories")
+    assert stage is not None
+    every = tensor_values(read_table(stage.run.folder, stage.file(0))["energy_mask"])
+    masks, size = _run_masks(stage, "energy_mask", 4)
+    assert size == (128, 128) or size == (64, 64)
+    np.testing.assert_array_equal(masks, every[[0, 8, 15, 23]])
+
+
+def test_a_report_by_a_score_of_trajectories_is_ranked_by_it(run: ConfirmConfig) -> None:
+    confirm(run)
+    found = find_flagged(Run.open(run.run), "ld_first", None, None)
+    assert len(found.scores) == 24 and (np.diff(found.scores) <= 0).all()
+    for verdict in ("global", "local", "none"):
+        scores = found.table.filter(pc.equal(found.table["verdict"], verdict))["score"].to_numpy()
+        assert (np.diff(scores) <= 0).all()
+    assert found.table["score"].to_pylist() == found.table["ld_first"].to_pylist()
+
+
+def test_short_forms_work_as_typed(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(work / "be-audit-run", tmp_path / "be-audit-run")
+    without = CliRunner().invoke(cli, ["confirm"])
+    assert without.exit_code == 2
+    assert "be-audit index build" in without.output and "Traceback" not in without.output
+    shutil.copytree(work / "be-audit-index", tmp_path / "be-audit-index")
+    found = CliRunner().invoke(cli, ["confirm", "--top-k", "4", "--null-pictures", "100"])
+    assert found.exit_code == 0, found.output
+    assert "4 candidates" in found.output and "local: masked distance <" in found.output
+
+
+def test_unscanned_rows_and_missing_runs_are_refused(run: ConfirmConfig, tmp_path: Path) -> None:
+    (Path(run.run) / "_commits/scan/00001.json").unlink()
+    with pytest.raises(AuditError, match="1 of 4 shards are not scanned yet"):
+        confirm(run)
+    with pytest.raises(AuditError, match="no run here"):
+        confirm(replace(run, run=str(tmp_path / "nothing")))
+
+
+def test_a_threshold_above_every_score_leaves_nothing_to_confirm(run: ConfirmConfig) -> None:
+    with pytest.raises(AuditError, match="nothing to confirm"):
+        confirm(replace(run, threshold=1e9))
+    assert confirm(replace(run, threshold=0.0, top_k=2)).candidates == 2
+
+
+def test_an_index_of_embeddings_can_tell_global_copies_only(run: ConfirmConfig, work: Path, tmp_path: Path) -> None:
+    index = Index.open(run.index)
+    rows = index.facts(index.ids())
+    vectors = index.vectors(index.ids())
+    table = pa.table({"embedding": list(vectors.astype(np.float32)), "key": rows["key"], "url": rows["url"]})
+    pq.write_table(table, tmp_path / "embeddings.parquet")
+    build_index(
+        IndexConfig(images=(str(tmp_path / "embeddings.parquet"),), output=str(tmp_path / "ix"), sscd="testbed")
+    )
+    done = confirm(replace(run, index=str(tmp_path / "ix")))
+    assert done.verdicts["global"] >= 6 and done.verdicts["local"] == 0
+    first = read_stage(Run.open(run.run), "confirm").to_pylist()[0]["best"]
+    assert first["distance"] is None and first["s"] is None and first["reference_image"] is None
+
+
+def test_refine_gives_the_papers_scores_and_resumes(work: Path, tmp_path: Path) -> None:
+    captions = str(work / "captions.parquet")
+    config = config_at(tmp_path, captions=(captions,), refine=0.25, refine_by="ld")
+    done = scan(config)
+    assert (done.refined, done.exit_code) == (6, 0)
+    final = scan(config_at(tmp_path, captions=(captions,), output=str(tmp_path / "final"), mask="final"))
+    assert final.exit_code == 0
+    cascade = read_scores(Run.open(config.output)).to_pandas()
+    papers = read_scores(Run.open(str(tmp_path / "final"))).to_pandas()
+    refined = cascade.refined.to_numpy(bool)
+    first_row_is_repeated = cascade.duplicate_of.notna().sum() == 1
+    assert first_row_is_repeated
+    assert papers.refined.all() and papers.mask_source.eq("final:eos").all()
+    for name in ("ld_first", "ld_10", "ld_all", "magnitude_10", "magnitude_all"):
+        np.testing.assert_allclose(cascade[name][refined], papers[name][refined], rtol=1e-4)
+        assert cascade[name][~refined].isna().all()
+    np.testing.assert_allclose(papers.ld, papers.ld_first)
+    best = cascade[cascade.duplicate_of.isna()].sort_values("ld", ascending=False).head(6)
+    assert best.refined.all()
+    # a lost shard of the second stage is done again, and only that
+    stage = Stage.find(Run.open(config.output), "refine")
+    assert stage is not None
+    kept = stage.ledger.done()
+    lost = sorted(kept)[0]
+    stage.ledger.drop(lost)
+    scan(config)
+    after = stage.ledger.done()
+    assert set(after) == set(kept)
+    assert {k: v for k, v in after.items() if k != lost} == {k: v for k, v in kept.items() if k != lost}
+    with pytest.raises(AuditError, match=r"fraction: 0.25 -> 0.5"):
+        scan(replace(config, refine=0.5))
