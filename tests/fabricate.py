@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,29 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from audit.base.facts import to_json
 from audit.base.storage import Folder
 from audit.captions import plan_captions, read_shard
-from audit.run.run import Run, Stage, score_file
+from audit.run.run import Fingerprint, ModelFacts, Run
 from audit.run.schema import MATCH_COLUMNS, TRAJECTORY_COLUMNS, TRAJECTORY_MASKS, scores_schema, tensor_array
-from audit.scores.refine import begin_refine, best_rows, with_images
+from audit.run.select import best_rows, with_images
+from audit.run.stage import CONFIRM, SCAN, TRAJECTORIES, Stage
+from audit.scores.refine import begin_refine
+from audit.scores.trajectories import Images
+from audit.statistics.null import Null, NullFacts
+from audit.verdicts.confirm import NULL_FILE, ConfirmConfig
 from audit.verdicts.confirm_shard import confirmed_table
 
 SIDE, MASK_SIDE = 32, 8
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """What these verdicts depend on."""
+
+    neighbours: int
+
+
 HOSTILE = (
     "<script>window.hacked = 1</script> a poster",
     '"><img src=x onerror="window.hacked = 1"> a mug',
@@ -84,25 +100,35 @@ def make_run(
         rows_per_shard=rows_per_shard,
         staging=Folder(folder / "RUN"),
     )
-    config = {"model": "testbed", "max_error_rate": 1.0, "max_shard_retries": 3}
-    fingerprint = {
-        "inputs": [{"path": str(source), "rows": len(captions)}],
-        "model": {"weights_sha256": "0" * 64, "revision": None},
-        "steps": 50,
-        "guidance_scale": 7.5,
-        "seed": 0,
-        "num_noises": 1,
-        "dtype": "float32",
-        "mask": "energy",
-    }
-    run = Run.create(Folder(folder / "RUN"), config, fingerprint, plan)
+    fingerprint = Fingerprint(
+        formula_version=1,
+        inputs=[{"path": str(source), "rows": len(captions)}],
+        limit=None,
+        rows_per_shard=rows_per_shard,
+        keep_cols=list(keep),
+        model=ModelFacts("0" * 64),
+        scheduler={},
+        dtype="float32",
+        steps=50,
+        guidance_scale=7.5,
+        seed=0,
+        num_noises=1,
+        mask="first",
+        mask_token="eos",
+        mask_layers=[],
+        store_masks="none",
+        extra_evaluation=False,
+    )
+    config = {"max_error_rate": 1.0, "max_shard_retries": 3}
+    run = Run.create(Folder(folder / "RUN"), config, fingerprint, plan, "testbed")
     values = np.asarray(
         scores if scores is not None else np.random.default_rng(0).gamma(4, 0.3, len(captions)), np.float32
     )
+    stage = Stage.open(run, SCAN)
     for shard in range(len(plan) if shards is None else shards):
         table = _scores(run, shard, values, set(failed))
         counts = {name: table["status"].to_pylist().count(name) for name in ("ok", "error")}
-        run.scan.commit(shard, score_file(shard), table, counts, {"score": 1.5, "wall": 2.0})
+        stage.ledger.commit(shard, stage.file(shard), table, counts, {"score": 1.5, "wall": 2.0})
     return run
 
 
@@ -121,7 +147,7 @@ def _scores(run: Run, shard: int, values: np.ndarray, failed: set[int]) -> pa.Ta
         "duplicate_of": pa.array(of, pa.int64(), mask=of < 0),
         "num_tokens": pa.array(np.full(rows.num_rows, 9), pa.int32(), mask=~scored),
         "truncated": pa.array(np.zeros(rows.num_rows, bool), mask=~scored),
-        "mask_source": pa.array(["energy"] * rows.num_rows),
+        "mask_source": pa.array(["first:eos"] * rows.num_rows),
         "refined": pa.array(np.zeros(rows.num_rows, bool)),
     }
     for place, name in enumerate(("magnitude", "ld", "ld_std", "ld_energy", "webster", "attention_entropy", "cosine")):
@@ -147,25 +173,12 @@ def add_confirm(
     rng = np.random.default_rng(1)
     chosen = best_rows(run, "ld_energy", top_k=len(verdicts))
     items = with_images(chosen.append_column("shard", pa.array(np.zeros(chosen.num_rows), pa.int32())), num_images)
-    config = {
-        "by": "ld_energy",
-        "num_images": num_images,
-        "neighbours": 2,
-        "match_mask": "energy",
-        "index": "pictures-index",
-    }
-    trajectories = Stage.begin(run, "trajectories", "trajectories", {"num_images": num_images}, items, config=config)
-    confirm = Stage.begin(
-        run,
-        "confirm",
-        "confirmed",
-        {"neighbours": 2},
-        items.filter(pa.array(items["image_index"].to_numpy() == 0)),
-        config=config,
-    )
-    run.folder.write(
-        "stages/null.json", b'{"threshold": 3.5, "low": 3.1, "high": 3.9, "match_fpr": 0.01, "pictures": 400}'
-    )
+    config = ConfirmConfig(num_images=num_images, neighbours=2, index="pictures-index")
+    trajectories = Stage.begin(run, TRAJECTORIES, Images(num_images), items, config)
+    first = items.filter(pa.array(items["image_index"].to_numpy() == 0))
+    confirm = Stage.begin(run, CONFIRM, Neighbours(2), first, config)
+    null = Null(np.linspace(3, 9, 400), 3.5, 3.1, 3.9, 0.01, 0.01, 400, 0)
+    run.folder.write(NULL_FILE, to_json(NullFacts.of(null, confirm.facts.digest)))
     pictures: list[bytes] = []
     rows = []
     for at, (item, verdict) in enumerate(zip(chosen.to_pylist(), verdicts, strict=True)):

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from audit.evaluation.evaluate import EvaluateConfig, Figure, Series, measure
+from audit.evaluation.config import EvaluateConfig
+from audit.evaluation.evaluate import Figure, measure
+from audit.evaluation.series import Series
 
 Row = dict[str, Any]
 NO_IDS = np.zeros(0, np.int64)

@@ -31,8 +31,9 @@ from PIL import Image
 from audit import testbed
 from audit.base.progress import Progress
 from audit.cli.demo import COPIED
-from audit.mitigation.mitigate_shard import MASK_LOSS, move_and_sample
-from audit.verdicts.compare import MATCH_MASKS
+from audit.mitigation.config import MASK_LOSS
+from audit.mitigation.mitigate_shard import move_and_sample
+from audit.run.schema import MASKS
 from pipelines import Mitigator, TrajectorySampler, find_model, load
 from pipelines.alignment import load_clip
 from pipelines.baselines import insert_random_numbers, insert_random_tokens, rescaled_attention
@@ -99,7 +100,7 @@ class Bench:
             loss, mask = LOSSES[point.method]
             target = point.setting * self.usual_loss(loss, mask)
             mitigator = Mitigator(self.model, loss, target, steps=self.steps, batch_size=16)  # type: ignore[arg-type]
-            masks = getattr(self.before, MATCH_MASKS[mask])
+            masks = getattr(self.before, MASKS[mask])
             moved, made = move_and_sample(mitigator, self.sampler, self.captions, [0] * len(self.captions), masks)
             return made.images, {"target": target, "reached": (moved.last_loss <= target).tolist()}
         if point.method == "rescaled attention":

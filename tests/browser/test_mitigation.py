@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from selenium.webdriver.remote.webdriver import WebDriver
 from audit.mitigation.mitigate_shard import mitigated_table
 from audit.reports.report import ReportConfig, report
 from audit.run.read import read_stage
-from audit.run.run import Run, Stage
+from audit.run.run import Run
+from audit.run.stage import CONFIRM, MITIGATE, Stage
 from tests.browser.chromium import console, wait
 from tests.fabricate import add_confirm, make_run, png
 
@@ -22,13 +24,20 @@ return made.map((img) => [img.alt, img.src.split('/').pop()]);
 """
 
 
+@dataclass(frozen=True)
+class OfConfirm:
+    """Of which confirm's verdicts a mitigation is."""
+
+    confirm: str
+
+
 def add_mitigation(run: Run, confirm_digest: str) -> None:
     """Image 0 of the first two candidates: one mitigated to a red picture, one below the trigger; image 1 failed."""
     table = read_stage(run, "trajectories")
     assert table is not None
     items = table.select(["row_id", "image_index", "caption"]).slice(0, 4)
     items = items.append_column("shard", pa.array(np.zeros(4), pa.int32()))
-    stage = Stage.begin(run, "mitigate", "mitigated", {"confirm": confirm_digest}, items)
+    stage = Stage.begin(run, MITIGATE, OfConfirm(confirm_digest), items)
     rows = []
     for at, row in enumerate(table.slice(0, 4).select(["row_id", "image_index", "caption", "image"]).to_pylist()):
         image = row.pop("image")
@@ -44,9 +53,8 @@ def add_mitigation(run: Run, confirm_digest: str) -> None:
 def page_of(folder: Path, of_this_confirm: bool) -> Path:
     run = make_run(folder, [f"caption {word}" for word in ("ant", "bee", "cat")], scores=[3, 2, 1])
     add_confirm(run, ["global", "global", "none"], num_images=2)
-    confirmed = Stage.find(run, "confirm")
-    assert confirmed is not None
-    add_mitigation(run, str(confirmed.facts["digest"]) if of_this_confirm else "an earlier one")
+    digest = Stage.open(run, CONFIRM).facts.digest
+    add_mitigation(run, digest if of_this_confirm else "an earlier one")
     return Path(str(report(ReportConfig(run=run.url)).html))
 
 

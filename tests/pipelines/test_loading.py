@@ -179,7 +179,7 @@ def test_devices_that_are_not_there(model_folders: dict[str, Path], device: str)
 
 
 def test_unknown_dtype(model_folders: dict[str, Path]) -> None:
-    with pytest.raises(ModelError, match="--dtype float8"):
+    with pytest.raises(ModelError, match="float8: give auto"):
         load(find_model(str(model_folders["sd1"])), "cpu", "float8")
 
 

@@ -106,9 +106,9 @@ def test_first_step_agrees_with_the_first_step_scorer(model_folders: dict[str, P
         scores = FirstStepScorer(model, source, seed=2)(CAPTIONS)
         found = TrajectorySampler(model, source, seed=2)(CAPTIONS, decode=False)
         for name in ("ld_energy", "webster", "attention_entropy", "cosine"):
-            np.testing.assert_allclose(getattr(found, name), getattr(scores, name), rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(found.magnitude_t[:, 0], scores.magnitude, rtol=1e-4)
-        np.testing.assert_allclose(found.ld_first_mask, scores.ld, rtol=1e-4)
+            np.testing.assert_allclose(found.first[name], scores.scores[name], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found.magnitude_t[:, 0], scores.scores["magnitude"], rtol=1e-4)
+        np.testing.assert_allclose(found.first["ld"], scores.scores["ld"], rtol=1e-4)
         np.testing.assert_allclose(found.first_mask, scores.mask, atol=1e-6)
 
 

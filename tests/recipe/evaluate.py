@@ -1,6 +1,6 @@
 """Measure a trained testbed: what it copies, and what each score and mask sees of it.
 
-    python -m audit.testbed.recipe.evaluate TESTBED OUT
+    python -m tests.recipe.evaluate TESTBED OUT
 
 Prints tables, writes OUT/eval.npz (a row an image; pack.py reads it) and OUT/sheet.png (generated pictures, their
 nearest training pictures, BE masks and score-difference maps).

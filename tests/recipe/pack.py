@@ -1,6 +1,6 @@
 """Put captions, training pictures and fixed regions beside a trained testbed.
 
-    python -m audit.testbed.recipe.pack TESTBED [--measured EVAL.npz]
+    python -m tests.recipe.pack TESTBED [--measured EVAL.npz]
 
 Writes captions.parquet, pictures.parquet and regions.npz. EVAL.npz, from evaluate.py, adds the measured `copy_error`.
 """

@@ -1,6 +1,6 @@
 """Cut 32 emoji out of the Noto Color Emoji font (SIL OFL 1.1) into sprites.
 
-    python -m audit.testbed.recipe.sprites OUT.npz [--font NotoColorEmoji.ttf]
+    python -m tests.recipe.sprites OUT.npz [--font NotoColorEmoji.ttf]
 
 The result is kept beside this file (sprites.npz), so only a change of the list needs the font.
 """

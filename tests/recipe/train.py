@@ -1,7 +1,7 @@
 """Train the testbed on a CPU: a small Stable-Diffusion-shaped pipeline that memorises known pictures.
 
-    python -m audit.testbed.recipe.train prepare TESTBED    tokenizer, copy descriptor, CLIP, VAE
-    python -m audit.testbed.recipe.train unet TESTBED       the U-Net; goes on from TESTBED/unet.ckpt
+    python -m tests.recipe.train prepare TESTBED    tokenizer, copy descriptor, CLIP, VAE
+    python -m tests.recipe.train unet TESTBED       the U-Net; goes on from TESTBED/unet.ckpt
 
 Each stage has a budget in seconds.
 """

@@ -20,5 +20,5 @@ def test_jobs_are_functions_whatever_was_imported_before() -> None:
 
 
 def test_commands_that_read_load_no_torch() -> None:
-    code = "import sys, audit, audit.cli, audit.status, audit.verify, audit.tables; sys.exit('torch' in sys.modules)"
+    code = "import sys, audit.cli.commands; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

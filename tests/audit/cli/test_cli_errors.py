@@ -27,7 +27,7 @@ from audit.verdicts.confirm import ConfirmConfig
 from pipelines.loading import DiffusionModel
 from tests.command import be_audit, tree
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 class Loaded(Exception):
@@ -169,19 +169,20 @@ CASES: dict[str, tuple[Callable[[Path, str], list[object]], str]] = {
     "output holds other things": (output_holds_other_things, "not empty and not a run (it has holiday.jpg)"),
     "output of an unknown scheme": (output_scheme, "bucket://somewhere/run: cannot open"),
     "broken run.json": (broken_run, "run.json: cannot be read: restore it or use another folder"),
-    "newer run": (run_of_the_future, "run format 99, this version reads 1"),
+    "newer run": (run_of_the_future, "a run of format 99, made by another version of be-audit; this one reads 2"),
     "unknown flag": (flag("--batchsize", 3), "No such option"),
     "batch size 0": (flag("--batch-size", 0), "0 is not in the range x>=1"),
     "batch size of letters": (flag("--batch-size", "many"), "'many' is not a valid integer"),
-    "unknown mask": (flag("--mask", "last"), "'last' is not one of 'energy', 'first', 'final'"),
+    "unknown mask": (flag("--mask", "last"), "'last' is not one of 'first', 'final'"),
     "negative refinement": (flag("--refine", -0.1), "-0.1 is not in the range 0.0<=x<=1.0"),
     "extra evaluation of a trajectory": (
         flag("--mask", "final", "--extra-evaluation"),
         "--extra-evaluation: goes with",
     ),
-    "token of no attention": (
-        flag("--mask-token", "bos"),
-        "--mask-token: chooses an attention, and --mask energy has none; add --mask first or --mask final",
+    "mask of no attention": (flag("--mask", "energy"), "'energy' is not one of 'first', 'final'"),
+    "score of an evaluation that is not made": (
+        flag("--refine", 0.1, "--refine-by", "anisotropy"),
+        "--refine-by anisotropy: needs --extra-evaluation",
     ),
     "rank beyond the world": (flag("--rank", 2, "--world-size", 2), "--rank 2: must be below --world-size 2"),
     "no such device": (flag("--device", "cuda:99"), "--device cuda:99: this machine has"),
@@ -241,7 +242,7 @@ def test_commands_without_a_run_say_which_command_makes_one(tmp_path: Path, monk
 
 
 def test_a_real_process_prints_no_traceback(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "audit", "scan", "gone.parquet", "--model", "testbed"]
+    command = [sys.executable, "-m", "audit.cli", "scan", "gone.parquet", "--model", "testbed"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "Error: gone.parquet: no such file or folder\n"
@@ -326,7 +327,7 @@ def test_flags_in_the_readme_exist() -> None:
 def test_light_commands_do_not_import_torch(tmp_path: Path, arguments: list[str]) -> None:
     code = f"""
 import sys
-from audit.cli import cli
+from audit.cli.commands import cli
 try:
     cli({arguments!r})
 finally:

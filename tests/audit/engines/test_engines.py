@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
-from audit.scores.jobs import find_devices
 
 from audit.base.commits import Ledger
 from audit.base.errors import AuditError, Broken, Drained, StorageError
 from audit.base.progress import Progress
 from audit.base.stopping import Stop
 from audit.base.storage import Folder
-from audit.engines.local import RETIRE, Outcome, run_here, run_processes
+from audit.engines.job import Job as AnyJob
+from audit.engines.launch import find_devices
+from audit.engines.local import run_here, run_processes
+from audit.engines.retries import RETIRE, Outcome, Retries
 
 READ = "import sys, os, json\n"
 SHARDS = list(range(6))
@@ -41,19 +45,27 @@ def ledger(tmp_path: Path) -> Ledger:
     return Ledger(Folder(tmp_path), "scan", "print")
 
 
+def here(job: Any, shards: Sequence[int], progress: Progress, stop: Stop | None = None) -> Outcome:
+    """Run shards in this process, three tries each."""
+    made: AnyJob = job
+    return run_here(made, Retries(made.ledger, shards, 3, progress), progress, stop or Stop())
+
+
 def run_workers(
     ledger: Ledger, script: str, workers: int = 2, stop: Stop | None = None, retries: int = 3
 ) -> tuple[Outcome, Progress]:
     command = [sys.executable, "-c", READ + script]
     with Progress(len(SHARDS), "rows", "test") as progress:
-        done = run_processes(lambda _: command, workers, ledger, SHARDS, retries, progress, stop or Stop())
+        done = run_processes(
+            lambda _: command, workers, Retries(ledger, SHARDS, retries, progress), progress, stop or Stop()
+        )
     return done, progress
 
 
 def test_a_failed_shard_comes_again_after_the_others(ledger: Ledger) -> None:
     job = Job(ledger, {0: 1, 2: 9})
     with Progress(4, "rows", "test") as progress:
-        done = run_here(job, [0, 1, 2, 3], 3, progress, Stop())  # type: ignore[arg-type]
+        done = here(job, [0, 1, 2, 3], progress)
     assert job.order == [0, 1, 2, 3, 0, 2, 2]
     assert (done.committed, done.quarantined) == ([1, 3, 0], [2])
     assert [tries["error"] for tries in ledger.attempts(2)] == ["ValueError: no luck with 2"] * 3
@@ -70,19 +82,19 @@ def test_a_store_that_fails_once_costs_a_try_and_bad_input_ends_the_job(ledger: 
             return super().__call__(shard, on_rows)
 
     with Progress(4, "rows", "test") as progress:
-        done = run_here(Failing(ledger, {}), [0, 1, 2], 3, progress, Stop())  # type: ignore[arg-type]
+        done = here(Failing(ledger, {}), [0, 1, 2], progress)
         assert (done.committed, done.quarantined) == ([0, 2, 1], [])
         raised.append(AuditError("input.csv: no such file"))
         ledger.drop(1)
         with pytest.raises(AuditError, match="no such file"):
-            run_here(Failing(ledger, {}), [1], 3, progress, Stop())  # type: ignore[arg-type]
+            here(Failing(ledger, {}), [1], progress)
 
 
 def test_what_another_process_has_committed_is_not_done_again(ledger: Ledger) -> None:
     ledger.commit(1, "out/1.arrow", pa.table({"x": [1]}))
     job = Job(ledger, {})
     with Progress(3, "rows", "test") as progress:
-        done = run_here(job, [0, 1, 2], 3, progress, Stop())  # type: ignore[arg-type]
+        done = here(job, [0, 1, 2], progress)
     assert (done.committed, job.order, progress.done) == ([0, 1, 2], [0, 2], 3)
 
 
@@ -90,7 +102,7 @@ def test_a_broken_device_does_not_use_up_every_shards_tries(ledger: Ledger) -> N
     """From shard 2 on everything fails, as after a device-side assert."""
     job = Job(ledger, dict.fromkeys(range(2, 100), 9))
     with Progress(100, "rows", "test") as progress, pytest.raises(Broken, match="stopped with 98 shards left"):
-        run_here(job, range(100), 3, progress, Stop())  # type: ignore[arg-type]
+        here(job, range(100), progress)
     assert job.order == list(range(2 + RETIRE)) and ledger.shards() == [0, 1]
 
 
@@ -103,7 +115,7 @@ def test_a_stop_drops_the_shard_in_hand(ledger: Ledger) -> None:
 
     request.ledger = ledger  # type: ignore[attr-defined]
     with Progress(4, "rows", "test") as progress, pytest.raises(Drained):
-        run_here(request, [0, 1, 2, 3], 3, progress, stop)  # type: ignore[arg-type]
+        here(request, [0, 1, 2, 3], progress, stop)
     assert ledger.shards() == [0, 1] and ledger.attempts(2) == []
 
 
@@ -164,8 +176,8 @@ def test_a_shard_committed_by_a_worker_that_died_is_not_done_again(tmp_path: Pat
     script = f"""
 import pyarrow as pa
 from pathlib import Path
-from audit.commits import Ledger
-from audit.storage import Folder
+from audit.base.commits import Ledger
+from audit.base.storage import Folder
 ledger = Ledger(Folder({str(tmp_path)!r}), "scan", "print")
 print('{{"ready": true}}', flush=True)
 for line in sys.stdin:
@@ -202,7 +214,7 @@ def test_a_worker_that_fails_everything_is_replaced_then_retired(tmp_path: Path,
         return [sys.executable, "-c", READ + BROKEN % (number == 0)]
 
     with Progress(200, "rows", "test") as progress:
-        done = run_processes(command, 3, ledger, range(200), 3, progress, Stop())
+        done = run_processes(command, 3, Retries(ledger, range(200), 3, progress), progress, Stop())
     assert sorted(done.committed) == list(range(200)) and done.quarantined == []
     assert progress.done == 200
     assert starts.read_text().split().count("0") > 1  # a fresh process may be a fresh device
@@ -212,7 +224,7 @@ def test_a_worker_that_fails_everything_is_replaced_then_retired(tmp_path: Path,
 def test_workers_that_all_fail_stop_the_job(ledger: Ledger) -> None:
     command = [sys.executable, "-c", READ + BROKEN % True]
     with Progress(100, "rows", "test") as progress, pytest.raises(Broken, match="stopped with 100 shards left"):
-        run_processes(lambda _: command, 2, ledger, range(100), 3, progress, Stop())
+        run_processes(lambda _: command, 2, Retries(ledger, range(100), 3, progress), progress, Stop())
     assert all(len(ledger.attempts(shard)) <= 1 for shard in range(100))
 
 
@@ -266,11 +278,11 @@ for line in sys.stdin:
 """,
     ]
     with Stopping(6, "rows", "test") as progress, pytest.raises(Drained):
-        run_processes(lambda _: command, 2, ledger, SHARDS, 3, progress, stop)
+        run_processes(lambda _: command, 2, Retries(ledger, SHARDS, 3, progress), progress, stop)
 
 
 def test_progress_says_nothing_twice(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("audit.progress.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("audit.base.progress.LINE_SECONDS", 0.0)
     with Progress(3, "rows", "test") as progress:
         progress.add(1)
         progress.add(2)

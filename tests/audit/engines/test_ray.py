@@ -13,12 +13,12 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from audit.scores.jobs import run_stage
 
 from audit.base.errors import AuditError, Drained
 from audit.base.stopping import Stop
 from audit.run.read import read_scores
 from audit.run.run import Run
+from audit.run.stage import SCAN, Stage, run_stage
 from audit.scores.scan import ScanConfig, scan
 from tests.tiny import save_model
 
@@ -86,7 +86,7 @@ def test_bad_input_found_by_an_actor_ends_the_job(inputs: tuple[str, str], tmp_p
     facts = json.loads((tmp_path / "run/run.json").read_text())
     facts["fingerprint"]["model"]["weights_sha256"] = "0" * 64
     (tmp_path / "run/run.json").write_text(json.dumps(facts))
-    run = Run.open(str(tmp_path / "run"))
+    stage = Stage.open(Run.open(str(tmp_path / "run")), SCAN)
     with pytest.raises(AuditError, match="other weights than the run was begun with"):
-        run_stage(run, "scan", run.scan, [0, 1, 2], mine, None, dict.fromkeys(range(12), 5), "captions", {})
-    assert run.scan.tried() == set()
+        run_stage(stage, [0, 1, 2], mine, None)
+    assert stage.ledger.tried() == set()

@@ -13,15 +13,9 @@ import pytest
 from PIL import Image
 
 from audit.base.errors import AuditError
-from audit.evaluation.evaluate import (
-    MATCH_SCORES,
-    EvaluateConfig,
-    Evaluation,
-    Series,
-    _best_matches,
-    evaluate,
-    measure,
-)
+from audit.evaluation.config import EvaluateConfig
+from audit.evaluation.evaluate import Evaluation, evaluate, measure
+from audit.evaluation.series import MATCH_SCORES, Series, _best_matches
 from audit.run.run import Run
 from tests.command import be_audit
 from tests.fabricate import add_confirm, make_run

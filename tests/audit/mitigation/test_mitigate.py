@@ -22,10 +22,11 @@ from audit.base.errors import AuditError, Drained
 from audit.base.stopping import Stop
 from audit.cli.commands import cli
 from audit.index import Index, IndexConfig, build_index
-from audit.mitigation.mitigate import MITIGATED_COLUMNS, MitigateConfig, mitigate
+from audit.mitigation.mitigate import MitigateConfig, mitigate
 from audit.run.read import read_scores, read_stage
-from audit.run.run import Run, Stage
-from audit.run.schema import tensor_values
+from audit.run.run import Run
+from audit.run.schema import MITIGATED_COLUMNS, tensor_values
+from audit.run.stage import MITIGATE, Stage
 from audit.run.verify import verify_run
 from audit.scores.scan import ScanConfig, scan
 from audit.scores.trajectories import decode_png
@@ -165,7 +166,7 @@ def test_lost_commits_and_stops_go_on_and_other_flags_are_refused(run: MitigateC
     assert first.images == 4
     whole = rows_of(run)
     assert mitigate(run).committed_now == 0
-    stage = Stage.find(Run.open(run.run), "mitigate")
+    stage = Stage.find(Run.open(run.run), MITIGATE)
     assert stage is not None
     commits = stage.ledger.done()
     assert sorted(commits) == [0, 1]
@@ -218,7 +219,7 @@ def test_mistakes_are_one_line_before_any_work(run: MitigateConfig, flags: list[
     done = CliRunner().invoke(cli, ["mitigate", run.run, *flags])
     assert done.exit_code == 2
     assert says in done.output and "Traceback" not in done.output
-    assert Stage.find(Run.open(run.run), "mitigate") is None
+    assert Stage.find(Run.open(run.run), MITIGATE) is None
 
 
 def test_runs_without_copies_or_without_a_confirm_are_refused(run: MitigateConfig, work: Path, tmp_path: Path) -> None:

@@ -12,13 +12,15 @@ import pyarrow as pa
 import pytest
 
 from audit.base.errors import AuditError
+from audit.base.identity import source_columns
 from audit.reports.facts import report_facts
-from audit.reports.flagged import find_flagged, source_columns
+from audit.reports.flagged import find_flagged
 from audit.reports.groups import group_captions
 from audit.reports.html import render
 from audit.reports.pictures import mask_url
 from audit.reports.report import ReportConfig, report
 from audit.run.run import Run
+from audit.run.stage import SCAN, Stage
 from tests.fabricate import add_confirm, make_run
 
 CAPTIONS = [f"caption number {word}" for word in ("ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen")]
@@ -79,9 +81,9 @@ def test_another_score_ranks_by_itself_and_one_without_values_is_refused(tmp_pat
 
 def test_an_unfinished_run_is_reported_and_says_so_first(tmp_path: Path) -> None:
     run = make_run(tmp_path, CAPTIONS, rows_per_shard=2, shards=3)
-    run.scan.record_attempt(3, "OSError: disk on fire")
-    run.scan.record_attempt(3, "OSError: disk on fire")
-    run.scan.record_attempt(3, "OSError: disk on fire")
+    Stage.open(run, SCAN).ledger.record_attempt(3, "OSError: disk on fire")
+    Stage.open(run, SCAN).ledger.record_attempt(3, "OSError: disk on fire")
+    Stage.open(run, SCAN).ledger.record_attempt(3, "OSError: disk on fire")
     done = report(ReportConfig(run=run.url, top_k=10))
     assert done.unfinished == [
         "scan: 6 of 8 rows (3 of 4 shards) are done",

@@ -15,14 +15,15 @@ from audit.base.commits import read_table
 from audit.base.errors import AuditError
 from audit.reports.sql import run_query
 from audit.run.read import dataset, read_rows, read_scores, read_stage, resolve_duplicates
-from audit.run.run import Run, Stage
-from audit.run.schema import SCORE_COLUMNS, tensor_values
+from audit.run.run import Run
+from audit.run.schema import SCORE_COLUMNS, SCORE_MASKS, tensor_values
+from audit.run.stage import REFINE, Stage
 from audit.scores.scan import ScanConfig, scan
 
 
 def scores(rows: list[dict[str, object]]) -> pa.Table:
     """A table of scores; what a row does not say is null."""
-    fields = [(name, kind) for name, (kind, _) in SCORE_COLUMNS.items() if name != "mask"]
+    fields = [(name, kind) for name, (kind, _) in SCORE_COLUMNS.items() if name not in SCORE_MASKS]
     return pa.Table.from_pylist(rows, schema=pa.schema(fields))
 
 
@@ -100,8 +101,8 @@ def test_refined_rows_carry_their_windows(run: Run) -> None:
 
 
 def test_several_images_of_a_row_are_averaged(run: Run, tmp_path: Path, sd1: str) -> None:
-    inputs = [entry["path"] for entry in run.fingerprint["inputs"]]
-    config = ScanConfig(tuple(inputs), str(tmp_path / "run"), sd1, refine=0.2, steps=3, num_noises=3)
+    inputs = [entry["path"] for entry in run.fingerprint.inputs]
+    config = ScanConfig(tuple(map(str, inputs)), str(tmp_path / "run"), sd1, refine=0.2, steps=3, num_noises=3)
     scan(config)
     other = Run.open(config.output)
     rows = read_stage(other, "refine", ["row_id", "image_index", "ld_all"])
@@ -114,8 +115,7 @@ def test_several_images_of_a_row_are_averaged(run: Run, tmp_path: Path, sd1: str
 
 def test_a_row_whose_trajectory_failed_is_not_refined(run: Run, tmp_path: Path) -> None:
     other = Run.open(shutil.copytree(run.url, tmp_path / "run"))
-    stage = Stage.find(other, "refine")
-    assert stage is not None
+    stage = Stage.open(other, REFINE)
     shard = stage.shards[0]
     table = read_table(other.folder, stage.file(shard))
     failed = table["row_id"][0].as_py()
@@ -131,10 +131,11 @@ def test_a_row_whose_trajectory_failed_is_not_refined(run: Run, tmp_path: Path) 
 
 def test_chosen_columns_and_masks(run: Run) -> None:
     assert read_scores(run, ["row_id", "ld"]).schema.names == ["row_id", "ld"]
-    assert "mask" not in read_scores(run).schema.names
-    masks = read_scores(run, ["mask"], masks=True)["mask"]
-    assert masks.null_count == 4  # three duplicates and the empty row
-    assert tensor_values(masks.drop_null()).shape == (8, 16, 2)
+    assert not set(SCORE_MASKS) & set(read_scores(run).schema.names)
+    for name in SCORE_MASKS:
+        masks = read_scores(run, [name], masks=True)[name]
+        assert masks.null_count == 4  # three duplicates and the empty row
+        assert tensor_values(masks.drop_null()).shape == (8, 16, 2)
 
 
 def test_rows_by_id_in_the_order_asked_for(run: Run) -> None:

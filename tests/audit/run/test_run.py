@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import pytest
 from audit.base.errors import AuditError
 from audit.base.fingerprint import diff_lines, digest
 from audit.run.read import read_scores
-from audit.run.run import Run, Stage, stage_status
-from audit.run.status import run_status, status_lines
+from audit.run.run import Run
+from audit.run.stage import CONFIRM, SCAN, Stage, stage_status
+from audit.run.status import run_status
 from audit.scores.scan import ScanConfig, scan
 from tests.command import be_audit, tree
 from tests.conftest import some_captions
@@ -61,7 +62,7 @@ FLAGS: list[tuple[tuple[object, ...], str]] = [
         ("--mask-layers", "down_blocks.1.attentions.0.transformer_blocks.0.attn2"),
         "mask_layers.0: absent -> down_blocks.1.attentions.0.transformer_blocks.0.attn2",
     ),
-    (("--masks", "none"), "masks: bits -> none"),
+    (("--store-masks", "none"), "store_masks: bits -> none"),
     (("--dtype", "bfloat16"), "dtype: float32 -> bfloat16"),
     (("--rows-per-shard", 4), "rows_per_shard: 8 -> 4"),
     (("--limit", 10), "limit: None -> 10"),
@@ -189,27 +190,35 @@ def test_status_counts_commits_alone(config: ScanConfig) -> None:
     scores = Path(config.output, "scores", "000", "00001.arrow")
     scores.write_bytes(scores.read_bytes()[:-1])
     found = run_status(config.output)
-    stage = found["stages"][0]
-    assert (stage["stage"], stage["shards"], stage["done"], stage["rows"], stage["rows_done"]) == ("scan", 3, 1, 20, 8)
-    assert stage["counts"]["ok"] == 8 and not stage["complete"] and stage["rate"] > 0
-    assert stage["eta_seconds"] == pytest.approx(12 / stage["rate"])
-    lines = status_lines(found)
+    stage = found.stages[0]
+    assert (stage.stage, stage.shards, stage.done, stage.rows, stage.rows_done) == ("scan", 3, 1, 20, 8)
+    assert stage.counts["ok"] == 8 and not stage.complete and stage.rate > 0
+    assert stage.eta == pytest.approx(12 / stage.rate)
+    lines = found.lines()
     assert lines[0] == f"{config.output}: 20 rows, 20 unique captions, model {config.model}"
     assert "1/3 shards, 8/20 rows (8 ok)" in lines[1] and "s left" in lines[1]
     printed = be_audit("status", config.output, "--json")
-    assert printed.code == 0 and json.loads(printed.out)["stages"][0]["done"] == 1
+    told = json.loads(printed.out)["stages"][0]
+    assert printed.code == 0 and (told["done"], told["complete"]) == (1, False) and told["eta_seconds"] > 0
 
 
 def test_rate_counts_parallel_work_once_and_pauses_not_at_all(config: ScanConfig) -> None:
-    run = Run.open(config.output)
+    stage = Stage.open(Run.open(config.output), SCAN)
     # two workers side by side for two seconds; a restart later, one alone for two more
     for shard, second in ((0, "10"), (1, "10"), (2, "40")):
-        path = Path(config.output, run.scan.name(shard))
+        path = Path(config.output, stage.ledger.name(shard))
         made = json.loads(path.read_text())
         made["finished"], made["seconds"]["wall"] = f"2026-01-01T00:00:{second}+00:00", 2.0
         path.write_text(json.dumps(made))
-    rate = stage_status(run.scan, {0: 8, 1: 8, 2: 4}).rate
+    rate = stage_status(stage).rate
     assert rate == pytest.approx((8 + 8 + 4) / (2 + 2))
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A stage's fingerprint."""
+
+    top_k: int
 
 
 def items(captions: list[str]) -> pa.Table:
@@ -218,16 +227,16 @@ def items(captions: list[str]) -> pa.Table:
 
 def test_a_stage_begun_differently_is_refused_or_replaced(config: ScanConfig) -> None:
     run = Run.open(config.output)
-    stage = Stage.begin(run, "confirm", "confirmed", {"top_k": 3}, items(["a", "b"]))
+    stage = Stage.begin(run, CONFIRM, TopK(3), items(["a", "b"]))
     stage.ledger.commit(0, stage.file(0), pa.table({"x": [1, 2]}))
     assert stage.complete
-    again = Stage.begin(run, "confirm", "confirmed", {"top_k": 3}, items(["other"]))
+    again = Stage.begin(run, CONFIRM, TopK(3), items(["other"]))
     assert again.items["caption"].to_pylist() == ["a", "b"] and again.complete
     before = tree(Path(config.output))
     with pytest.raises(AuditError, match=r"confirm was begun differently; nothing was touched.*\n  top_k: 3 -> 4\n"):
-        Stage.begin(run, "confirm", "confirmed", {"top_k": 4}, items(["c"]))
+        Stage.begin(run, CONFIRM, TopK(4), items(["c"]))
     assert tree(Path(config.output)) == before
-    replaced = Stage.begin(run, "confirm", "confirmed", {"top_k": 4}, items(["c"]), replace=True)
+    replaced = Stage.begin(run, CONFIRM, TopK(4), items(["c"]), replace=True)
     assert not replaced.complete and replaced.items["caption"].to_pylist() == ["c"]
     assert not Path(config.output, "confirmed").exists()
     assert np.array_equal(read_scores(run)["row_id"].to_numpy() >> 32, [0] * 8 + [1] * 8 + [2] * 4)
@@ -239,3 +248,21 @@ def test_differences_are_named_by_their_place() -> None:
     assert diff_lines(old, new) == ["a.b: 1 -> 2", "a.c.1: 2 -> 3", "a.c.2: absent -> 4", "more: absent -> True"]
     assert diff_lines(old, old) == []
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})
+
+
+def test_a_run_of_an_earlier_format_is_refused_by_name(config: ScanConfig) -> None:
+    """Its `ld` may be under the energy map: it is neither read nor gone on with."""
+    path = Path(config.output, "run.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 1}))
+    before = tree(Path(config.output))
+    for words in (command(config), ("status", config.output), ("report", config.output)):
+        found = be_audit(*words)
+        assert found.code == 2 and "a run of format 1" in found.err and "scan again into a new folder (-o)" in found.err
+    assert tree(Path(config.output)) == before
+
+
+@pytest.mark.parametrize("content", (b"{", b"[]", b'{"format": 2}', b'{"format": 2, "rows": "many"}'))
+def test_a_run_json_that_lacks_fields_is_one_line(config: ScanConfig, content: bytes) -> None:
+    Path(config.output, "run.json").write_bytes(content)
+    found = be_audit("status", config.output)
+    assert found.code == 2 and "run.json: cannot be read" in found.err and len(found.err.splitlines()) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from audit.base.errors import AuditError
 from audit.run.read import read_stage
-from audit.run.run import Run
+from audit.run.run import ModelFacts, Run
 from audit.scores.calibrate import CalibrateConfig, calibrate, load_thresholds
 from tests.command import be_audit, tree
 from tests.conftest import some_captions
@@ -53,14 +54,13 @@ def test_thresholds_of_another_model_are_refused_field_by_field(tmp_path: Path) 
     assert load_thresholds(output, run).threshold("ld_energy") == 198
     with pytest.raises(AuditError, match=r"none for ld_all; it has magnitude, ld"):
         load_thresholds(output, run).threshold("ld_all")
-    changes = {"steps": 20, "mask": "final", "model": {"weights_sha256": "1" * 64, "revision": None}, "num_noises": 4}
-    for name, value in changes.items():
-        run.facts["fingerprint"] = {**run.fingerprint, name: value}
+    changed = replace(run.fingerprint, steps=20, mask="final", model=ModelFacts("1" * 64), num_noises=4)
+    run.facts = replace(run.facts, fingerprint=changed)
     with pytest.raises(AuditError) as refusal:
         load_thresholds(output, run)
     lines = str(refusal.value).splitlines()
     assert lines[1:5] == [
-        "  mask: energy -> final",
+        "  mask: first -> final",
         f"  model.weights_sha256: {'0' * 64} -> {'1' * 64}",
         "  num_noises: 1 -> 4",
         "  steps: 50 -> 20",
@@ -71,7 +71,8 @@ def test_thresholds_of_another_model_are_refused_field_by_field(tmp_path: Path) 
 def test_a_hub_revision_alone_does_not_matter(tmp_path: Path) -> None:
     run, output = clean_run(tmp_path / "clean"), str(tmp_path / "t.json")
     calibrate(CalibrateConfig(captions=(run.url,), output=output))
-    run.facts["fingerprint"]["model"]["revision"] = "abc"
+    named = replace(run.fingerprint, model=replace(run.fingerprint.model, revision="abc"))
+    run.facts = replace(run.facts, fingerprint=named)
     assert load_thresholds(output, run).threshold("ld_energy") == 198
 
 

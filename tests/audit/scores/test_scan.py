@@ -8,18 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import audit.scores.jobs
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from audit.base.errors import AuditError
+from audit.engines.job import JobSpec
+from audit.engines.rank import find_rank
 from audit.run.read import dataset, read_scores, read_stage
 from audit.run.run import Run
 from audit.run.schema import SCORE_COLUMNS, tensor_values
-from audit.scores.scan import ScanConfig, estimate, find_rank, scan
-from pipelines import FirstStepScorer, MaskSource, find_model, load
+from audit.run.stage import SCAN
+from audit.scores.estimate import estimate
+from audit.scores.scan import ScanConfig, scan
+from pipelines import FirstStepScorer, find_model, load
 from pipelines.loading import DiffusionModel
 from tests.audit.conftest import Watched
 from tests.command import be_audit
@@ -33,7 +36,7 @@ SCORES = ("magnitude", "ld", "ld_energy", "webster", "attention_entropy", "cosin
 def config(captions_file: Path, sd1: str, tmp_path_factory: pytest.TempPathFactory) -> ScanConfig:
     """The scan that the others are compared with; done."""
     output = tmp_path_factory.mktemp("scan") / "run"
-    made = ScanConfig(captions=(str(captions_file),), output=str(output), model=sd1, masks="float16")
+    made = ScanConfig(captions=(str(captions_file),), output=str(output), model=sd1, store_masks="float16")
     scan(made)
     return made
 
@@ -62,35 +65,22 @@ def test_stored_rows_are_the_reference(config: ScanConfig, captions_file: Path, 
     for row in stored:
         caption, number = row["caption"], row["row_id"]
         if caption is None or not caption.strip():
-            assert (row["status"], row["ld"], row["mask"]) == ("empty", None, None)
+            assert (row["status"], row["ld"], row["mask"], row["energy_mask"]) == ("empty", None, None, None)
         elif caption in first:
             assert (row["status"], row["duplicate_of"], row["ld"]) == ("ok", first[caption], None)
         else:
             first[caption] = number
             assert (row["status"], row["error"], row["duplicate_of"]) == ("ok", None, None)
-            assert (row["mask_source"], row["refined"], row["ld_first"]) == ("energy", False, None)
+            assert (row["mask_source"], row["refined"], row["ld_first"]) == ("first:eos", False, None)
             if number % 9 == 0:
-                expected = reference.score(caption, mask="energy")
+                expected = reference.score(caption)
                 for name in (*SCORES, "num_tokens", "truncated"):
                     value = pytest.approx(expected[name], rel=1e-4, abs=1e-6)
                     assert row[name] == value, name
-                np.testing.assert_allclose(
-                    np.reshape(row["mask"], expected["mask"].shape), expected["mask"], rtol=2e-3, atol=1e-4
-                )
+                energy_mask = reference.score(caption, mask="energy")["mask"]
+                for name, mask in (("mask", expected["mask"]), ("energy_mask", energy_mask)):
+                    np.testing.assert_allclose(np.reshape(row[name], mask.shape), mask, rtol=2e-3, atol=1e-4)
     assert len(first) == 50
-
-
-def test_the_attention_mask_is_one_flag_away(config: ScanConfig, sd1: str, tmp_path: Path) -> None:
-    scan(other := replace(config, output=str(tmp_path / "run"), mask="first", limit=6))
-    reference = Reference(Path(sd1))
-    for row in table(other).to_pylist():
-        if row["status"] == "ok":
-            expected = reference.score(row["caption"])
-            assert row["mask_source"] == "first:eos"
-            for name in SCORES:
-                assert row[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
-            mask = np.reshape(row["mask"], expected["mask"].shape)
-            np.testing.assert_allclose(mask, expected["mask"], rtol=2e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("changes", [{"batch_size": 1}, {"batch_size": 7}, {"batch_size": 64}])
@@ -150,9 +140,9 @@ def test_machines_share_a_run_by_rank(config: ScanConfig, tmp_path: Path) -> Non
 def test_rank_from_slurm(monkeypatch: pytest.MonkeyPatch, slurm: dict[str, str], expected: tuple[int, int]) -> None:
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
-    assert find_rank(ScanConfig()) == expected
-    assert find_rank(ScanConfig(rank=1, world_size=2)) == (1, 2)
-    assert find_rank(ScanConfig(rank=0, world_size=1)) == (0, 1)
+    assert find_rank(None, None) == expected
+    assert find_rank(1, 2) == (1, 2)
+    assert find_rank(0, 1) == (0, 1)
 
 
 def test_finished_run_is_left_alone_and_says_so(config: ScanConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +150,7 @@ def test_finished_run_is_left_alone_and_says_so(config: ScanConfig, monkeypatch:
         raise AssertionError("the model is not needed")
 
     monkeypatch.setattr(DiffusionModel, "__init__", refuse)
-    found = be_audit("scan", *config.captions, "-o", config.output, "--model", config.model, "--masks", "float16")
+    found = be_audit("scan", *config.captions, "-o", config.output, "--model", config.model, "--store-masks", "float16")
     assert found.code == 0
     assert "nothing to do, all 1 shards of 60 rows are done." in found.out
     assert "60 rows, 50 unique captions: 50 scored, 5 duplicates, 5 empty, 0 failed." in found.out
@@ -177,7 +167,7 @@ def test_evaluations_equal_unique_captions(
 
 def test_mask_of_the_final_step_is_the_papers_score(six: Path, sd1: str, tmp_path: Path) -> None:
     output = str(tmp_path / "run")
-    scan(ScanConfig((str(six),), output, sd1, mask="final", steps=12, masks="float16", num_noises=2))
+    scan(ScanConfig((str(six),), output, sd1, mask="final", steps=12, store_masks="float16", num_noises=2))
     rows, reference = table(ScanConfig(output=output)).to_pylist(), Reference(Path(sd1))
     expected = [reference.trajectory("one two", noise, 12) for noise in reference.noises(2, 0)]
     ld, magnitude = (np.array([row[name] for row in expected]) for name in ("ld_t", "magnitude_t"))
@@ -197,17 +187,18 @@ def test_mask_of_the_final_step_is_the_papers_score(six: Path, sd1: str, tmp_pat
 
 
 def test_masks_are_stored_as_asked(config: ScanConfig, tmp_path: Path, sd1: str) -> None:
-    full = tensor_values(table(config)["mask"].drop_null()).astype(np.float32)
-    scan(bits := replace(config, output=str(tmp_path / "bits"), masks="bits"))
-    packed = tensor_values(table(bits)["mask"].drop_null())
-    model = load(find_model(sd1), "cpu", "float32")
-    exact = FirstStepScorer(model, MaskSource("energy"))(some_captions(49)).mask
-    assert packed.dtype == np.uint8 and packed.shape == (50, 16, 2)
-    above = np.unpackbits(packed, axis=-1)[:49].astype(bool)
-    assert (above == (exact > exact.mean((1, 2), keepdims=True))).mean() > 0.999  # but for ties of rounding
-    np.testing.assert_allclose(full[:49], exact, rtol=2e-3, atol=1e-4)
-    scan(none := replace(config, output=str(tmp_path / "none"), masks="none"))
-    assert "mask" not in table(none).schema.names
+    scan(bits := replace(config, output=str(tmp_path / "bits"), store_masks="bits"))
+    found = FirstStepScorer(load(find_model(sd1), "cpu", "float32"))(some_captions(49))
+    for name, exact in (("mask", found.mask), ("energy_mask", found.energy_mask)):
+        assert exact is not None
+        full = tensor_values(table(config)[name].drop_null()).astype(np.float32)
+        packed = tensor_values(table(bits)[name].drop_null())
+        assert packed.dtype == np.uint8 and packed.shape == (50, 16, 2)
+        above = np.unpackbits(packed, axis=-1)[:49].astype(bool)
+        assert (above == (exact > exact.mean((1, 2), keepdims=True))).mean() > 0.999  # but for ties of rounding
+        np.testing.assert_allclose(full[:49], exact, rtol=2e-3, atol=1e-4)
+    scan(none := replace(config, output=str(tmp_path / "none"), store_masks="none"))
+    assert not {"mask", "energy_mask"} & set(table(none).schema.names)
 
 
 def test_refinement_is_a_second_stage_that_can_be_gone_on_with(
@@ -245,7 +236,10 @@ def test_dry_run_writes_nothing(config: ScanConfig, tmp_path: Path, monkeypatch:
     assert found.code == 0, found
     for line in ("rows             60 (5 empty)", "unique captions  50", "shards           3 of 25 rows"):
         assert line in found.out
-    assert "captions/s on one worker, one batch)" in found.out and "masks            2 kB (--masks bits" in found.out
+    assert (
+        "captions/s on one worker, one batch)" in found.out
+        and "masks            3.2 kB (--store-masks bits" in found.out
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -292,7 +286,7 @@ def test_files_of_one_run_may_differ(sd1: str, tmp_path: Path, config: ScanConfi
     assert found["URL"].to_pylist() == [*captions[30:], *[None] * 10, *captions[10:20], *captions[:10]]
     known = dict(zip(table(config)["caption"].to_pylist(), table(config)["ld"].to_pylist(), strict=True))
     np.testing.assert_allclose(found["ld"].to_numpy(), [known[caption] for caption in order], rtol=1e-4)
-    inputs = [entry["path"] for entry in Run.open(str(tmp_path / "run")).fingerprint["inputs"]]
+    inputs = [entry["path"] for entry in Run.open(str(tmp_path / "run")).fingerprint.inputs]
     assert inputs == [str(tmp_path / f"part-{number}.parquet") for number in range(4)]
 
 
@@ -308,7 +302,7 @@ def test_a_model_changed_under_a_worker_is_refused(config: ScanConfig, tmp_path:
     facts["fingerprint"]["model"]["weights_sha256"] = "0" * 64
     (tmp_path / "run" / "run.json").write_text(json.dumps(facts))
     with pytest.raises(AuditError, match="other weights than the run was begun with"):
-        audit.jobs.open_job(other.output, "scan", "cpu", 8, 0.05)
+        JobSpec(SCAN.opener, other.output, "cpu", 8, 0.05).open()
 
 
 def test_dry_run_counts_what_refine_adds(config: ScanConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 
@@ -13,7 +12,8 @@ import pytest
 from PIL import Image
 
 from audit.run.read import read_scores, read_stage
-from audit.run.run import Run, score_file
+from audit.run.run import Run
+from audit.run.stage import SCAN, Stage
 from audit.scores.scan import ScanConfig
 from tests.audit.conftest import Watched
 from tests.command import be_audit
@@ -38,7 +38,11 @@ def test_a_row_that_always_fails_is_a_row_with_an_error(
         assert found.code == 3 and "4 scored, 1 duplicates, 0 empty, 1 failed." in found.out, found
     rows = read_scores(Run.open(str(run))).to_pylist()
     assert [row["status"] for row in rows] == ["ok", "ok", "error", "ok", "error", "ok"]
-    reason = "ValueError: cannot be scored" if kind == "raise" else "scores are not finite: magnitude nan, ld nan"
+    reason = (
+        "ValueError: cannot be scored"
+        if kind == "raise"
+        else "scores are not finite: magnitude nan, ld nan, ld_energy nan"
+    )
     for row in rows:
         assert (row["error"], row["ld"] is None) == ((reason, True) if row["status"] == "error" else (None, False))
     assert be_audit("verify", run, "--deep").code == 0  # it is whole; that a row failed is no damage
@@ -53,8 +57,9 @@ def test_a_shard_with_too_many_failures_is_given_up_and_tried_again_when_asked(
     found = be_audit(*arguments)
     assert found.code == 3 and f"Given up: shards 1; why: be-audit status {run}" in found.err
     assert "scan shard 1: ShardFailed: 2 of 2 captions failed, the first: ValueError: cannot be scored" in found.err
-    assert not (run / score_file(1)).exists()
-    assert sorted(Run.open(str(run)).scan.done()) == [0, 2]
+    stage = Stage.open(Run.open(str(run)), SCAN)
+    assert not (run / stage.file(1)).exists()
+    assert sorted(stage.done()) == [0, 2]
     assert len(json.loads((run / "_attempts" / "scan" / "00001.json").read_text())) == 2
     status = be_audit("status", run)
     assert status.code == 3 and "shard 1 given up: ShardFailed: 2 of 2 captions failed" in status.out
@@ -95,7 +100,7 @@ def test_a_device_that_breaks_stops_every_stage_and_never_exits_0(
     flags = ("--model", sd1, "--steps", 2, "--rows-per-shard", 1, "--max-error-rate", 0, "-o", run)
     scan = ("scan", tmp_path / "x.parquet", *flags)
     confirm = ("confirm", run, "--index", index, "--top-k", 12, "--max-error-rate", 0, "--ls-threshold", 0.1)
-    monkeypatch.setattr(importlib.import_module("audit.confirm"), "SHARD_IMAGES", 1)
+    monkeypatch.setattr("audit.verdicts.confirm.SHARD_IMAGES", 1)
     assert be_audit("index", "build", tmp_path / "pictures", "-o", index, "--sscd", "testbed").code == 0
 
     def breaks(*command: object) -> None:

@@ -28,8 +28,8 @@ def test_score_prints_what_the_scorers_give_and_draws_the_strip(model: str, tmp_
     loaded = load(find_model(model), "cpu")
     first = FirstStepScorer(loaded, steps=4)(["a $cat$ <b>"])
     whole = TrajectorySampler(loaded, steps=4)(["a $cat$ <b>"])
-    assert float(printed["ld"]) == pytest.approx(first.ld[0], rel=1e-4)
-    assert float(printed["magnitude"]) == pytest.approx(first.magnitude[0], rel=1e-4)
+    assert float(printed["ld"]) == pytest.approx(first.scores["ld"][0], rel=1e-4)
+    assert float(printed["magnitude"]) == pytest.approx(first.scores["magnitude"][0], rel=1e-4)
     assert float(printed["ld_all"]) == pytest.approx(whole.ld_t.mean(), rel=1e-4)
     drawn = np.asarray(Image.open(picture).convert("RGB"))
     assert drawn.shape[1] > 500 and len(np.unique(drawn.reshape(-1, 3), axis=0)) > 50

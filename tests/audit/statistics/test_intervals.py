@@ -12,14 +12,9 @@ from sklearn.metrics import roc_auc_score
 
 from audit.base.errors import AuditError
 from audit.statistics import intervals
-from audit.statistics.intervals import (
-    cluster_bootstrap,
-    paired_bootstrap,
-    sample_size_note,
-    share_interval,
-    threshold_at_fpr,
-)
+from audit.statistics.intervals import cluster_bootstrap, paired_bootstrap, share_interval
 from audit.statistics.metrics import auc, max_f1, tpr_at_fpr
+from audit.statistics.thresholds import sample_size_note, threshold_at_fpr
 
 STATISTICS = [auc, max_f1, partial(tpr_at_fpr, alpha=0.1)]
 

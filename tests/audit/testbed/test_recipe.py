@@ -15,11 +15,11 @@ from PIL import Image
 
 from audit import testbed
 
-CHECKOUT = Path(__file__).parents[2]
+CHECKOUT = Path(__file__).parents[3]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # tiny tensors: a second thread costs more than it brings
 WHOLE_RECIPE = """
 import sys
-from audit.testbed.recipe import evaluate, pack, train
+from tests.recipe import evaluate, pack, train
 
 folder, out = sys.argv[1:]
 world = ["--general", "240"]
@@ -38,7 +38,7 @@ def _python(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_world_is_the_one_that_was_trained_on(tmp_path: Path) -> None:
-    done = _python("-m", "audit.testbed.recipe.pack", str(tmp_path))
+    done = _python("-m", "tests.recipe.pack", str(tmp_path))
     assert done.returncode == 0, done.stderr
     drawn, shipped = pq.read_table(tmp_path / "captions.parquet"), pq.read_table(testbed.CAPTIONS)
     assert drawn.schema.equals(shipped.schema)
@@ -84,7 +84,7 @@ def test_the_whole_recipe_runs(tmp_path: Path) -> None:
 
 def test_a_missing_font_is_said_in_one_line(tmp_path: Path) -> None:
     font = tmp_path / "absent.ttf"
-    done = _python("-m", "audit.testbed.recipe.sprites", str(tmp_path / "sprites.npz"), "--font", str(font))
+    done = _python("-m", "tests.recipe.sprites", str(tmp_path / "sprites.npz"), "--font", str(font))
     assert done.returncode == 2
     assert f"{font}: no such font" in done.stderr and "fonts-noto-color-emoji" in done.stderr
     assert "Traceback" not in done.stderr

@@ -12,19 +12,20 @@ from PIL import Image
 
 from audit import testbed
 from audit.base.errors import AuditError
+from audit.base.facts import read_facts, to_json
 from audit.index import Index, IndexConfig, build_index
+from audit.statistics.null import Null, NullFacts
 from audit.verdicts.compare import (
-    Null,
     References,
     as_trained,
     best_match,
     gate,
-    local_null,
     masked_distances,
     masks_at,
     match_image,
     verdict_of,
 )
+from audit.verdicts.null import local_null
 
 
 def flat(value: int, size: tuple[int, int] = (2, 2)) -> np.ndarray:
@@ -102,9 +103,11 @@ def test_masks_at_pixel_size_are_bilinear() -> None:
 def test_p_value_is_never_zero() -> None:
     null = Null(np.array([1.0, 2.0, 3.0]), 1, 1, 1, 0.05, 0.05, 3, 0)
     assert [null.p_value(d) for d in (0.5, 1.0, 2.5, 9)] == [1 / 4, 2 / 4, 3 / 4, 1]
-    back = Null.from_facts(null.facts())
-    assert back.p_value(2.5) == 3 / 4
-    assert Null.from_facts(Null(np.zeros(0), -np.inf, 0, 0, 0.1, 0.1, 0, 0).facts()).threshold == -np.inf
+    stored = to_json(NullFacts.of(null, "digest"))
+    assert read_facts(NullFacts, stored, "null.json").null().p_value(2.5) == 3 / 4
+    nothing = Null.given(-np.inf, 0.1)
+    assert nothing.p_value(1.0) is None
+    assert read_facts(NullFacts, to_json(NullFacts.of(nothing, "digest")), "null.json").null().threshold == -np.inf
 
 
 def test_a_verdict_rests_on_a_picture_that_could_be_read() -> None:
@@ -132,9 +135,9 @@ def test_match_image_by_hand() -> None:
         "score_map": np.array([[4.0, 0.0], [0.0, 0.0]], np.float32),
     }
     facts = {id: {"key": f"k{id}", "url": None, "caption": "c"} for id in (7, 8)}
-    neighbours = [(7, 0.3, 0), (8, 0.1, -1)]
+    neighbours, null = [(7, 0.3, 0), (8, 0.1, -1)], Null.given(0.5, 0.05)
     stored = _Stored({7: flat(0), 8: None})
-    near, own = match_image(image, 2, masks, "energy", neighbours, 8, stored, facts, 0.5, None)  # type: ignore[arg-type]
+    near, own = match_image(image, 2, masks, "energy", neighbours, 8, stored, facts, null)  # type: ignore[arg-type]
     root3 = np.sqrt(3.0)  # one pixel differs by 1 in three channels
     assert near["s"] == pytest.approx(-root3)
     assert near["ls"] == pytest.approx(-0.5 * root3)
@@ -144,7 +147,7 @@ def test_match_image_by_hand() -> None:
     assert (near["distance"], near["verdict"], near["own"]) == (0, "local", False)
     assert (own["own"], own["rank"], own["verdict"], own["image_index"]) == (True, -1, "none", 2)
     assert "distance" not in own  # its pixels are gone: sscd alone was compared
-    (copied,) = match_image(image, 0, masks, "energy", [(7, 0.6, 0)], None, stored, facts, 0.5, None)  # type: ignore[arg-type]
+    (copied,) = match_image(image, 0, masks, "energy", [(7, 0.6, 0)], None, stored, facts, null)  # type: ignore[arg-type]
     assert (copied["verdict"], copied["s"], copied["ls_norm"]) == ("global", 0, 0)
 
 

@@ -25,8 +25,9 @@ from audit.cli.commands import cli
 from audit.index import Index, IndexConfig, build_index
 from audit.reports.flagged import find_flagged
 from audit.run.read import read_scores, read_stage
-from audit.run.run import Run, Stage
+from audit.run.run import Run
 from audit.run.schema import tensor_values
+from audit.run.stage import CONFIRM, REFINE, TRAJECTORIES, Stage
 from audit.run.verify import verify_run
 from audit.scores.scan import ScanConfig, scan
 from audit.scores.trajectories import decode_png
@@ -124,10 +125,10 @@ def test_confirm_again_does_nothing_and_other_flags_are_refused(run: ConfirmConf
     with pytest.raises(AuditError, match=r"candidates: 5 -> 6"):
         confirm(replace(small, top_k=6))
     assert {path: path.read_bytes() for path in Path(run.run).rglob("*") if path.is_file()} == before
-    images = Stage.find(Run.open(run.run), "trajectories").ledger.done()  # type: ignore[union-attr]
+    images = Stage.open(Run.open(run.run), TRAJECTORIES).ledger.done()
     again = confirm(replace(small, match_mask="final", replace=True))
     assert again.committed_now == 1  # new verdicts, the same images
-    assert Stage.find(Run.open(run.run), "trajectories").ledger.done() == images  # type: ignore[union-attr]
+    assert Stage.open(Run.open(run.run), TRAJECTORIES).ledger.done() == images
 
 
 def test_stopped_and_damaged_confirms_go_on(run: ConfirmConfig) -> None:
@@ -161,7 +162,7 @@ def test_a_confirm_that_goes_on_keeps_the_threshold_it_began_with(run: ConfirmCo
     confirm(many)
     file = Path(run.run) / "stages/null.json"
     begun = json.loads(file.read_text())
-    Stage.find(Run.open(run.run), "confirm").ledger.drop(1)  # type: ignore[union-attr]
+    Stage.open(Run.open(run.run), CONFIRM).ledger.drop(1)
     file.write_text(json.dumps({**begun, "threshold": 1e9}))  # as if other masks had been there at the beginning
     confirm(many)
     assert json.loads(file.read_text())["threshold"] == 1e9
@@ -169,7 +170,7 @@ def test_a_confirm_that_goes_on_keeps_the_threshold_it_began_with(run: ConfirmCo
     redone = [row["verdict"] for row in rows[16:]]
     assert len(redone) == 4 and "none" not in redone
     file.write_text("{")  # damaged: calibrated again, on what there is
-    Stage.find(Run.open(run.run), "confirm").ledger.drop(1)  # type: ignore[union-attr]
+    Stage.open(Run.open(run.run), CONFIRM).ledger.drop(1)
     confirm(many)
     assert json.loads(file.read_text()) == begun
 
@@ -177,7 +178,7 @@ def test_a_confirm_that_goes_on_keeps_the_threshold_it_began_with(run: ConfirmCo
 def test_the_threshold_rests_on_masks_of_all_candidates(run: ConfirmConfig) -> None:
     """Not of the best-scored alone, whose masks are the most concentrated."""
     confirm(run)
-    stage = Stage.find(Run.open(run.run), "trajectories")
+    stage = Stage.open(Run.open(run.run), TRAJECTORIES)
     assert stage is not None
     every = tensor_values(read_table(stage.run.folder, stage.file(0))["energy_mask"])
     masks, size = _run_masks(stage, "energy_mask", 4)
@@ -256,7 +257,7 @@ def test_refine_gives_the_papers_scores_and_resumes(work: Path, tmp_path: Path) 
     best = cascade[cascade.duplicate_of.isna()].sort_values("ld", ascending=False).head(6)
     assert best.refined.all()
     # a lost shard of the second stage is done again, and only that
-    stage = Stage.find(Run.open(config.output), "refine")
+    stage = Stage.open(Run.open(config.output), REFINE)
     assert stage is not None
     kept = stage.ledger.done()
     lost = sorted(kept)[0]
