@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist worksteal --durations=25
 
-.PHONY: help setup demo test check bench tables screenshot clean
+.PHONY: help setup demo quick test check bench tables screenshot clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,13 +31,20 @@ setup: $(VENV)/.demo ## create the environment and install the package into it
 demo: setup ## the whole audit on the embedded testbed; ends with the report's path
 	$(BIN)/be-audit demo
 
+quick: $(VENV)/.test ## for every change: linked package, checks, tests that are not slow
+	$(PIP) install -q --no-deps -e .
+	$(MAKE) check
+	$(BIN)/pytest $(PYTEST_ARGS) -m "not slow"
+
 test: $(VENV)/.test setup check ## linters, types and every test, against the installed package
 	$(BIN)/pytest $(PYTEST_ARGS)
 
-check: $(VENV)/.test ## ruff and mypy
+check: $(VENV)/.test ## ruff, mypy and import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m tests.architecture
 
 bench: $(VENV)/.test setup ## speed and memory, each figure against a baseline in the same run
 	$(BIN)/python -m tests.benchmarks.bench_scan

@@ -14,6 +14,7 @@ import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from filelock import FileLock  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -24,6 +25,38 @@ def some_captions(count: int) -> list[str]:
     """Captions without repeats."""
     adjectives, nouns = WORDS
     return [f"a {adjectives[i % 6]} {nouns[i % 5]} number {i}" for i in range(count)]
+
+
+SLOW = ("processes", "sampling", "browser", "faults", "benchmark")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What makes a test slow is its mark; `make quick` leaves out all of them."""
+    for item in items:
+        for folder, mark in (("browser", "browser"), ("faults", "faults"), ("benchmarks", "benchmark")):
+            if f"tests/{folder}/" in item.path.as_posix():
+                item.add_marker(mark)
+        if any(item.get_closest_marker(name) for name in SLOW):
+            item.add_marker("slow")
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all test processes of this session share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def testbed_index(shared: Path) -> str:
+    """The testbed's training pictures, indexed once a session. Read it only."""
+    from audit import testbed
+    from audit.index import IndexConfig, build_index
+
+    index = shared / "testbed-index"
+    with FileLock(f"{index}.lock"):  # a finished build is found and left as it is
+        build_index(IndexConfig(images=(str(testbed.PICTURES),), output=str(index), sscd="testbed", device="cpu"))
+    return str(index)
 
 
 @pytest.fixture(scope="session")

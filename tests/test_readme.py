@@ -16,6 +16,9 @@ import pytest
 
 from audit import testbed
 
+pytestmark = pytest.mark.processes
+
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 HUB_MODEL = "CompVis/stable-diffusion-v1-4"
 RUN_BY_CI = {"make demo", "make test", "pip install ."}  # .ci/run runs both, and make installs the package

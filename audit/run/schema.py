@@ -214,6 +214,6 @@ def table_of(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[pa.D
     """
     unknown = {name for row in rows for name in row} - set(columns)
     if unknown:
-        raise KeyError(f"no column for {', '.join(sorted(unknown))}: add it to audit/base/schema.py")
+        raise KeyError(f"no column for {', '.join(sorted(unknown))}: add it to audit/run/schema.py")
     fields = [pa.field(name, kind, metadata={"description": text}) for name, (kind, text) in columns.items()]
     return pa.Table.from_pylist(list(rows), pa.schema(fields))

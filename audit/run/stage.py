@@ -240,12 +240,12 @@ def run_stage(stage: Stage, todo: Sequence[int], config: EngineConfig, stop: Sto
     Raises:
         AuditError: bad input. Drained: `stop` asked to. Broken: every worker failed shard after shard.
     """
+    stage.run.folder.sweep()
     if not todo:
         return Outcome()
     for shard in stage.ledger.tried() & set(todo):
         if len(stage.ledger.attempts(shard)) >= config.max_shard_retries:
             stage.ledger.forget_attempts(shard)
-    stage.run.folder.sweep()
     rows = stage.rows_by_shard
     before = sum(rows[shard] for shard in set(stage.done()) - set(todo))
     total = before + sum(rows[shard] for shard in todo)

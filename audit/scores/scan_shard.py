@@ -81,7 +81,7 @@ class ScanJob:
         """A row for every input row; scores where there are some, nulls elsewhere.
 
         Raises:
-            KeyError: a scored value without a column in audit/base/schema.py.
+            KeyError: a scored value without a column in audit/run/schema.py.
         """
         length = rows.num_rows
         status = np.where(empty, "empty", "ok").astype(object)
@@ -102,7 +102,7 @@ class ScanJob:
         schema = scores_schema(self.mask_type, list(self.run.plan.keep_schema))
         unknown = set(scored.columns) - {*schema.names, *SCORE_MASKS}
         if unknown:
-            raise KeyError(f"no column for {', '.join(sorted(unknown))}: add it to audit/base/schema.py")
+            raise KeyError(f"no column for {', '.join(sorted(unknown))}: add it to audit/run/schema.py")
         for field in schema:
             values = scored.columns.get(field.name)
             if field.name in SCORE_MASKS:

@@ -121,7 +121,7 @@ def trajectory_table(items: pa.Table, sampled: Sequence[Trajectories | str]) -> 
     Args:
         items: rows of the stage. sampled: of each a single-row Trajectories, or why there is none.
     Raises:
-        KeyError: a score of the first step without a column in audit/base/schema.py.
+        KeyError: a score of the first step without a column in audit/run/schema.py.
     """
     count = len(sampled)
     rows = np.array([row for row, each in enumerate(sampled) if not isinstance(each, str)], np.int64)
@@ -159,7 +159,7 @@ def _scalars(trajectory: Trajectories) -> dict[str, float]:
     found = {**first, **trajectory.windows(), "ld_score": trajectory.ld_score}
     unknown = set(found) - set(TRAJECTORY_COLUMNS)
     if unknown:
-        raise KeyError(f"no column for {', '.join(sorted(unknown))}: add it to audit/base/schema.py")
+        raise KeyError(f"no column for {', '.join(sorted(unknown))}: add it to audit/run/schema.py")
     return {name: float(values[0]) for name, values in found.items()}
 
 

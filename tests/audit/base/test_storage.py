@@ -22,6 +22,7 @@ from audit.base.errors import AuditError
 from audit.base.storage import Folder, join
 from audit.run.read import read_scores, read_stage
 from audit.run.run import Run
+from audit.run.stage import SCAN, Stage
 from tests.command import be_audit, start
 from tests.conftest import some_captions
 
@@ -132,8 +133,8 @@ def test_a_full_disk_leaves_nothing_under_the_final_name(tmp_path: Path) -> None
     """A limit on the size of files stands for the disk."""
     code = f"""
 import resource, signal
-from audit.errors import AuditError
-from audit.storage import Folder
+from audit.base.errors import AuditError
+from audit.base.storage import Folder
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
@@ -171,9 +172,10 @@ def test_an_audit_on_s3(s3: dict[str, str], sd1: str, tmp_path: Path) -> None:
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    done = set(Run.open(url).scan.done())
+    ledger = Stage.open(Run.open(url), SCAN).ledger
+    done = set(ledger.done())
     assert 3 <= len(done) < 10
-    stamps = {shard: Run.open(url).scan.read(shard) for shard in done}
+    stamps = {shard: ledger.read(shard) for shard in done}
     found = be_audit("status", url)
     assert found.code == 0 and f"{len(done)}/10 shards" in found.out
 
@@ -181,7 +183,7 @@ def test_an_audit_on_s3(s3: dict[str, str], sd1: str, tmp_path: Path) -> None:
     assert found.code == 0, found
     assert f"10 of 10 shards done ({10 - len(done)} now" in found.out
     run = Run.open(url)
-    assert {shard: run.scan.read(shard) for shard in done} == stamps
+    assert {shard: ledger.read(shard) for shard in done} == stamps
     one, other = read_scores(run, masks=True), read_scores(Run.open(str(local)), masks=True)
     for name in ("row_id", "caption", "status", "duplicate_of", "refined"):
         assert one[name].equals(other[name])

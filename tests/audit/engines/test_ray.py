@@ -22,6 +22,8 @@ from audit.run.stage import SCAN, Stage, run_stage
 from audit.scores.scan import ScanConfig, scan
 from tests.tiny import save_model
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:

@@ -203,7 +203,7 @@ def test_a_users_mistakes_are_one_line_and_exit_2(run: Run, labels: str, tmp_pat
 def test_the_command_prints_the_table_and_a_report_can_follow(run: Run, labels: str) -> None:
     done = be_audit("evaluate", run.url, "--labels", labels, "--resamples", 100)
     assert done.code == 0
-    (line,) = [line for line in done.out.splitlines() if line.startswith("scan   ld_energy") and " all " in line]
+    (line,) = [line for line in done.out.splitlines() if line.split()[:2] == ["scan", "ld_energy"] and " all " in line]
     assert "4/4" in line and "0.844 [" in line
     assert "no false positive at all is allowed" in done.out
     assert be_audit("report", run.url).code == 0

@@ -61,8 +61,8 @@ def test_near_copies_are_found_with_exact_cosines(
     by_hand = np.einsum("qd,qkd->qk", copies.astype(np.float64), stored[positions])
     np.testing.assert_allclose(cosines, by_hand, atol=1e-6)
     assert (np.diff(cosines, axis=1) <= 0).all()
-    info = index.info()
-    assert info["type"] == type_ and info["copy_recall_at_1"] >= TYPES[type_] - 0.3 and 0 <= info["recall_at_10"] <= 1
+    info = index.info
+    assert info.type == type_ and info.copy_recall_at_1 >= TYPES[type_] - 0.3 and 0 <= info.recall_at_10 <= 1
 
 
 def test_the_largest_auto_type_finds_near_copies(tmp_path: Path) -> None:
@@ -127,13 +127,13 @@ def test_another_type_keeps_the_parts(pictures: Path, tmp_path: Path) -> None:
     config = IndexConfig(images=(str(pictures),), output=str(tmp_path / "i"), sscd="testbed", rows_per_part=8)
     build_index(config)
     changed = build_index(dataclasses.replace(config, type="HNSW8"))
-    assert (changed.parts, changed.resumed) == (4, 4) and changed.info["type"] == "HNSW8"
+    assert (changed.parts, changed.resumed) == (4, 4) and changed.info.type == "HNSW8"
     assert (tmp_path / "i" / "index.faiss").exists()
     build_index(config)
     assert not (tmp_path / "i" / "index.faiss").exists() and verify_index(config.output, deep=True) == []
 
 
-def test_own_picture_by_url_then_key_then_caption(tmp_path: Path) -> None:
+def test_own_picture_by_the_first_join_that_knows_it(tmp_path: Path) -> None:
     table = pq.read_table(testbed.PICTURES, columns=["image"]).slice(0, 5)
     facts = {
         "url": ["u0", "u1", "u2", None, "u1"],
@@ -145,13 +145,13 @@ def test_own_picture_by_url_then_key_then_caption(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "p.parquet")
     index = build(tmp_path / "p.parquet", tmp_path / "i", rows_per_part=2)
     ids = index.ids().tolist()
-    assert index.by_url(["u1", "u9"]) == {"u1": ids[1]}
-    assert index.by_caption(["a cat", "A cat"]) == {"a cat": ids[0]}
-    captions = ["a cat", "a cat", "a fish", "a bird", None]
-    assert index.own(captions) == [ids[0], ids[0], ids[3], None, None]
-    urls = [None, "u2", "elsewhere", "elsewhere", "u0"]
-    assert index.own(captions, urls) == [ids[0], ids[2], ids[3], None, ids[0]]
-    assert index.own(captions, urls, ["k4", "k1", "k1", None, None]) == [ids[4], ids[2], ids[1], None, ids[0]]
+    captions = ("caption", ["a cat", "a cat", "a fish", "A cat", None])
+    assert index.own([captions]) == [ids[0], ids[0], ids[3], None, None]  # exactly, and the first of equal ones
+    urls = ("url", [None, "u2", "elsewhere", "elsewhere", "u0"])
+    assert index.own([urls, captions]) == [ids[0], ids[2], ids[3], None, ids[0]]
+    keys = ("key", ["k4", "k1", "k1", None, None])
+    assert index.own([urls, keys, captions]) == [ids[4], ids[2], ids[1], None, ids[0]]
+    assert index.own([urls, captions, keys]) == [ids[0], ids[2], ids[3], None, ids[0]]
     with pytest.raises(KeyError, match="7 is not in the index"):
         index.vectors([7])
 
@@ -172,7 +172,7 @@ def test_another_descriptor_is_refused(pictures: Path, tmp_path: Path, monkeypat
         index.load_descriptor(str(other))
     assert {path: path.read_bytes() for path in (tmp_path / "i").rglob("*") if path.is_file()} == before
     monkeypatch.setenv("BE_AUDIT_SSCD", str(other))
-    assert index.load_descriptor().sha256 == index.descriptor["sha256"]  # the file it was made with comes first
+    assert index.load_descriptor().sha256 == index.descriptor.sha256  # the file it was made with comes first
 
 
 def test_changed_pictures_are_refused(pictures: Path, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_search_image_finds_it(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no")
     with pytest.raises(AuditError, match=r"text\.png: not a picture"):
         search_image(str(tmp_path / "i"), str(tmp_path / "text.png"))
-    with pytest.raises(AuditError, match=r"nowhere: holds no index .*be-audit index build"):
+    with pytest.raises(AuditError, match=r"nowhere: no index of training pictures here .*be-audit index build"):
         index_info(str(tmp_path / "nowhere"))
 
 

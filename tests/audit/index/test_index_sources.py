@@ -160,7 +160,7 @@ def test_embeddings_already_computed(layout: str, rows: Rows, tmp_path: Path) ->
     unit = vectors[kept] / np.linalg.norm(vectors[kept], axis=1, keepdims=True)
     np.testing.assert_allclose(index.vectors(index.ids()), unit, atol=1e-3)
     assert index.picture(int(index.ids()[0])) is None
-    assert index.info()["errors"] == 1 and index.info()["error_examples"][0].startswith(rows[5]["key"])
+    assert index.info.errors == 1 and index.info.error_examples[0].startswith(rows[5]["key"])
 
 
 def test_embeddings_of_another_descriptor_are_refused(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_cut_tar_keeps_its_whole_pictures(rows: Rows, tmp_path: Path) -> None:
     index = build(tmp_path, str(folder))
     keys = index.facts(index.ids())["key"].to_pylist()
     assert 2 <= len(keys) < 10 and keys == [row["key"] for row in rows[: len(keys)]]
-    assert index.info()["errors"] >= 1 and "00000.tar" in " ".join(index.info()["error_examples"])
+    assert index.info.errors >= 1 and "00000.tar" in " ".join(index.info.error_examples)
 
 
 def test_what_holds_no_pictures_is_said_in_one_line(rows: Rows, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from audit.verdicts.confirm import ConfirmConfig, confirm
 from pipelines import Mitigator, TrajectorySampler, find_model, load
 from pipelines.alignment import load_clip
 
+pytestmark = pytest.mark.sampling
 STEPS = 5  # enough for the strongest copies
 LS_THRESHOLD = 30.0  # between the masked distances of these copies and of different pictures
 IMAGES = 11  # confirm's images a caption: two captions a shard
@@ -222,16 +223,16 @@ def test_mistakes_are_one_line_before_any_work(run: MitigateConfig, flags: list[
     assert Stage.find(Run.open(run.run), MITIGATE) is None
 
 
-def test_runs_without_copies_or_without_a_confirm_are_refused(run: MitigateConfig, work: Path, tmp_path: Path) -> None:
+def test_runs_without_copies_or_without_a_confirm_are_refused(
+    run: MitigateConfig, work: Path, tmp_path: Path, testbed_index: str
+) -> None:
     shutil.rmtree(tmp_path / "run" / "confirmed")
     with pytest.raises(AuditError, match="nothing is confirmed yet: give `be-audit confirm"):
         mitigate(run)
-    other = str(tmp_path / "other")
-    build_index(IndexConfig(images=(str(testbed.PICTURES),), output=other, sscd="testbed"))
     shutil.rmtree(tmp_path / "run")
     shutil.copytree(work / "run", tmp_path / "run")
     with pytest.raises(AuditError, match="not the index confirm used"):
-        mitigate(replace(run, index=other))
+        mitigate(replace(run, index=testbed_index))
 
 
 def test_a_prompt_is_shown_before_and_after(sd1: str, tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_names_from_the_run_are_escaped(tmp_path: Path) -> None:
 def test_source_columns_are_found_by_name_in_any_case() -> None:
     assert source_columns(["KEY", "URL", "hash"]) == ("URL", "KEY")
     assert source_columns(["image_url", "id"]) == ("image_url", "id")
-    assert source_columns(["hash"]) == (None, None)
+    assert source_columns(["width"]) == (None, None)
 
 
 def test_report_needs_no_torch(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_report_needs_no_torch(tmp_path: Path) -> None:
 
     run = make_run(tmp_path, CAPTIONS)
     code = (
-        "import sys; from audit.report import ReportConfig, report; from audit.sql import run_query; "
+        "import sys; from audit.reports.report import ReportConfig, report; from audit.reports.sql import run_query; "
         f"report(ReportConfig(run={run.url!r})); run_query('flagged', {run.url!r}); "
         "print([name for name in ('torch', 'diffusers', 'transformers') if name in sys.modules])"
     )

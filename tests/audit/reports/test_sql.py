@@ -17,7 +17,8 @@ from audit.base.errors import AuditError
 from audit.cli.commands import cli
 from audit.reports.sql import answer_as, connect, queries, question, run_query
 from audit.run.run import Run
-from audit.run.schema import CONFIRMED_COLUMNS, MATCH_COLUMNS, SCORE_COLUMNS, TRAJECTORY_COLUMNS
+from audit.run.schema import CONFIRMED_COLUMNS, MATCH_COLUMNS, SCORE_COLUMNS, SCORE_MASKS, TRAJECTORY_COLUMNS
+from audit.run.stage import SCAN, Stage
 from tests.fabricate import add_confirm, add_refine, make_run
 
 BRANDS = ("Shaw Floors", "Red Barn", "Blue Lake", "Old Town")
@@ -32,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     made = make_run(tmp_path_factory.mktemp("sql"), captions, rows_per_shard=64, failed=(5, 17, 200))
     add_confirm(made, ["global", "local", "none", "global", "no_reference", "local"], num_images=2)
     add_refine(made, 0.05)
-    made.scan.record_attempt(2, "OSError: no space left")
+    Stage.open(made, SCAN).ledger.record_attempt(2, "OSError: no space left")
     return made
 
 
@@ -198,7 +199,7 @@ def test_every_query_answers_while_a_run_is_in_progress(tmp_path: Path, shards: 
 
 def test_a_duplicate_of_a_shard_that_is_not_done_is_pending(tmp_path: Path) -> None:
     made = make_run(tmp_path, ["ant", "bee", "ant", "cat"], rows_per_shard=2)
-    made.scan.drop(0)
+    Stage.open(made, SCAN).ledger.drop(0)
     with connect(made) as connection:
         rows = connection.sql("SELECT caption, status, ld_energy FROM scores ORDER BY row_id").fetchall()
     assert rows[0] == ("ant", "pending", None) and rows[1][:2] == ("cat", "ok") and len(rows) == 2
@@ -207,7 +208,7 @@ def test_a_duplicate_of_a_shard_that_is_not_done_is_pending(tmp_path: Path) -> N
 def test_stages_that_have_not_begun_are_empty_views_with_their_columns(tmp_path: Path) -> None:
     made = make_run(tmp_path, ["ant"], shards=0)
     wanted = {
-        "scores": set(SCORE_COLUMNS) - {"mask"} | {"url", "key", "source_url", "source_key"},
+        "scores": set(SCORE_COLUMNS) - set(SCORE_MASKS) | {"url", "key", "source_url", "source_key"},
         "trajectories": {name for name, (kind, _) in TRAJECTORY_COLUMNS.items() if kind != pa.null()} - {"image"}
         | {"stage"},
         "confirmed": set(CONFIRMED_COLUMNS),
@@ -277,6 +278,9 @@ def test_the_command_lists_prints_and_writes(run: Run, tmp_path: Path) -> None:
 
 def test_a_table_for_a_terminal_is_aligned_and_holds_no_control_characters() -> None:
     table = pa.table({"name": ["a\x1b[31m\nb", None], "value": [1.23456, 100.0]})
-    assert answer_as(table, "table").decode() == "name      value\n--------  -----\na [31m b  1.235\n            100\n"
+    assert (
+        answer_as(table, "table").decode()
+        == "name        value\n--------  -------\na [31m b    1.235\n              100\n"
+    )
     many = answer_as(pa.table({"n": list(range(500))}), "table").decode()
     assert "300 more rows" in many

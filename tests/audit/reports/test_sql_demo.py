@@ -9,7 +9,6 @@ import pyarrow as pa
 import pytest
 
 from audit import testbed
-from audit.index import IndexConfig, build_index
 from audit.run.read import read_stage
 from audit.run.run import Run
 from audit.scores.scan import ScanConfig, scan
@@ -25,9 +24,11 @@ from tests.audit.reports.test_sql import (  # noqa: F401
     test_verdicts,
 )
 
+pytestmark = pytest.mark.sampling
+
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(tmp_path_factory: pytest.TempPathFactory, testbed_index: str) -> Run:
     folder = tmp_path_factory.mktemp("demo")
     scan(
         ScanConfig(
@@ -41,8 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             device="cpu",
         )
     )
-    build_index(IndexConfig(images=(str(testbed.PICTURES),), output=str(folder / "index"), sscd="testbed"))
-    confirm(ConfirmConfig(run=str(folder / "run"), index=str(folder / "index"), top_k=8, device="cpu"))
+    confirm(ConfirmConfig(run=str(folder / "run"), index=testbed_index, top_k=8, device="cpu"))
     return Run.open(str(folder / "run"))
 
 
@@ -50,7 +50,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def scores(run: Run) -> pd.DataFrame:
     """From the raw files by pandas alone: of every row the values of its first occurrence."""
     files = sorted(Path(run.url, "scores").rglob("*.arrow"))
-    raw = pd.concat(pa.ipc.open_file(pa.memory_map(str(file))).read_all().drop(["mask"]).to_pandas() for file in files)
+    raw = pd.concat(
+        pa.ipc.open_file(pa.memory_map(str(file))).read_all().drop(["mask", "energy_mask"]).to_pandas()
+        for file in files
+    )
     raw = raw.set_index("row_id", drop=False)
     frame = raw.loc[raw["duplicate_of"].fillna(raw["row_id"]).astype("int64")].set_index(raw.index)
     frame["row_id"], frame["duplicate_of"], frame["url"] = raw["row_id"], raw["duplicate_of"], raw["URL"]

@@ -18,6 +18,7 @@ from audit.base.errors import AuditError
 from audit.base.storage import Folder
 from audit.run.read import read_scores
 from audit.run.run import Run
+from audit.run.stage import SCAN, Stage
 from audit.run.verify import verify_run
 from audit.scores.scan import ScanConfig, scan
 from tests.command import be_audit, tree
@@ -149,10 +150,10 @@ def test_repair_from_another_folder(run: Path, tmp_path: Path, monkeypatch: pyte
 
 def rewrite(run: Path, change: Callable[[pa.Table], pa.Table], shard: int = 2) -> None:
     """Replace a shard's rows and its commit, as a bug or a forger would."""
-    opened = Run.open(str(run))
-    made = opened.scan.read(shard)
+    ledger = Stage.open(Run.open(str(run)), SCAN).ledger
+    made = ledger.read(shard)
     assert made is not None
-    opened.scan.commit(shard, made.file, change(read_table(opened.folder, made.file)), made.counts)
+    ledger.commit(shard, made.file, change(read_table(ledger.folder, made.file)), made.counts)
 
 
 def set_column(table: pa.Table, name: str, values: list[object]) -> pa.Table:
@@ -253,7 +254,7 @@ def test_repair_leaves_what_was_committed_while_it_looked(run: Path, monkeypatch
 
     import audit.run.verify
 
-    check = audit.verify._check
+    check = audit.run.verify._check
 
     def look(*arguments: object) -> object:
         found = check(*arguments)  # type: ignore[arg-type]
@@ -262,7 +263,7 @@ def test_repair_leaves_what_was_committed_while_it_looked(run: Path, monkeypatch
             path.write_bytes(kept[path])
         return found
 
-    monkeypatch.setattr(audit.verify, "_check", look)
+    monkeypatch.setattr(audit.run.verify, "_check", look)
     found = verify_run(str(run), repair=True)
     assert found.whole and commit.read_bytes() == kept[commit]
 

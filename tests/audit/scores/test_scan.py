@@ -19,7 +19,7 @@ from audit.engines.rank import find_rank
 from audit.run.read import dataset, read_scores, read_stage
 from audit.run.run import Run
 from audit.run.schema import SCORE_COLUMNS, tensor_values
-from audit.run.stage import SCAN
+from audit.run.stage import SCAN, Stage
 from audit.scores.estimate import estimate
 from audit.scores.scan import ScanConfig, scan
 from pipelines import FirstStepScorer, find_model, load
@@ -107,7 +107,7 @@ def test_workers_change_nothing(config: ScanConfig, tmp_path: Path) -> None:
     done = scan(other)
     assert (done.complete, done.committed_now, done.exit_code) == (True, 9, 0)
     assert_same(table(other), table(config), ids=False)
-    pids = {made.worker["pid"] for made in Run.open(other.output).scan.done().values()}
+    pids = {made.worker["pid"] for made in Stage.open(Run.open(other.output), SCAN).done().values()}
     assert os.getpid() not in pids
 
 

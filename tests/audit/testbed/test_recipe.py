@@ -10,10 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 import torch
 from PIL import Image
 
 from audit import testbed
+
+pytestmark = pytest.mark.sampling
+
 
 CHECKOUT = Path(__file__).parents[3]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # tiny tensors: a second thread costs more than it brings

@@ -9,11 +9,15 @@ import sys
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import pytest
 import torch
 from PIL import Image
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from audit import testbed
+
+pytestmark = pytest.mark.sampling
+
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)

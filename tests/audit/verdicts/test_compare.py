@@ -155,10 +155,8 @@ def test_match_image_by_hand() -> None:
 
 
 @pytest.fixture(scope="module")
-def index(tmp_path_factory: pytest.TempPathFactory) -> Index:
-    path = str(tmp_path_factory.mktemp("index") / "ix")
-    build_index(IndexConfig(images=(str(testbed.PICTURES),), output=path, sscd="testbed"))
-    return Index.open(path)
+def index(testbed_index: str) -> Index:
+    return Index.open(testbed_index)
 
 
 def some_masks(count: int = 40) -> np.ndarray:

@@ -10,7 +10,6 @@ import pytest
 
 from audit import testbed
 from audit.cli.demo import COPIED
-from audit.index import IndexConfig, build_index
 from audit.run.read import read_stage
 from audit.run.run import Run
 from audit.scores.scan import ScanConfig, scan
@@ -20,18 +19,18 @@ from audit.verdicts.confirm import ConfirmConfig, confirm
 FPR = 0.05
 
 
+@pytest.mark.sampling
 @pytest.mark.timeout(1200)
-def test_false_alarms_and_copies_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_false_alarms_and_copies_found(testbed_index: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two captions of every copied template and 60 never seen; the benchmark (bench_confirm.py) takes all of them."""
     table = pq.read_table(testbed.CAPTIONS).to_pandas().drop_duplicates("TEXT")
     copied = table[(table.label == "local") & (table.copy_error < COPIED)].groupby("cluster").head(2)
     unseen = table[table.cluster.str.startswith("unseen")].head(60)
     rows = [*copied.to_dict("records"), *unseen.to_dict("records")]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "captions.parquet")
-    run, index = str(tmp_path / "run"), str(tmp_path / "index")
+    run = str(tmp_path / "run")
     scan(ScanConfig(captions=(str(tmp_path / "captions.parquet"),), output=run, model="testbed", device="cpu"))
-    build_index(IndexConfig(images=(str(testbed.PICTURES),), output=index, sscd="testbed", device="cpu"))
-    confirm(ConfirmConfig(run=run, index=index, top_fraction=1.0, match_fpr=FPR, device="cpu"))
+    confirm(ConfirmConfig(run=run, index=testbed_index, top_fraction=1.0, match_fpr=FPR, device="cpu"))
     found = read_stage(Run.open(run), "confirm")
     assert found is not None
     verdicts = dict(zip(found["caption"].to_pylist(), found["verdict"].to_pylist(), strict=True))

@@ -1,0 +1,67 @@
+"""The floors hold, and what holds them can fail: a forbidden import is refused by `make check`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.architecture import LAZY, PAGE, ROOT, circles, drawing, floors, folder_graph, lazy_imports, lines
+
+
+def lint(root: Path) -> subprocess.CompletedProcess[str]:
+    """`lint-imports` over a checkout, as `make check` runs it."""
+    command = [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_the_house_has_seven_floors_at_most_and_no_circle() -> None:
+    graph = folder_graph()
+    assert circles(graph) == []
+    assert max(floors(graph).values()) <= 7, lines(graph)
+
+
+def test_a_circle_is_seen() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+
+
+def test_imports_inside_functions_are_those_that_are_listed() -> None:
+    found: dict[str, set[str]] = {}
+    for module, name in lazy_imports():
+        found.setdefault(module, set()).add(name)
+    assert found == LAZY
+
+
+def test_the_picture_in_the_docs_is_of_this_code() -> None:
+    assert drawing(folder_graph()) in PAGE.read_text(), "python -m tests.architecture --write"
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "broken"),
+    [
+        (None, "", None),
+        ("audit/base/storage.py", "from audit.run import run", "The floors of audit/"),
+        ("audit/captions/rows.py", "from audit.index import ann", "The floors of audit/"),
+        ("audit/engines/job.py", "def late() -> None:\n    from audit.scores import scan", "The floors of audit/"),
+        ("pipelines/formulas.py", "import audit.base.errors", "pipelines/ knows nothing of an audit"),
+    ],
+)
+def test_a_forbidden_import_fails_the_check(tmp_path: Path, file: str | None, line: str, broken: str | None) -> None:
+    for name in ("audit", "pipelines"):
+        kept = shutil.ignore_patterns("testbed", "__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=kept)
+    (tmp_path / "audit" / "testbed").mkdir()
+    shutil.copy(ROOT / "audit/testbed/__init__.py", tmp_path / "audit/testbed/__init__.py")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    if file is not None:
+        path = tmp_path / file
+        path.write_text(f"{path.read_text()}\n\n{line}\n")
+    done = lint(tmp_path)
+    assert (done.returncode == 0) == (broken is None), done.stdout
+    if broken is not None:
+        assert any(broken in told and "BROKEN" in told for told in done.stdout.splitlines()), done.stdout
