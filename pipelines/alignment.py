@@ -18,23 +18,18 @@ from torch import Tensor
 from pipelines.errors import ModelError
 from pipelines.loading import find_device
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
 
 @dataclass(frozen=True)
 class ClipScore:
     """A loaded CLIP: `clip(images, captions)` gives one cosine a pair.
 
     Attributes:
-        model, tokenizer: of the CLIPModel folder. image_size: side of its pictures, pixels.
-        mean, std: of its pictures' normalisation.
+        model, tokenizer, processor: of the CLIPModel folder; the processor resizes, crops and normalises pictures.
     """
 
     model: Any
     tokenizer: Any
-    image_size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    processor: Any
 
     @torch.inference_mode()
     def __call__(
@@ -63,10 +58,9 @@ class ClipScore:
     @torch.inference_mode()
     def embed_images(self, images: Sequence[Image.Image | NDArray[np.uint8]]) -> Tensor:
         """L2-normalised image embeddings, [N, D], float32."""
-        pixels = torch.from_numpy(np.stack([self.prepare(image) for image in images])).permute(0, 3, 1, 2)
-        mean, std = (torch.tensor(value)[:, None, None] for value in (self.mean, self.std))
-        normalised = (pixels.float() / 255 - mean) / std
-        return self._project(self.model.get_image_features(normalised.to(self.model.device, self.model.dtype)))
+        pictures = [each if isinstance(each, Image.Image) else Image.fromarray(each) for each in images]
+        pixels = self.processor(images=[each.convert("RGB") for each in pictures], return_tensors="pt")["pixel_values"]
+        return self._project(self.model.get_image_features(pixels.to(self.model.device, self.model.dtype)))
 
     @torch.inference_mode()
     def embed_captions(self, captions: list[str]) -> Tensor:
@@ -74,20 +68,6 @@ class ClipScore:
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         return self._project(self.model.get_text_features(tokens["input_ids"].to(self.model.device)))
-
-    def prepare(self, image: Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """CLIP's preprocessing up to normalisation: shorter side resized (bicubic, antialiased), centre crop.
-
-        Returns:
-            uint8 [image_size, image_size, 3].
-        """
-        picture = (image if isinstance(image, Image.Image) else Image.fromarray(image)).convert("RGB")
-        size, short = self.image_size, min(picture.size)
-        width, height = (max(size, int(size * side / short)) for side in picture.size)
-        if (width, height) != picture.size:
-            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = (width - size) // 2, (height - size) // 2
-        return np.asarray(picture)[top : top + size, left : left + size]
 
     def _project(self, features: Any) -> Tensor:
         # transformers 5 returns an output object here, earlier ones the tensor
@@ -98,8 +78,8 @@ class ClipScore:
 def load_clip(folder: str | Path, device: str = "auto") -> ClipScore:
     """Load any CLIP saved by transformers as `CLIPModel` (OpenAI's, OpenCLIP's conversions, the testbed's).
 
-    The size of its pictures is read from its configuration; mean and standard deviation from
-    preprocessor_config.json, where there is one, else OpenAI's.
+    The size of its pictures is read from its configuration; how they are normalised from preprocessor_config.json,
+    where there is one, else OpenAI's means.
 
     Args:
         folder: a folder with config.json, weights and tokenizer.
@@ -125,13 +105,11 @@ def load_clip(folder: str | Path, device: str = "auto") -> ClipScore:
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{folder}: cannot be loaded: {first}", "clip") from error
-    processor: dict[str, Any] = {}
+    side = model.config.vision_config.image_size
+    options: dict[str, Any] = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     if (path / "preprocessor_config.json").is_file():
-        processor = json.loads((path / "preprocessor_config.json").read_text())
-    return ClipScore(
-        model.to(target).eval().requires_grad_(False),
-        tokenizer,
-        model.config.vision_config.image_size,
-        tuple(processor.get("image_mean", CLIP_MEAN)),
-        tuple(processor.get("image_std", CLIP_STD)),
-    )
+        stored = json.loads((path / "preprocessor_config.json").read_text())
+        options |= {name: stored[name] for name in ("image_mean", "image_std") if name in stored}
+    # transformers 5 calls the one that needs no torchvision by a name of its own
+    kind = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    return ClipScore(model.to(target).eval().requires_grad_(False), tokenizer, kind(**options))

@@ -103,7 +103,7 @@ def conclusions(found: list[Row], quality: list[Row], every: list[Row], masks: l
         f"By window, {by_window('magnitude')}; {by_window('LD, BE mask')}.",
         f"- **The best first-step column at one evaluation** on copied local captions is "
         f"`{max((r for r in scan.values() if r['evaluations'] == 1), key=lambda r: r['auc'])['score']}`. "
-        "`ld_energy` (`ld` of scan's default mask): AUC "
+        "`ld_energy`: AUC "
         f"{between(scan['ld_energy'], 'auc')}, TPR@1%FPR {between(scan['ld_energy'], 'tpr_1')}, gain over magnitude "
         f"{between(scan['ld_energy'], 'gain', '+.3f')}; `ld` with `--mask first`: AUC "
         f"{between(scan['ld'], 'auc')}, "
@@ -118,10 +118,10 @@ def conclusions(found: list[Row], quality: list[Row], every: list[Row], masks: l
         f"{between(default, 'gain_measured', '+.3f')}. The attention that points best is *{pointer['mask']}*, pixel "
         f"AUC {pointer['report_pixel_auc_measured']:.3f}; LD under it has an AUC of "
         f"{between(pointer, 'auc_measured')}, magnitude {pointer['auc_measured'] - pointer['gain_measured']:.3f}.",
-        "- **Defaults.** By these tables the energy mask is scan's default (`--mask energy`), and `confirm`, `report` "
-        "and `--refine` pick candidates by `ld_energy`, which is there whichever mask `ld` has. The paper's mask is "
-        "`--mask final`, at the price of a trajectory; `--mask first` is its attention at the first step. Other "
-        "layers and tokens are `--mask-layers` and `--mask-token`. On another model, measure: `be-audit evaluate`.",
+        "- **Defaults.** By these tables `confirm`, `report` and `--refine` pick candidates by `ld_energy`, LD under "
+        "the energy mask. `ld` is always under attention: `--mask first` (default) at no further cost, `--mask final`, "
+        "the paper's, at the price of a trajectory. Other layers and tokens are `--mask-layers` and `--mask-token`. On "
+        "another model, measure: `be-audit evaluate`.",
     ]
 
 

@@ -121,7 +121,8 @@ def mask_quality(page: Page, passes: Passes, first: Arrays, whole: Arrays) -> li
     page.text(
         "The paper's two layers at 64 x 64 against the true fixed regions, means over captions. *best IoU* knows "
         "the best "
-        "threshold of each mask, *IoU at mean* cuts at the mask's own mean, as `--masks bits` stores it. 0.5 is the "
+        "threshold of each mask, *IoU at mean* cuts at the mask's own mean, as `--store-masks bits` stores it. 0.5 is "
+        "the "
         "pixel "
         "AUC of chance. Common templates have 30 to 60 % of the picture fixed, rare ones 7 to 25 %."
     )

@@ -165,8 +165,7 @@ def all_detectors(page: Page, passes: Passes, seconds: dict[str, float], quick: 
         "One noise. `ld` has the EOS mask of the first step (`--mask first`), `cosine_low` and `anisotropy` need "
         "`--extra-evaluation`. U-Net evaluations and milliseconds (one thread) are those a caption costs the scorer "
         "that gives the "
-        "column: all columns of one evaluation come together, so their cost is the same; with `--mask energy`, scan's "
-        "default, the masks' attention is not captured and `ld` is `ld_energy`. *gain* is against magnitude."
+        "column: all columns of one evaluation come together, so their cost is the same. *gain* is against magnitude."
     )
     cost_columns = {
         "evaluations": lambda row: f"{row['evaluations']}",

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
 
 from audit import testbed
 from pipelines.alignment import ClipScore, load_clip
@@ -40,18 +40,27 @@ def test_pairs_score_above_shuffled_pairs(clip: ClipScore, pairs: tuple[list[Ima
     np.testing.assert_allclose(clip([np.asarray(image.convert("RGB")) for image in images], captions), own, atol=1e-6)
 
 
-def test_scores_are_those_of_transformers_itself(clip: ClipScore) -> None:
+def plainly_prepared(image: Image.Image, side: int) -> torch.Tensor:
+    """CLIP's preprocessing written out: shorter side bicubic, centre crop, OpenAI's means; [3, side, side]."""
+    picture, short = image.convert("RGB"), min(image.size)
+    width, height = (max(side, int(side * each / short)) for each in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - side) // 2, (height - side) // 2
+    pixels = np.asarray(picture)[top : top + side, left : left + side] / 255
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    return torch.from_numpy((pixels - mean) / std).permute(2, 0, 1).float()
+
+
+def test_scores_are_those_of_the_model_on_plainly_prepared_pictures(clip: ClipScore) -> None:
     rng = np.random.default_rng(0)
-    # any sizes and modes; transformers' own processor resizes, crops and normalises
+    # any sizes and modes
     images = [
         Image.fromarray(rng.integers(0, 255, (90, 130, 3), np.uint8)),
         Image.fromarray(rng.integers(0, 255, (30, 20), np.uint8)),
         Image.fromarray(rng.integers(0, 255, (64, 64, 4), np.uint8)),
     ]
     captions = ["a cat", "word " * 200, ""]
-    side = clip.image_size
-    processor = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    pixels = processor(images=[image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+    pixels = torch.stack([plainly_prepared(image, 64) for image in images])
     model = CLIPModel.from_pretrained(testbed.CLIP, dtype=torch.float32).eval().requires_grad_(False)
     tokens = CLIPTokenizer.from_pretrained(testbed.CLIP)(
         captions, padding=True, truncation=True, max_length=77, return_tensors="pt"
@@ -65,7 +74,7 @@ def test_means_are_read_from_the_folder_where_it_has_them(tmp_path: Path, clip: 
     folder = shutil.copytree(testbed.CLIP, tmp_path / "clip")
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.2] * 3}))
     other = load_clip(folder, "cpu")
-    assert other.mean == (0.5,) * 3 and other.std == (0.2,) * 3
+    assert (list(other.processor.image_mean), list(other.processor.image_std)) == ([0.5] * 3, [0.2] * 3)
     grey = [np.full((64, 64, 3), 128, np.uint8)]
     assert abs(other(grey, ["a cat"])[0] - clip(grey, ["a cat"])[0]) > 1e-4
 
