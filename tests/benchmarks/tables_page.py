@@ -64,7 +64,7 @@ class Page:
 def figure(
     score: str, kind: str, values: Any, memorised: Any, baseline: Any, clusters: Any, resamples: int = 1000
 ) -> Figure:
-    """`audit.evaluate.measure` of one score, arrays [n]."""
+    """`audit.evaluation.evaluate.measure` of one score, arrays [n]."""
     series = Series("tables", score, "one", NO_IDS, np.zeros(0))
     arrays = [np.asarray(each, np.float64) for each in (values, baseline)]
     config = EvaluateConfig(resamples=resamples)

@@ -316,7 +316,7 @@ def test_saved_data_sets(tmp_path: Path) -> None:
 MEMORY = """
 import sys, pyarrow
 from audit import captions
-from audit.storage import Folder
+from audit.base.storage import Folder
 path, folder = sys.argv[1], Folder(sys.argv[2])
 plan = captions.plan_captions(
     [path], caption_col=None, keep_cols=None, limit=None, rows_per_shard=1000, staging=folder

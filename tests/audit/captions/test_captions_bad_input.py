@@ -16,11 +16,12 @@ import pytest
 from audit import captions
 from audit.base.errors import AuditError
 from audit.base.storage import Folder
+from audit.run.schema import SCORE_COLUMNS
 
 
 def make_plan(*inputs: str, **changed: object) -> captions.CaptionPlan:
     options: dict = {"caption_col": None, "keep_cols": None, "limit": None, "rows_per_shard": 100, **changed}
-    return captions.plan_captions(inputs, staging=Folder("run"), **options)
+    return captions.plan_captions(inputs, staging=Folder("run"), reserved=SCORE_COLUMNS, **options)
 
 
 def parquet(path: str, table: dict | None = None) -> bytes:
