@@ -22,7 +22,7 @@ from audit.run.select import best_rows, with_images
 from audit.run.stage import CONFIRM, SCAN, TRAJECTORIES, Stage
 from audit.scores.refine import begin_refine
 from audit.scores.trajectories import Images
-from audit.statistics.null import Null, NullFacts
+from audit.statistics.null import PICTURES, Null, NullFacts
 from audit.verdicts.confirm import NULL_FILE, ConfirmConfig
 from audit.verdicts.confirm_shard import confirmed_table
 
@@ -172,12 +172,13 @@ def add_confirm(
     """
     rng = np.random.default_rng(1)
     chosen = best_rows(run, "ld_energy", top_k=len(verdicts))
+    chosen = chosen.append_column("clean", pa.array(np.zeros(chosen.num_rows, bool)))
     items = with_images(chosen.append_column("shard", pa.array(np.zeros(chosen.num_rows), pa.int32())), num_images)
     config = ConfirmConfig(num_images=num_images, neighbours=2, index="pictures-index")
     trajectories = Stage.begin(run, TRAJECTORIES, Images(num_images), items, config)
     first = items.filter(pa.array(items["image_index"].to_numpy() == 0))
     confirm = Stage.begin(run, CONFIRM, Neighbours(2), first, config)
-    null = Null(np.linspace(3, 9, 400), 3.5, 3.1, 3.9, 0.01, 0.01, 400, 0)
+    null = Null.of(PICTURES, np.linspace(0.3, 0.9, 400), 0.01)
     run.folder.write(NULL_FILE, to_json(NullFacts.of(null, confirm.facts.digest)))
     pictures: list[bytes] = []
     rows = []
@@ -201,6 +202,7 @@ def add_confirm(
                 "verdict": verdict,
                 "verdict_images": num_images,
                 "num_images": num_images,
+                "p_value": {"global": 1 / 401, "local": 2 / 401, "none": 0.5}.get(verdict),
                 "best": best,
                 "matches": matches,
             }
@@ -225,7 +227,7 @@ def _match(at: int, image_index: int, rank: int, verdict: str) -> dict[str, Any]
         "reference_caption": f"training picture <b>{at}</b>",
         "sscd": sscd,
         "distance": 1.5 + rank,
-        "p_value": 0.0025 * (1 + rank),
+        "correlation_distance": 0.1 + 0.1 * rank,
         "verdict": verdict,
     }
 

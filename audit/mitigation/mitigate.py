@@ -25,7 +25,8 @@ from audit.run.select import distinct, with_images
 from audit.run.stage import CONFIRM, MITIGATE, TRAJECTORIES, Stage, run_stage
 from audit.scores.calibrate import load_thresholds
 from audit.scores.config import ENGINES
-from audit.verdicts.confirm import ConfirmConfig, ConfirmFingerprint, TrajectoriesFingerprint
+from audit.verdicts.candidates import ConfirmConfig, TrajectoriesFingerprint
+from audit.verdicts.confirm import ConfirmFingerprint
 
 MEASURES = ("ld", "magnitude", "sscd", "alignment")  # whose means the summary has
 

@@ -23,16 +23,25 @@ from audit.run.schema import MASKS, MITIGATED_COLUMNS, TRAJECTORY_MASKS, table_o
 from audit.run.stage import CONFIRM, MITIGATE, TRAJECTORIES, Stage
 from audit.scores.model import load_run_model
 from audit.scores.trajectories import NOT_FINITE, decode_png, encode_png, is_finite, open_sampler
-from audit.statistics.null import Null
-from audit.verdicts.compare import References, match_image
-from audit.verdicts.confirm import ConfirmConfig, TrajectoriesFingerprint, read_null
+from audit.verdicts.candidates import ConfirmConfig, TrajectoriesFingerprint
+from audit.verdicts.compare import Neighbour, References, decide, match_image
+from audit.verdicts.confirm import read_null
+from audit.verdicts.crops import TrainingCrops
+from audit.verdicts.null import threads
 
 if TYPE_CHECKING:
     from pipelines import DiffusionModel, Mitigation, Mitigator, Trajectories, TrajectorySampler
     from pipelines.loading import Embeddings
 
 WORKING = ("shard", "masks", "best")  # of a row, for the work here only
-MATCHED = ("sscd", "ls_norm", "ls_energy", "distance", "verdict")  # of a match, recorded before and after
+MATCHED = (
+    "sscd",
+    "ls_norm",
+    "ls_energy",
+    "distance",
+    "correlation_distance",
+    "verdict",
+)  # of a match, recorded before and after
 
 
 def open_job(spec: JobSpec) -> MitigateJob:
@@ -95,9 +104,9 @@ class MitigateJob:
         self.index = Index.open(config.index)
         self.descriptor = self.index.load_descriptor(config.sscd, str(model.device))
         self.clip = open_clip(config.clip, str(model.device))
-        self.references = References(self.index, (1, 1))  # until the first image tells its size
-        threshold = null.null().threshold  # no p-values: the images compared are not the ones the null is of
-        self.null = Null.given(threshold, null.match_fpr)
+        self.pool = threads()
+        self.crops = self._crops((1, 1))  # until the first image tells its size
+        self.threshold = null.null().threshold
         made = run.fingerprint
         num_images = self.trajectories.fingerprint(TrajectoriesFingerprint).num_images
         self.sampler = open_sampler(made, model, num_images, 2 * batch_size)
@@ -117,6 +126,9 @@ class MitigateJob:
         trigger = trigger_column(config.loss, config.mask)
         self.trigger = MASK_LOSS[made.mask] if trigger == "ld" else trigger
         self.scores = {"loss": loss, "magnitude": "magnitude", "ld": "ld_first"}  # column here: of trajectories/
+
+    def _crops(self, size: tuple[int, int]) -> TrainingCrops:
+        return TrainingCrops(References(self.index, size), self.descriptor, self.pool)
 
     def __call__(self, shard: int, on_rows: Callable[[int], None]) -> Commit:
         started = time.monotonic()
@@ -189,14 +201,18 @@ class MitigateJob:
         if not rows:
             return
         images = {when: [decode_png(row[f"image_{when}"]) for row in rows] for when in ("before", "after")}
-        if self.references.size != images["before"][0].shape[:2]:
-            self.references = References(self.index, images["before"][0].shape[:2])
-        pictures = self.index.vectors([row["best"]["reference_id"] for row in rows])
+        if self.crops.references.size != images["before"][0].shape[:2]:
+            self.crops = self._crops(images["before"][0].shape[:2])
+        ids = [row["best"]["reference_id"] for row in rows]
+        pictures = self.index.vectors(ids)
+        self.crops.describe(ids)
         for when, made in images.items():
-            cosines = (self.descriptor(made).numpy() * pictures).sum(1)
+            vectors = self.descriptor(made).numpy()
+            whole = (vectors * pictures).sum(1).tolist()
+            cosines = [self.crops.larger(*each) for each in zip(vectors, ids, whole, strict=True)]
             aligned = None if self.clip is None else self.clip(made, [row["caption"] for row in rows])
             for at, (row, image) in enumerate(zip(rows, made, strict=True)):
-                match = self._match(row, image, float(cosines[at]))
+                match = self._match(row, image, cosines[at])
                 row |= {f"{name}_{when}": match.get(name) for name in MATCHED}
                 row[f"alignment_{when}"] = None if aligned is None else aligned[at]
         for row in rows:
@@ -206,11 +222,9 @@ class MitigateJob:
         best = row["best"]
         id = best["reference_id"]
         facts = {id: {name: best[f"reference_{name}"] for name in ("key", "url", "caption")}}
-        near = [(id, sscd, 0)]
-        matches = match_image(
-            image, row["image_index"], row["masks"], self.match_mask, near, None, self.references, facts, self.null
-        )
-        return matches[0]
+        near = [Neighbour(id, sscd, 0)]
+        matches = match_image(image, row["image_index"], row["masks"], near, None, self.crops.references, facts)
+        return decide(matches[0], self.match_mask, self.threshold)
 
 
 def mitigated_table(rows: list[dict[str, Any]]) -> pa.Table:

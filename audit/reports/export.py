@@ -16,7 +16,8 @@ from audit.base.storage import Folder
 EXPORTS = ("parquet", "jsonl", "csv")
 TABLES = {
     "flagged": "Captions that confirm looked at, and the best-scored beyond them. Reproduced ones first (`global`, "
-    "then `local`), then the others; within each, the highest `score` first, then the lowest `row_id`. "
+    "then `local`), the surest (lowest `q_value`) first, then the others, the highest `score` first, then the lowest "
+    "`row_id`. "
     "Every caption once.",
     "denylist": "What to drop from a training set: every row, repeats included, whose caption reproduces a training "
     "picture (`source` is caption), and every training picture that was reproduced (`source` is picture). Where "

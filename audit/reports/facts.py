@@ -15,7 +15,8 @@ from audit.run.run import Run
 from audit.run.schema import COPIES, VERDICTS
 from audit.run.stage import CONFIRM, Stage
 from audit.run.status import RunStatus, run_status
-from audit.verdicts.confirm import ConfirmConfig, read_null
+from audit.verdicts.candidates import ConfirmConfig
+from audit.verdicts.confirm import read_null
 
 BINS = 60
 SETTINGS = ("steps", "guidance_scale", "seed", "num_noises", "dtype")

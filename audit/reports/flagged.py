@@ -24,12 +24,13 @@ from audit.run.schema import (
 )
 from audit.run.select import check_score, ranked, rows_of
 from audit.run.stage import CONFIRM, TRAJECTORIES, Stage
-from audit.verdicts.confirm import ConfirmConfig
+from audit.statistics.multiple import q_values
+from audit.verdicts.candidates import ConfirmConfig
 
 DEFAULT_FRACTION, DEFAULT_TOP_K = 0.1, 1000  # listed without a threshold: this part of the captions, at most so many
 MOST = 50_000  # rows a report lists, at most: what its table was built for
 _OF_SCORES = [name for name in SCORE_COLUMNS if name not in ("row_id", "caption", "status", "error", *SCORE_MASKS)]
-_OF_VERDICT = ("verdict", "verdict_images", "num_images")
+_OF_VERDICT = ("verdict", "verdict_images", "num_images", "p_value")
 _OF_BEST = [name for name in MATCH_COLUMNS if name != "verdict"]
 
 FLAGGED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
@@ -38,6 +39,10 @@ FLAGGED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "score": (pa.float32(), "the score rows are ranked by; `score_name` says which"),
     "score_name": (pa.string(), "name of that score column"),
     **{name: CONFIRMED_COLUMNS[name] for name in _OF_VERDICT},
+    "q_value": (
+        pa.float32(),
+        "Benjamini-Hochberg q-value: of the candidates with at most this q, at most this share is expected to be false",
+    ),
     "occurrences": (pa.int64(), "rows of the run with this caption, itself included"),
     "template": (pa.string(), "what the caption shares with the others of its group, or the caption itself"),
     "template_captions": (pa.int32(), "flagged captions in that group"),
@@ -69,7 +74,8 @@ class Flagged:
     """What was selected.
 
     Attributes:
-        table: FLAGGED_COLUMNS and the carried columns: global, local, then the others, each best-scored first.
+        table: FLAGGED_COLUMNS and the carried columns: global, local, then the others; of a verdict the smallest
+            q-value first where there is one, then the best-scored.
         deny: DENY_COLUMNS.
         scores: of all scored distinct captions by `by`, float32, best first.
         by: score column. threshold: what rows had to exceed, None when the best `top_k` were taken.
@@ -115,7 +121,8 @@ def find_flagged(run: Run, by: str, threshold: float | None, top_k: int | None) 
     chosen = np.arange(len(ids)) < taken
     candidates = Stage.find(run, TRAJECTORIES)
     if candidates is not None:
-        chosen |= np.isin(ids, candidates.items["row_id"].to_numpy())
+        suspects = candidates.items.filter(pc.invert(candidates.items["clean"]))
+        chosen |= np.isin(ids, suspects["row_id"].to_numpy())
     same = pc.coalesce(scores["duplicate_of"], scores["row_id"]).to_numpy()
     table = _flagged_table(run, read_rows(run, ids[chosen]), same, by, verdicts)
     counts = dict.fromkeys(("ok", "error", "empty", "pending"), 0)
@@ -127,14 +134,16 @@ def find_flagged(run: Run, by: str, threshold: float | None, top_k: int | None) 
 
 
 def read_verdicts(run: Run) -> pa.Table | None:
-    """Confirm's verdicts without pictures: CONFIRMED_COLUMNS up to num_images, then `best_*`. None without any."""
+    """Confirm's verdicts without pictures: CONFIRMED_COLUMNS up to p_value, `best_*`, `q_value`. None without any."""
     found = dataset(run, CONFIRM)
     if found is None:
         return None
     plain = [name for name in CONFIRMED_COLUMNS if name not in ("best", "matches")]
     columns = {name: pc.field(name) for name in plain}
     columns |= {f"best_{name}": pc.field("best", name) for name in _OF_BEST}
-    return found.to_table(columns=columns)
+    table = found.to_table(columns=columns)
+    q = pa.array(q_values(table["p_value"].to_pylist()), pa.float32(), from_pandas=True)
+    return table.append_column("q_value", q)
 
 
 def default_score(run: Run) -> str:
@@ -173,7 +182,9 @@ def _flagged_table(run: Run, rows: pa.Table, same: np.ndarray, by: str, verdicts
         columns.append(rows[name])
     table = pa.table(columns, schema=pa.schema(fields))
     place = pc.fill_null(pc.index_in(table["verdict"], pa.array(VERDICTS)), len(VERDICTS)).to_numpy()
-    return table.take(pa.array(np.argsort(place, kind="stable")))
+    copied = pc.is_in(table["verdict"], pa.array(COPIES))
+    q = pc.fill_null(pc.if_else(copied, table["q_value"], None), 1.0).to_numpy()
+    return table.take(pa.array(np.lexsort((np.arange(len(place)), q, place))))
 
 
 def _input_places(run: Run, row_ids: np.ndarray) -> dict[str, pa.Array]:

@@ -19,7 +19,7 @@ from audit.run.schema import DETECTORS, MATCH_COLUMNS, MITIGATED_COLUMNS, SCORES
 STATIC = ("report.css", "report.js", "icon.svg")
 VERDICT_TEXT = {
     "global": "A generated image is a copy of a training picture: SSCD above 0.5.",
-    "local": "A region of a generated image is the same as in a training picture; the rest differs.",
+    "local": "What a region of a generated image shows is also in a training picture; the rest differs.",
     "none": "No copy was found among the training pictures it was compared with.",
     "no_reference": "No training picture could be compared.",
     "unconfirmed": "Flagged by its score alone; no image was generated and compared yet.",
@@ -28,12 +28,17 @@ _SHOWN = (
     "score",
     "verdict_images",
     "num_images",
+    "p_value",
+    "q_value",
     "occurrences",
     "num_tokens",
     *DETECTORS,
     "ld_std",
     *WINDOWS,
-    *(f"best_{name}" for name in ("sscd", "distance", "p_value", "s", "ls", "ls_norm", "ls_energy", "ls_score")),
+    *(
+        f"best_{name}"
+        for name in ("sscd", "correlation_distance", "distance", "s", "ls", "ls_norm", "ls_energy", "ls_score")
+    ),
 )
 _TEXT = ("caption", "verdict", "source_url", "source_key", "mask_source", "input_file", "input_row")
 _CHART = (760, 250)  # of the histogram's view box, pixels

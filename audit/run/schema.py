@@ -84,7 +84,7 @@ TRAJECTORY_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
 """Columns of trajectories/ and refined/, in order: one row a generated image."""
 TRAJECTORY_MASKS = ("be_mask", "first_mask", "energy_mask", "score_map")
 
-MATCH_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
+_COMPARISON: dict[str, tuple[pa.DataType, str]] = {
     "image_index": (pa.int32(), "which generated image"),
     "rank": (
         pa.int32(),
@@ -95,16 +95,41 @@ MATCH_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "reference_key": (pa.string(), "key of the training picture"),
     "reference_url": (pa.string(), "its URL"),
     "reference_caption": (pa.string(), "its caption"),
-    "sscd": (F32, "cosine of the SSCD descriptors; a copy when > 0.5"),
+    "sscd": (
+        F32,
+        "cosine of the SSCD descriptors, the larger of whole picture and training crop; a copy when > 0.5",
+    ),
     "s": (F32, "-1[sscd < 0.5] ||xhat - x||_2, pixels in [0, 1]"),
     "ls": (F32, "-1[sscd < 0.5] ||(xhat - x) m||_2 under the BE mask, as printed in the paper"),
     "ls_norm": (F32, "ls / mean(m)"),
     "ls_energy": (F32, "the same under the energy mask, divided by its mean"),
     "ls_score": (F32, "the same under the score-difference map, divided by its mean"),
+}
+MEASURED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
+    **_COMPARISON,
+    **{
+        f"distance_{word}": (F32, f"||(xhat - x) m||_2 / mean(m) under {mask}, not gated")
+        for word, mask in MASKS.items()
+    },
+    **{f"correlation_distance_{word}": (F32, f"1 - correlation under {mask} squared") for word, mask in MASKS.items()},
+}
+"""Of a comparison of one image and one training picture, before anything is decided."""
+MATCH_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
+    **_COMPARISON,
     "distance": (F32, "||(xhat - x) m||_2 / mean(m) under the match mask, not gated"),
-    "p_value": (F32, "(1 + null distances, of different training pictures, at or below this one) / (1 + their number)"),
+    "correlation_distance": (
+        F32,
+        "1 - correlation of image and picture under the match mask squared; 0 the same, 1 nothing in common",
+    ),
     "verdict": (pa.string(), f"{', '.join(VERDICTS[:-1])} or {VERDICTS[-1]}"),
 }
+MATCHED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
+    "row_id": (pa.int64(), "row of the run; negative for a caption of --clean"),
+    "caption": (pa.string(), "the caption"),
+    "num_images": (pa.int32(), "images that were compared"),
+    "matches": (pa.null(), "every comparison made, with the measures of every mask"),
+}
+"""Columns of matched/, in order: one row a caption that images were generated of."""
 CONFIRMED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "row_id": (pa.int64(), "row of the run"),
     "caption": (pa.string(), "the caption"),
@@ -113,6 +138,10 @@ CONFIRMED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "verdict": (pa.string(), f"best of its images: {', '.join(VERDICTS[:-1])} or {VERDICTS[-1]}"),
     "verdict_images": (pa.int32(), "how many of its images have that verdict"),
     "num_images": (pa.int32(), "images generated"),
+    "p_value": (
+        F32,
+        "chance that a caption that copies nothing comes as near to a training picture, over all images and comparisons",
+    ),
     "best": (pa.null(), "the match the verdict rests on, with the picture (reference_image, PNG)"),
     "matches": (pa.null(), "every comparison made"),
 }
@@ -143,6 +172,8 @@ MITIGATED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "ls_energy_after": (F32, "the same, mitigated, under the same mask"),
     "distance_before": (F32, "||(xhat - x) m||_2 / mean(m) under confirm's match mask, not gated"),
     "distance_after": (F32, "the same, mitigated, under the same mask"),
+    "correlation_distance_before": (F32, "1 - correlation under confirm's match mask squared: what `local` rests on"),
+    "correlation_distance_after": (F32, "the same, mitigated, under the same mask"),
     "verdict_before": (pa.string(), "global, local or none, against that picture alone"),
     "verdict_after": (pa.string(), "the same, mitigated, by the same thresholds"),
     "alignment_before": (F32, "cosine of image and caption by CLIP (CLIP score); null without --clip"),
@@ -160,6 +191,7 @@ def struct_of(columns: Mapping[str, tuple[pa.DataType, str]], **more: pa.DataTyp
 
 BEST_TYPE = struct_of(MATCH_COLUMNS, reference_image=pa.binary())
 MATCHES_TYPE = pa.list_(struct_of(MATCH_COLUMNS))
+MEASURED_TYPE = pa.list_(struct_of(MEASURED_COLUMNS))
 
 
 def mask_type(store: str, height: int, width: int) -> pa.DataType | None:

@@ -53,6 +53,7 @@ TRAJECTORIES = StageKind(
     "audit.scores.trajectories:open_trajectories",
     "audit.verdicts.confirm:resume",
 )
+MATCH = StageKind("match", "matched", "captions", "audit.verdicts.match_shard:open_job", TRAJECTORIES.resume)
 CONFIRM = StageKind(
     "confirm", "confirmed", "candidates", "audit.verdicts.confirm_shard:open_job", "audit.verdicts.confirm:resume"
 )
@@ -63,7 +64,7 @@ MITIGATE = StageKind(
     "audit.mitigation.mitigate_shard:open_job",
     "audit.mitigation.mitigate:resume",
 )
-STAGES = {kind.name: kind for kind in (SCAN, REFINE, TRAJECTORIES, CONFIRM, MITIGATE)}
+STAGES = {kind.name: kind for kind in (SCAN, REFINE, TRAJECTORIES, MATCH, CONFIRM, MITIGATE)}
 """Every stage, in the order in which one rests on the other."""
 
 

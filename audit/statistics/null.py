@@ -1,4 +1,4 @@
-"""A null distribution: what a distance looks like where nothing is copied, the threshold it gives, and p-values."""
+"""A null distribution: what a measure looks like where nothing is copied, the threshold it gives, and p-values."""
 
 from __future__ import annotations
 
@@ -8,58 +8,112 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from audit.statistics.thresholds import threshold_at_fpr
+from audit.base.errors import AuditError
+from audit.statistics.thresholds import rows_needed, threshold_at_fpr, true_rate
+
+GIVEN, PICTURES, CAPTIONS = "given", "pictures", "captions"
+"""Where a null comes from: a threshold somebody gave; different training pictures; images of clean captions."""
+
+
+def draw_rate(fpr: float, draws: int) -> float:
+    """The rate of each of several independent draws that together have the rate `fpr`: 1 - (1 - fpr)^(1 / draws).
+
+    >>> round(draw_rate(0.01, 16), 6)
+    0.000628
+    """
+    return -math.expm1(math.log1p(-fpr) / draws)
+
+
+def sample_needed(fpr: float, draws: int) -> int:
+    """Size of a null without which no threshold keeps the rate.
+
+    >>> sample_needed(0.01, 1), sample_needed(0.01, 16)
+    (99, 1592)
+    """
+    return rows_needed(draw_rate(fpr, draws))
 
 
 @dataclass(frozen=True)
 class Null:
-    """Distances where nothing is copied, and the threshold they give.
+    """Statistics where nothing is copied, and the threshold they give; the smaller, the more alike.
 
     Attributes:
-        distances: one a sampled picture, sorted.
-        threshold: below it a distance is a copy: its p-value is at most the per-image false-positive rate.
-        low, high: 95 % interval of the quantile at that rate.
-        fpr: the rate asked for per candidate; per_image: per image.
-        pictures: how many were sampled; near_duplicates: pairs left out as repeats.
+        source: GIVEN, PICTURES or CAPTIONS.
+        statistics: one a sampled picture or caption, sorted; empty where the threshold was given.
+        threshold: a statistic below it is a copy; -inf where nothing can be told.
+        low, high: 95 % interval of the true quantile it estimates.
+        fpr: the false-positive rate a candidate asked for.
+        draws: members of the null that a candidate has the chances of: its images where a member is one picture, 1
+            where a member is a caption with as many images.
+        near_duplicates: pairs left out as repeats.
+        copies: members that are global copies of a training picture (sscd > 0.5); 0 of PICTURES, which leave them out.
     """
 
-    distances: NDArray[np.float64]
+    source: str
+    statistics: NDArray[np.float64]
     threshold: float
     low: float
     high: float
     fpr: float
-    per_image: float
-    pictures: int
-    near_duplicates: int
+    draws: int = 1
+    near_duplicates: int = 0
+    copies: int = 0
 
     @classmethod
-    def of(cls, distances: NDArray[np.float64], fpr: float, num_images: int, near_duplicates: int = 0) -> Null:
-        """The null of a sample of distances.
+    def of(
+        cls,
+        source: str,
+        statistics: NDArray[np.float64],
+        fpr: float,
+        draws: int = 1,
+        near_duplicates: int = 0,
+        copies: int = 0,
+    ) -> Null:
+        """The null of a sample. Raises AuditError where it is too small for the rate.
 
-        A candidate has `num_images` chances: the rate per image is 1 - (1 - fpr)^(1 / num_images). Below the threshold
-        every p-value is at most that; -inf where so few distances can promise no such rate.
+        Each of the draws has the rate `draw_rate`; below the threshold of that rate a candidate's p-value is at most
+        `fpr`.
         """
-        distances = np.sort(distances)
-        per_image = 1 - (1 - fpr) ** (1 / num_images)
-        at = threshold_at_fpr(-distances, per_image)
-        allowed = math.floor(per_image * (len(distances) + 1) + 1e-9) - 1  # null distances below the threshold
-        threshold = float(distances[allowed]) if allowed >= 0 else -math.inf
-        return cls(distances, threshold, -at.high, -at.low, fpr, per_image, len(distances), near_duplicates)
+        needed = sample_needed(fpr, draws)
+        if len(statistics) < needed:
+            raise AuditError(f"a null of {len(statistics)} cannot tell a rate of {fpr:g}: {needed} are needed")
+        at = threshold_at_fpr(-statistics, draw_rate(fpr, draws))
+        ordered, threshold, low, high = np.sort(statistics), -at.threshold, -at.high, -at.low
+        return cls(source, ordered, threshold, low, high, fpr, draws, near_duplicates, copies)
 
     @classmethod
     def given(cls, threshold: float, fpr: float) -> Null:
         """A threshold without a sample: given by a user, or -inf where nothing can be compared."""
-        return cls(np.zeros(0), threshold, threshold, threshold, fpr, fpr, 0, 0)
+        return cls(GIVEN, np.zeros(0), threshold, threshold, threshold, fpr)
 
-    def p_value(self, distance: float) -> float | None:
-        """(1 + distances at or below) / (1 + sample): never zero, as a finite sample can promise no less.
+    def __len__(self) -> int:
+        """Members of the sample."""
+        return len(self.statistics)
 
-        None without a sample.
+    @property
+    def rate(self) -> tuple[float, float]:
+        """95 % interval of the true false-positive rate a candidate, given the size of the sample; (0, 1) without."""
+        if not len(self):
+            return 0.0, 1.0
+        low, high = (-math.expm1(self.draws * math.log1p(-r)) for r in true_rate(len(self), self._draw_rate))
+        return low, high
+
+    @property
+    def _draw_rate(self) -> float:
+        return draw_rate(self.fpr, self.draws)
+
+    def p_value(self, statistic: float | None) -> float | None:
+        """A candidate's p-value from the smallest statistic over all its images and comparisons.
+
+        1 - (1 - p)^draws with p = (1 + members at or below) / (1 + members): never zero, as a finite sample can promise
+        no less. None without a sample or a statistic.
         """
-        if not len(self.distances):
+        if not len(self) or statistic is None:
             return None
-        below = int(np.searchsorted(self.distances, distance, side="right"))
-        return (1 + below) / (1 + len(self.distances))
+        below = int(np.searchsorted(self.statistics, statistic, side="right"))
+        if below == len(self):
+            return 1.0
+        return -math.expm1(self.draws * math.log1p(-(1 + below) / (1 + len(self))))
 
 
 @dataclass(frozen=True)
@@ -67,29 +121,47 @@ class NullFacts:
     """A Null as it is stored: infinite bounds are null. `confirm`: digest of the stage whose verdicts rest on it."""
 
     confirm: str
+    source: str
     threshold: float | None
     low: float | None
     high: float | None
     match_fpr: float
-    per_image_fpr: float
-    pictures: int
+    draws: int
     near_duplicates_left_out: int
-    distances: list[float]
+    copies: int
+    statistics: list[float]
 
     @classmethod
     def of(cls, null: Null, confirm: str) -> NullFacts:
         threshold, low, high = (
             float(value) if math.isfinite(value) else None for value in (null.threshold, null.low, null.high)
         )
-        distances = [float(value) for value in null.distances]
-        rates, counts = (null.fpr, null.per_image), (null.pictures, null.near_duplicates)
-        return cls(confirm, threshold, low, high, *rates, *counts, distances)
+        return cls(
+            confirm=confirm,
+            source=null.source,
+            threshold=threshold,
+            low=low,
+            high=high,
+            match_fpr=null.fpr,
+            draws=null.draws,
+            near_duplicates_left_out=null.near_duplicates,
+            copies=null.copies,
+            statistics=[float(value) for value in null.statistics],
+        )
 
     def null(self) -> Null:
         """The Null that was stored."""
         threshold, low, high = (
             -math.inf if value is None else value for value in (self.threshold, self.low, self.high)
         )
-        rates = (self.match_fpr, self.per_image_fpr)
-        counts = (self.pictures, self.near_duplicates_left_out)
-        return Null(np.array(self.distances, float), threshold, low, high, *rates, *counts)
+        return Null(
+            source=self.source,
+            statistics=np.array(self.statistics, float),
+            threshold=threshold,
+            low=low,
+            high=high,
+            fpr=self.match_fpr,
+            draws=self.draws,
+            near_duplicates=self.near_duplicates_left_out,
+            copies=self.copies,
+        )

@@ -1,7 +1,7 @@
-"""Is a generated image a copy, of what, and where: SSCD finds, the masked distance localises, a null decides.
+"""One generated image against training pictures: masked distances, masked correlation, the gate of the paper.
 
-Verdict of an image: `global` when sscd > 0.5 against a training picture; else `local` when the masked distance to one
-is below the local threshold (audit/verdicts/null.py); else `none`.
+A masked distance alone says "alike" of any two plain regions. What the local verdict rests on is the correlation
+distance under the mask, 1 - r: how much of what is drawn there is the same.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import io
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +20,10 @@ from PIL import Image
 from audit.base.errors import AuditError
 from audit.index import Index
 from audit.run.schema import MASKS, TRAJECTORY_MASKS, VERDICTS
-from audit.statistics.null import Null
 
 COPY = 0.5  # sscd above which two pictures are copies (Chen et al. 2025)
 LS_MASKS = {"ls_norm": "be_mask", "ls_energy": "energy_mask", "ls_score": "score_map"}
+FLAT = 1e-5  # variance below which a region is flat: under that of rounding to 8 bits; it correlates with nothing
 _CACHE_BYTES = 256 << 20
 
 Pixels = NDArray[np.uint8]
@@ -33,7 +34,8 @@ def as_trained(picture: Image.Image, size: tuple[int, int]) -> Pixels:
     """Bring a picture to the generated size as training does: shorter side resized (antialiased), centre crop.
 
     Args:
-        picture: RGB. size: (H, W).
+        picture: RGB.
+        size: (H, W).
     Returns:
         [H, W, 3], uint8.
     """
@@ -48,13 +50,21 @@ def as_trained(picture: Image.Image, size: tuple[int, int]) -> Pixels:
 class References:
     """Training pictures of an index at the generated size, remembered while they fit a quarter of a gigabyte.
 
+    Safe to use from threads.
+
     Args:
-        index: the index. size: (H, W) of the generated images.
+        index: the index.
+        size: (H, W) of the generated images.
+
+    Attributes:
+        unreadable: why a picture cannot be had any more, by id.
+        cropped: whether training cut something off a picture, by id, of those that were read.
     """
 
     def __init__(self, index: Index, size: tuple[int, int]) -> None:
         self.index, self.size = index, size
         self.unreadable: dict[int, str] = {}
+        self.cropped: dict[int, bool] = {}
         room = max(16, _CACHE_BYTES // (size[0] * size[1] * 3))
         self.pixels = functools.lru_cache(maxsize=room)(self._pixels)
 
@@ -65,7 +75,17 @@ class References:
         except AuditError as error:
             self.unreadable[id] = str(error)
             return None
-        return None if picture is None else as_trained(picture, self.size)
+        if picture is None:
+            return None
+        height, width = self.size
+        # a pixel of the resized picture is no crop
+        self.cropped[id] = abs(picture.width * height - picture.height * width) > max(picture.size)
+        planes = np.ascontiguousarray(as_trained(picture, self.size).transpose(2, 0, 1))  # as comparisons read it
+        return planes.transpose(1, 2, 0)
+
+    def prefetch(self, ids: Iterable[int], pool: ThreadPoolExecutor) -> None:
+        """Read pictures into memory, many at a time."""
+        list(pool.map(self.pixels, dict.fromkeys(ids)))
 
 
 def masks_at(masks: Masks, size: tuple[int, int]) -> Masks:
@@ -77,19 +97,69 @@ def masks_at(masks: Masks, size: tuple[int, int]) -> Masks:
     return resize_mask(torch.from_numpy(np.array(masks, np.float32)), size).numpy()
 
 
-def masked_distances(generated: Pixels, references: Sequence[Pixels], masks: Masks) -> NDArray[np.float64]:
-    """||(xhat - x) m||_2 / mean(m), pixels in [0, 1], of one image to R references under M masks.
+class Compared(NamedTuple):
+    """One image and one training picture.
+
+    Attributes:
+        plain: ||xhat - x||_2, pixels in [0, 1].
+        distances: ||(xhat - x) m||_2 / mean(m) under each mask, [M].
+        correlation_distances: 1 - r under each mask, [M], in [0, 2].
+    """
+
+    plain: float
+    distances: NDArray[np.float64]
+    correlation_distances: NDArray[np.float64]
+
+
+class MaskedImage:
+    """An image and its masks, ready to be compared with any number of pictures: its weights are made once.
+
+    The weights of a mask m are m^2 / sum(m^2), as the masked distance has them. With E the mean under these weights,
+    over pixels, summed over channels, x the image and y the picture:
+
+        r = E[(x - E x)(y - E y)] / sqrt(E[(x - E x)^2] E[(y - E y)^2])
+
+    0 where one of the two is flat. It does not change when a channel of either is made brighter, or all of it is given
+    more contrast.
 
     Args:
-        generated: [H, W, 3]. references: R of the same. masks: [M, H, W].
-    Returns:
-        [M, R].
+        image: [H, W, 3], uint8.
+        masks: [M, h, w], non-negative; brought to H x W bilinearly.
     """
-    difference = np.stack([generated.astype(np.float32) - other for other in references]) / 255
-    squared = np.square(difference).sum(-1)  # [R, H, W]
-    weights = np.square(masks.astype(np.float64)).reshape(len(masks), -1)
-    norms = np.sqrt(weights @ squared.reshape(len(references), -1).T.astype(np.float64))
-    return norms / masks.astype(np.float64).mean((1, 2))[:, None]
+
+    def __init__(self, image: Pixels, masks: Masks) -> None:
+        at_size = masks_at(masks, (image.shape[0], image.shape[1])).reshape(len(masks), -1)
+        self.mean = at_size.mean(1, dtype=np.float64)
+        power = np.square(at_size, dtype=np.float64).sum(1)
+        self.norm = np.sqrt(power) / np.where(self.mean > 0, self.mean, 1)
+        self._weights = np.square(at_size).T / np.where(power > 0, power, 1).astype(np.float32)
+        self._image = _planes(image)  # [3, H W]
+        self._centred = self._image - self._image.mean(1, keepdims=True)
+        self._means = (self._centred @ self._weights).astype(np.float64)  # [3, M]
+        second = (np.einsum("cp,cp->p", self._centred, self._centred) @ self._weights).astype(np.float64)
+        self._variance = np.maximum(second - np.square(self._means).sum(0), 0)
+
+    def compare(self, picture: Pixels) -> Compared:
+        """Compare with a picture of the same size, [H, W, 3], uint8."""
+        d = np.empty((5, self._image.shape[1]), np.float32)
+        np.subtract(_planes(picture), self._image, out=d[:3])
+        np.einsum("cp,cp->p", d[:3], d[:3], out=d[3])
+        np.einsum("cp,cp->p", self._centred, d[:3], out=d[4])
+        sums = (d @ self._weights).astype(np.float64)  # E of d by channel, of d^2, of x d: [5, M]
+        covariance = sums[4] - (self._means * sums[:3]).sum(0)
+        variance = self._variance + 2 * covariance + np.maximum(sums[3] - np.square(sums[:3]).sum(0), 0)
+        flat = (self._variance < FLAT) | (variance < FLAT)
+        scale = np.sqrt(np.where(flat, 1, self._variance * np.maximum(variance, FLAT)))
+        r = np.where(flat, 0, (self._variance + covariance) / scale)
+        plain = math.sqrt(float(d[3].sum(dtype=np.float64)))
+        return Compared(plain, self.norm * np.sqrt(np.maximum(sums[3], 0)), 1 - np.clip(r, -1, 1))
+
+
+def _planes(pixels: Pixels) -> NDArray[np.float32]:
+    """[H, W, 3] uint8 as [3, H W] float32 in [0, 1]."""
+    planes = np.ascontiguousarray(pixels.transpose(2, 0, 1)).reshape(3, -1).astype(np.float32)
+    planes *= np.float32(1 / 255)
+    return planes
 
 
 def gate(distance: float, sscd: float) -> float:
@@ -97,32 +167,39 @@ def gate(distance: float, sscd: float) -> float:
     return -distance if sscd < COPY else 0.0
 
 
+class Neighbour(NamedTuple):
+    """A training picture an image is compared with: rank -1 is the caption's own beyond the nearest."""
+
+    id: int
+    sscd: float
+    rank: int
+
+
 def match_image(
     image: Pixels,
     image_index: int,
-    masks: dict[str, Masks],
-    match_mask: str,
-    neighbours: Sequence[tuple[int, float, int]],
+    masks: Mapping[str, Masks],
+    neighbours: Sequence[Neighbour],
     own: int | None,
     references: References,
-    facts: dict[int, dict[str, Any]],
-    null: Null,
+    facts: Mapping[int, Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
     """Compare one generated image with its neighbours and the caption's own picture.
 
     Args:
-        image: [H, W, 3]. masks: `be_mask`, `first_mask`, `energy_mask`, `score_map` at latent size [H, W].
-        match_mask: whose mask decides (key of schema.MASKS).
-        neighbours: (id, sscd, rank); the own picture with rank -1 where it is not among the nearest.
-        own: id of the caption's own picture. facts: key, url, caption of ids.
-        null: the local threshold and the p-values; a distance below the threshold is a local copy.
+        image: [H, W, 3].
+        image_index: which image of the caption.
+        masks: `be_mask`, `first_mask`, `energy_mask`, `score_map` at latent size [H, W].
+        neighbours: what to compare with.
+        own: id of the caption's own picture.
+        references: the pictures.
+        facts: key, url, caption of ids.
     Returns:
-        one dict a comparison, columns MATCH_COLUMNS.
+        one dict a comparison, columns MEASURED_COLUMNS; what takes pixels is missing where there are none.
     """
-    at_size = masks_at(np.stack([masks[name] for name in TRAJECTORY_MASKS]), image.shape[:2])
+    masked = MaskedImage(image, np.stack([masks[name] for name in TRAJECTORY_MASKS]))
     matches = []
     for id, sscd, rank in neighbours:
-        pixels = references.pixels(id)
         match: dict[str, Any] = {
             "image_index": image_index,
             "rank": rank,
@@ -131,28 +208,41 @@ def match_image(
             **{f"reference_{name}": facts[id][name] for name in ("key", "url", "caption")},
             "sscd": sscd,
         }
-        distance = None
+        pixels = references.pixels(id)
         if pixels is not None:
-            distances = dict(
-                zip(TRAJECTORY_MASKS, masked_distances(image, [pixels], at_size)[:, 0].tolist(), strict=True)
-            )
-            plain = float(np.sqrt(np.square((image.astype(np.float64) - pixels) / 255).sum()))
-            match["s"] = gate(plain, sscd)
-            match["ls"] = gate(distances["be_mask"] * float(at_size[0].mean(dtype=np.float64)), sscd)
+            found = masked.compare(pixels)
+            distances = dict(zip(TRAJECTORY_MASKS, found.distances.tolist(), strict=True))
+            unlike = dict(zip(TRAJECTORY_MASKS, found.correlation_distances.tolist(), strict=True))
+            match["s"] = gate(found.plain, sscd)
+            match["ls"] = gate(distances["be_mask"] * float(masked.mean[0]), sscd)
             match |= {column: gate(distances[mask], sscd) for column, mask in LS_MASKS.items()}
-            distance = distances[MASKS[match_mask]]
-            match["distance"] = distance
-            match["p_value"] = null.p_value(distance)
-        match["verdict"] = verdict_of(sscd, distance, null.threshold)
+            match |= {f"distance_{word}": distances[mask] for word, mask in MASKS.items()}
+            match |= {f"correlation_distance_{word}": unlike[mask] for word, mask in MASKS.items()}
         matches.append(match)
     return matches
 
 
-def verdict_of(sscd: float, distance: float | None, threshold: float) -> str:
-    """global when sscd > 0.5, else local when the distance is below the threshold, else none."""
+def decide(match: Mapping[str, Any], match_mask: str, threshold: float) -> dict[str, Any]:
+    """A match as it is measured, under the match mask, with its verdict: MATCH_COLUMNS.
+
+    Args:
+        match: MEASURED_COLUMNS.
+        match_mask: whose mask decides (key of schema.MASKS).
+        threshold: correlation distances below it are local copies.
+    """
+    by_mask = [f"{name}_{word}" for name in ("distance", "correlation_distance") for word in MASKS]
+    kept = {name: value for name, value in match.items() if name not in by_mask}
+    kept["distance"] = match.get(f"distance_{match_mask}")
+    kept["correlation_distance"] = match.get(f"correlation_distance_{match_mask}")
+    kept["verdict"] = verdict_of(match["sscd"], kept["correlation_distance"], threshold)
+    return kept
+
+
+def verdict_of(sscd: float, correlation_distance: float | None, threshold: float) -> str:
+    """global when sscd > 0.5, else local when the correlation distance is below the threshold, else none."""
     if sscd > COPY:
         return "global"
-    return "local" if distance is not None and distance < threshold else "none"
+    return "local" if correlation_distance is not None and correlation_distance < threshold else "none"
 
 
 def best_verdict(verdicts: Sequence[str]) -> str:
@@ -161,17 +251,23 @@ def best_verdict(verdicts: Sequence[str]) -> str:
 
 
 def best_match(matches: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The match a candidate's verdict rests on: best verdict, then highest sscd (global) or smallest distance.
+    """The match a candidate's verdict rests on: best verdict, then highest sscd (global) or correlation.
 
     A picture that could not be read has no distance and comes last.
     """
 
     def order(match: dict[str, Any]) -> tuple[int, float, float]:
-        distance = match.get("distance")
+        distance = match.get("correlation_distance")
         near = -match["sscd"] if match["verdict"] == "global" else math.inf if distance is None else distance
         return VERDICTS.index(match["verdict"]), near, -match["sscd"]
 
     return min(matches, key=order) if matches else None
+
+
+def statistic_of(matches: Sequence[Mapping[str, Any]], match_mask: str) -> float | None:
+    """Smallest correlation distance over all comparisons of all images of a caption; None where there is none."""
+    found = [match.get(f"correlation_distance_{match_mask}") for match in matches]
+    return min((value for value in found if value is not None), default=None)
 
 
 def encode_reference(pixels: Pixels | None) -> bytes | None:
@@ -179,5 +275,5 @@ def encode_reference(pixels: Pixels | None) -> bytes | None:
     if pixels is None:
         return None
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG")
     return buffer.getvalue()

@@ -1,91 +1,64 @@
-"""`be-audit confirm`: regenerate the most suspicious captions and prove, or not, what was copied, from where."""
+"""`be-audit confirm`: regenerate the most suspicious captions and prove, or not, what was copied, from where.
+
+Verdict of an image: `global` when sscd > 0.5 against a training picture; else `local` when the correlation distance
+under the match mask to one is below the local threshold (audit/verdicts/null.py); else `none`. Matching needs no
+threshold: it runs beside generation, and what is decided can be decided again under another rate without it.
+"""
 
 from __future__ import annotations
 
 import os
 import time
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from audit.base.commits import read_table
 from audit.base.errors import AuditError
 from audit.base.facts import read_facts, to_json
-from audit.base.fingerprint import digest
-from audit.base.options import option
 from audit.base.stopping import Stop
 from audit.index import Index
-from audit.index.build import DEFAULT_INDEX
-from audit.run.run import DEFAULT_RUN, Run
-from audit.run.schema import DEFAULT_SCORE, MASKS, SCORES, VERDICTS, tensor_values
-from audit.run.select import best_rows, with_images
-from audit.run.stage import CONFIRM, SCAN, TRAJECTORIES, Stage, run_stage, sum_counts
-from audit.scores.calibrate import load_thresholds
-from audit.scores.config import DEVICE_HELP, ENGINES
+from audit.run.run import Run
+from audit.run.schema import MASKS, VERDICTS, tensor_values
+from audit.run.stage import CONFIRM, MATCH, SCAN, TRAJECTORIES, Stage, run_stage, sum_counts
 from audit.scores.trajectories import decode_png
-from audit.statistics.null import Null, NullFacts
-from audit.verdicts.compare import COPY, References, masks_at
-from audit.verdicts.null import local_null
+from audit.statistics.null import CAPTIONS, PICTURES, Null, NullFacts, sample_needed
+from audit.verdicts.beside import Beside
+from audit.verdicts.candidates import ConfirmConfig, choose
+from audit.verdicts.compare import COPY, References, statistic_of
+from audit.verdicts.crops import TrainingCrops
+from audit.verdicts.null import NullPictures, check_pictures, draw_pictures, pictures_null, threads
 
-DEFAULT_TOP_K = 100
-SHARD_IMAGES = 32  # trajectories a shard: what a kill can lose
+if TYPE_CHECKING:
+    from pipelines.descriptor import Descriptor
+
 NULL_FILE = "stages/null.json"
 
 
 @dataclass(frozen=True)
-class ConfirmConfig:
-    """Which rows to confirm, against what, and how strictly. Every field is a flag of `be-audit confirm`."""
-
-    run: str = option(DEFAULT_RUN, "Run folder.", argument=True, envvar="BE_AUDIT_RUN")
-    index: str = option(DEFAULT_INDEX, "Index of the training pictures.", envvar="BE_AUDIT_INDEX")
-    sscd: str | None = option(None, "Copy descriptor file; default the one the index was made with.")
-    by: str = option(DEFAULT_SCORE, "Score the candidates are picked by.", choices=SCORES)
-    threshold: float | None = option(None, "Candidates: rows scored above this.")
-    thresholds: str | None = option(None, "Candidates: rows above the threshold in this file (be-audit calibrate).")
-    top_fraction: float | None = option(None, "Candidates: this fraction of the captions.", min=0.0, max=1.0)
-    top_k: int | None = option(None, f"Candidates: this many; {DEFAULT_TOP_K} when nothing else is said.", min=1)
-    num_images: int = option(1, "Images generated of every candidate.", min=1)
-    neighbours: int = option(10, "Nearest training pictures every image is compared with.", min=1)
-    match_mask: str = option("energy", "Mask of the local verdict.", choices=tuple(MASKS))
-    match_fpr: float = option(0.01, "False-positive rate of the local verdict.", min=1e-6, max=0.5)
-    ls_threshold: float | None = option(None, "Local threshold of the masked distance, instead of calibrating it.")
-    null_pictures: int = option(1000, "Training pictures the local threshold is calibrated on.", min=20)
-    device: str = option("auto", DEVICE_HELP)
-    batch_size: int = option(32, "Latents in one U-Net call; halved when memory runs out.", min=1)
-    engine: str = option("local", "Where trajectories run.", choices=ENGINES)
-    workers: int = option(0, "Worker processes; 0 is one a GPU.", min=0)
-    max_error_rate: float = option(
-        0.05, "A shard with a larger share of failed images is not committed.", min=0.0, max=1.0
-    )
-    max_shard_retries: int = option(3, "Tries of a shard before it is given up.", min=1)
-    replace: bool = option(False, "Discard an earlier confirm that was begun differently.")
-
-
-@dataclass(frozen=True)
-class TrajectoriesFingerprint:
-    """What the generated images depend on beside the run: which rows, by which score, and how many images of each."""
-
-    by: str
-    candidates: int
-    rows: str
-    num_images: int
-
-
-@dataclass(frozen=True)
-class ConfirmFingerprint:
-    """What a verdict depends on: the images, the index and its descriptor, and the flags of the comparison."""
+class MatchFingerprint:
+    """What a match depends on: the images, the index and its descriptor, and how many pictures are compared."""
 
     trajectories: str
     index: str
     descriptor: str
     neighbours: int
+
+
+@dataclass(frozen=True)
+class ConfirmFingerprint:
+    """What a verdict depends on: the matches, and the flags of the threshold."""
+
+    match: str
+    index: str
     match_mask: str
     match_fpr: float
     ls_threshold: float | None
-    null_pictures: int
+    null: str
+    null_pictures: int | None
 
 
 @dataclass(frozen=True)
@@ -125,16 +98,13 @@ class ConfirmSummary:
         counts = ", ".join(f"{self.verdicts[name]} {name}" for name in shown)
         lines = [f"{self.run}: {self.candidates} candidates: {counts} ({self.seconds:.1f} s)."]
         null = self.null
-        if null.pictures:
-            low, high = null.low, null.high
-            between = f"at most {high:.4g}" if np.isinf(low) else f"[{low:.4g}, {high:.4g}]"
-            local = f"masked distance < {null.threshold:.4g}" if np.isfinite(null.threshold) else "none"
+        if len(null):
+            low, high = null.rate
+            source = "different training pictures" if null.source == PICTURES else "clean captions"
             lines.append(
-                f"global: sscd > {COPY:g}. local: {local} (95 % {between}; "
-                f"false-positive rate {null.fpr:g} a candidate, from {null.pictures} training pictures)."
+                f"global: sscd > {COPY:g}. local: correlation distance < {null.threshold:.4g}, for a false-positive "
+                f"rate of {null.fpr:g} a candidate (95 % {low:.2g} to {high:.2g}, from {len(null):,} {source})."
             )
-            if np.isinf(low) or np.isinf(null.threshold):
-                lines.append(f"{null.pictures} pictures are few for that rate: index more, or raise --match-fpr.")
         elif np.isinf(null.threshold):
             what = "no image was generated" if self.failed else "the index holds no pixels"
             lines.append(f"No local threshold: {what}; only global copies can be told.")
@@ -154,7 +124,7 @@ def confirm(config: ConfirmConfig, stop: Stop | None = None) -> ConfirmSummary:
     """Confirm a run's candidates, or go on with a confirm that was begun.
 
     Raises:
-        AuditError: no run, no index, another descriptor, or a confirm begun differently.
+        AuditError: no run, no index, another descriptor, too small a null for the rate, or a confirm begun differently.
         Drained: `stop` asked to.
         Broken: every worker failed shard after shard; no verdict was begun that needs what is missing.
     """
@@ -162,43 +132,65 @@ def confirm(config: ConfirmConfig, stop: Stop | None = None) -> ConfirmSummary:
     run = Run.open(config.run)
     index = Index.open(config.index)
     descriptor = index.load_descriptor(config.sscd, config.device)
-    # 1. candidates, and images of them
-    trajectories = _begin_trajectories(run, config)
-    generated = run_stage(trajectories, trajectories.missing(), config, stop)
-    # 2. the local threshold: one for all verdicts of this confirm, however often it is gone on with
-    fingerprint = ConfirmFingerprint(
-        trajectories=trajectories.facts.digest,
+    _check_scan(run)
+    # 1. which captions, and whether their rate can be promised at all: nothing is generated where it cannot
+    fingerprint, images = choose(run, config)
+    source = None if config.ls_threshold is not None else PICTURES if fingerprint.clean is None else CAPTIONS
+    pictures = _null_pictures(run, index, config) if source == PICTURES else None
+    trajectories = Stage.begin(run, TRAJECTORIES, fingerprint, images, _recorded(config), config.replace)
+    # 2. images, and beside them their matches, which need no threshold
+    captions = images.filter(pc.equal(images["image_index"], 0)).drop_columns(["image_index"])
+    asked = MatchFingerprint(trajectories.facts.digest, index.fingerprint, descriptor.sha256, config.neighbours)
+    matching = Stage.begin(run, MATCH, asked, captions, _recorded(config), config.replace)
+    with Beside(matching, trajectories, config, stop):
+        generated = run_stage(trajectories, trajectories.missing(), config, stop)
+    ready = trajectories.done()
+    matched = run_stage(matching, [shard for shard in matching.missing() if shard in ready], config, stop)
+    # 3. the local threshold: one for all verdicts of this confirm, however often it is gone on with
+    verdicts = ConfirmFingerprint(
+        match=matching.facts.digest,
         index=index.fingerprint,
-        descriptor=descriptor.sha256,
-        neighbours=config.neighbours,
         match_mask=config.match_mask,
         match_fpr=config.match_fpr,
         ls_threshold=config.ls_threshold,
-        null_pictures=config.null_pictures,
+        null="given" if source is None else source,
+        null_pictures=None if pictures is None else len(pictures),
     )
-    first = pc.equal(trajectories.items["image_index"], 0)
-    items = trajectories.items.filter(first).drop_columns(["image_index"])
-    stage, null = _begin_verdicts(run, trajectories, index, fingerprint, items, config)
-    # 3. verdicts of what was generated
-    ready = trajectories.done()
+    candidates = captions.filter(pc.invert(captions["clean"])).drop_columns(["clean"])
+    stage = Stage.find(run, CONFIRM)
+    known = read_null(run)
+    if stage is None or known is None or known.confirm != stage.facts.digest or stage.differs(verdicts):
+        if config.ls_threshold is not None:
+            null = Null.given(config.ls_threshold, config.match_fpr)
+        elif source == CAPTIONS:
+            null = _captions_null(matching, config)
+        else:
+            null = _find_null(trajectories, pictures, index, descriptor, config)
+        stage = Stage.begin(run, CONFIRM, verdicts, candidates, _recorded(config), config.replace)
+        run.folder.write(NULL_FILE, to_json(NullFacts.of(null, stage.facts.digest)))
+    else:
+        null = known.null()
+    # 4. verdicts of what was matched
+    ready = matching.done()
     outcome = run_stage(stage, [shard for shard in stage.missing() if shard in ready], config, stop)
     counts = sum_counts(stage.done().values())
+    committed = (generated, matched, outcome)
     return ConfirmSummary(
         run=config.run,
         candidates=stage.items.num_rows,
         verdicts={name: counts.get(name, 0) for name in VERDICTS},
         null=null,
-        failed=sum_counts(ready.values()).get("error", 0),
-        quarantined=generated.quarantined + outcome.quarantined,
+        failed=sum_counts(trajectories.done().values()).get("error", 0),
+        quarantined=[shard for each in committed for shard in each.quarantined],
         unreadable=counts.get("unreadable", 0),
-        committed_now=len(generated.committed) + len(outcome.committed),
+        committed_now=sum(len(each.committed) for each in committed),
         seconds=time.monotonic() - started,
     )
 
 
 def resume(run: Run, stop: Stop | None = None) -> None:
     """Go on with a run's confirm as it was begun (`verify --repair`)."""
-    stage = Stage.find(run, CONFIRM) or Stage.open(run, TRAJECTORIES)
+    stage = Stage.find(run, CONFIRM) or Stage.find(run, MATCH) or Stage.open(run, TRAJECTORIES)
     confirm(replace(stage.config(ConfirmConfig), run=run.url, replace=False), stop)
 
 
@@ -212,83 +204,50 @@ def read_null(run: Run) -> NullFacts | None:
 
 
 def _recorded(config: ConfirmConfig) -> ConfirmConfig:
-    """As the stage keeps it: a local index by its absolute path, to be found from elsewhere."""
-    return replace(config, index=config.index if "://" in config.index else os.path.abspath(config.index))
+    """As a stage keeps it: local files by absolute paths, to be found from elsewhere."""
+    index, clean = (
+        path if path is None or "://" in path else os.path.abspath(path) for path in (config.index, config.clean)
+    )
+    return replace(config, index=index or config.index, clean=clean)
 
 
-def _begin_trajectories(run: Run, config: ConfirmConfig) -> Stage:
-    """Pick the candidates and begin their trajectories; the scan must be complete, or the best would be missing."""
+def _check_scan(run: Run) -> None:
+    """The scan must be complete, or the best-scored captions would be missing."""
     scan = Stage.open(run, SCAN)
     left = scan.missing()
     if left:
         raise AuditError(
             f"{run.url}: {len(left)} of {len(scan.shards)} shards are not scanned yet: go on with `be-audit scan`"
         )
-    threshold, by = config.threshold, config.by
-    if config.thresholds is not None:
-        if threshold is not None:
-            raise AuditError("--threshold and --thresholds: give one of them")
-        threshold = load_thresholds(config.thresholds, run).threshold(by)
-    top_k = config.top_k
-    if top_k is None and threshold is None and config.top_fraction is None:
-        top_k = DEFAULT_TOP_K
-    chosen = best_rows(run, by, top_k, config.top_fraction, threshold)
-    if not chosen.num_rows:
-        raise AuditError(f"{run.url}: no caption scores above {threshold:g} by {by}: nothing to confirm")
-    rows = digest({"row_ids": chosen["row_id"].to_pylist()})
-    fingerprint = TrajectoriesFingerprint(by, chosen.num_rows, rows, config.num_images)
-    per_shard = max(1, SHARD_IMAGES // config.num_images)
-    shards = pa.array(np.arange(chosen.num_rows) // per_shard, pa.int32())
-    items = with_images(chosen.append_column("shard", shards), config.num_images)
-    return Stage.begin(run, TRAJECTORIES, fingerprint, items, _recorded(config), config.replace)
 
 
-def _begin_verdicts(
-    run: Run,
-    trajectories: Stage,
-    index: Index,
-    fingerprint: ConfirmFingerprint,
-    items: pa.Table,
-    config: ConfirmConfig,
-) -> tuple[Stage, Null]:
-    """Begin the stage of verdicts, or find it, with the threshold it was begun with."""
-    begun, stored = Stage.find(run, CONFIRM), read_null(run)
-    known = stored if begun is not None and stored is not None and stored.confirm == begun.facts.digest else None
-    if known is None or begun is None or begun.differs(fingerprint):
-        null = _find_null(run, trajectories, index, config)
-        stage = Stage.begin(run, CONFIRM, fingerprint, items, _recorded(config), config.replace)
-        run.folder.write(NULL_FILE, to_json(NullFacts.of(null, stage.facts.digest)))
-        return stage, null
-    return begun, known.null()
+def _null_pictures(run: Run, index: Index, config: ConfirmConfig) -> NullPictures | None:
+    """The training pictures of the null; None where the index holds no pixels, and nothing local can be decided."""
+    if not len(index) or References(index, (1, 1)).pixels(int(index.ids()[0])) is None:
+        return None
+    sample = max(config.null_pictures, sample_needed(config.match_fpr, config.num_images))
+    found = draw_pictures(index, config.neighbours + 1, sample, run.fingerprint.seed)
+    check_pictures(found, index, config.match_fpr, config.num_images)
+    return found
 
 
-def _find_null(run: Run, trajectories: Stage, index: Index, config: ConfirmConfig) -> Null:
-    """The local threshold: given, or calibrated on the index under this run's own match masks."""
-    if config.ls_threshold is not None:
-        return Null.given(config.ls_threshold, config.match_fpr)
+def _find_null(
+    trajectories: Stage, pictures: NullPictures | None, index: Index, descriptor: Descriptor, config: ConfirmConfig
+) -> Null:
+    """The null of training pictures under the match masks of the candidates' images."""
     masks, size = _run_masks(trajectories, MASKS[config.match_mask])
-    if not len(index) or not len(masks):
+    if pictures is None or not len(masks):
         return Null.given(-np.inf, config.match_fpr)
-    references = References(index, size)
-    if references.pixels(int(index.ids()[0])) is None:  # made from embeddings: nothing local can be decided
-        return Null.given(-np.inf, config.match_fpr)
-    return local_null(
-        index,
-        references,
-        masks_at(masks, size),
-        config.neighbours,
-        config.match_fpr,
-        config.num_images,
-        config.null_pictures,
-        run.fingerprint.seed,
-    )
+    with threads() as pool:
+        crops = TrainingCrops(References(index, size), descriptor, pool)
+        return pictures_null(pictures, crops, masks, config.match_fpr, config.num_images)
 
 
 def _run_masks(trajectories: Stage, column: str, at_most: int = 256) -> tuple[NDArray[np.float32], tuple[int, int]]:
     """Match masks of the run's own trajectories, [N, h, w], and the size of its images.
 
     They are spread over all candidates: the best-scored ones have more concentrated masks than the others, under which
-    distances are larger, and a threshold from them alone would be too lenient with the rest.
+    pictures differ otherwise, and a threshold from them alone would not be that of the rest.
     """
     masks: list[NDArray[np.float32]] = []
     size = (0, 0)
@@ -308,3 +267,22 @@ def _run_masks(trajectories: Stage, column: str, at_most: int = 256) -> tuple[ND
 def _spread(count: int, at_most: int) -> NDArray[np.int64]:
     """At most so many places among `count`, evenly spread."""
     return np.unique(np.linspace(0, count - 1, min(count, at_most)).round().astype(np.int64))
+
+
+def _captions_null(matching: Stage, config: ConfirmConfig) -> Null:
+    """The null of the clean captions' own images, under their own masks, with as many comparisons."""
+    clean = set(matching.items.filter(matching.items["clean"])["row_id"].to_pylist())
+    statistics, copies = [], 0
+    for shard in sorted(matching.done()):
+        for row in read_table(matching.run.folder, matching.file(shard)).to_pylist():
+            value = statistic_of(row["matches"], config.match_mask) if row["row_id"] in clean else None
+            if value is not None and row["num_images"] == config.num_images:
+                statistics.append(value)
+                copies += any(match["sscd"] > COPY for match in row["matches"])
+    needed = sample_needed(config.match_fpr, 1)
+    if len(statistics) < needed:
+        raise AuditError(
+            f"{matching.run.url}: only {len(statistics):,} of {len(clean):,} clean captions have images that could be "
+            f"compared, {needed:,} are needed for a rate of {config.match_fpr:g}: be-audit status {matching.run.url}"
+        )
+    return Null.of(CAPTIONS, np.array(statistics), config.match_fpr, copies=copies)

@@ -1,62 +1,155 @@
-"""The local threshold, without labels: a low quantile of the masked distance between DIFFERENT training pictures."""
+"""What images look like that copy nothing: of clean captions, or, where there are none, different training pictures."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from audit.base.errors import AuditError
+from audit.base.progress import Progress
 from audit.index import Index
-from audit.statistics.null import Null
-from audit.verdicts.compare import COPY, Masks, References, masked_distances
+from audit.statistics.null import PICTURES, Null, sample_needed
+from audit.verdicts.compare import COPY, MaskedImage, Masks
+from audit.verdicts.crops import TrainingCrops
 
-_SPARE = 8  # neighbours asked for beyond k, since near-duplicates are left out
+_SPARE = 8  # neighbours asked for beyond those compared, since near-duplicates are left out
+_SEARCHED, _COMPARED = 256, 16  # pictures at a time: what is compared together stays in memory with its neighbours
+NEAR = 0.25  # a cosine of whole pictures from which their crops are looked at: no crop seen doubles a cosine
 
 
-def local_null(
-    index: Index, references: References, masks: Masks, k: int, fpr: float, num_images: int, sample: int, seed: int
-) -> Null:
-    """Calibrate the local threshold on pairs of different training pictures.
+@dataclass(frozen=True)
+class NullPictures:
+    """Different training pictures, before a mask is known.
 
-    Of a seeded sample of indexed pictures, each under one mask drawn from the run, the smallest masked distance to the
-    k nearest other pictures. Near-duplicates (sscd > 0.5) are repeats in the training set, not different pictures:
-    such pairs are left out, and of a group of them only the first picture is sampled. So a data set full of repeats
-    neither hides its own copies nor moves the threshold.
+    Attributes:
+        keys: hash of each sampled picture, uint64 [n]: which mask it is given.
+        ids: of the sampled pictures, [n].
+        others: of each (id, sscd) of its nearest different pictures, nearest first.
+        near_duplicates: pairs left out.
+    """
+
+    keys: NDArray[np.uint64]
+    ids: NDArray[np.int64]
+    others: list[list[tuple[int, float]]]
+    near_duplicates: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def draw_pictures(index: Index, comparisons: int, sample: int, seed: int) -> NullPictures:
+    """A seeded sample of indexed pictures with their nearest different ones; only vectors are read.
+
+    Near-duplicates (sscd > 0.5) are repeats in the training set, not different pictures: such pairs are left out, and
+    of a group of them only the first picture is sampled. So a data set full of repeats neither hides its own copies nor
+    moves the threshold.
 
     Args:
-        masks: match masks of the run at pixel size, [N, H, W].
+        index: the pictures.
+        comparisons: pictures each is compared with: as many as a generated image is.
         sample: pictures to use, at most.
-    Raises:
-        AuditError: fewer than 20 pictures can be compared.
+        seed: of the sample; what is added to the index later does not reshuffle it.
     """
     ids = index.ids()
     keys = _hash(ids, seed)
-    order = np.argsort(keys, kind="stable")  # by hash: what is added to the index later does not reshuffle the sample
-    best: list[float] = []
+    order = np.argsort(keys, kind="stable")
+    drawn: list[int] = []
+    others: list[list[tuple[int, float]]] = []
     near = 0
-    for start in range(0, len(order), 64):
-        block = ids[order[start : start + 64]]
-        found, cosines = index.search(index.vectors(block), min(len(index), k + 1 + _SPARE))
-        for row, id in enumerate(block):
-            others = (found[row] != id) & (found[row] >= 0)
-            repeats = others & (cosines[row] > COPY)
-            near += int(repeats.sum())
-            if (found[row][repeats] < id).any():
-                continue
-            nearest = found[row][others & ~repeats][:k]
-            own = references.pixels(int(id))
-            pixels = [each for each in (references.pixels(int(other)) for other in nearest) if each is not None]
-            if own is not None and pixels:
-                mask = masks[int(keys[order[start + row]] % np.uint64(len(masks)))]
-                best.append(float(masked_distances(own, pixels, mask[None]).min()))
-        if len(best) >= sample:
+    for start in range(0, len(order), _SEARCHED):
+        if len(drawn) >= sample:
             break
-    if len(best) < 20:
+        block = order[start : start + _SEARCHED]
+        found, cosines = index.search(index.vectors(ids[block]), min(len(index), comparisons + 1 + _SPARE))
+        for row, at in enumerate(block):
+            different = (found[row] != ids[at]) & (found[row] >= 0)
+            repeats = different & (cosines[row] > COPY)
+            near += int(repeats.sum())
+            if (found[row][repeats] < ids[at]).any():
+                continue
+            kept = np.flatnonzero(different & ~repeats)[:comparisons]
+            drawn.append(int(at))
+            others.append([(int(found[row][n]), float(cosines[row][n])) for n in kept])
+    return NullPictures(keys[drawn[:sample]], ids[drawn[:sample]], others[:sample], near)
+
+
+def check_pictures(found: NullPictures, index: Index, fpr: float, num_images: int) -> None:
+    """Raise AuditError where so few pictures can promise no such rate."""
+    needed = sample_needed(fpr, num_images)
+    if len(found) < needed:
+        images = f" with {num_images} images a candidate" if num_images > 1 else ""
         raise AuditError(
-            f"{index.folder.url}: only {len(best)} pictures to calibrate the local threshold on, 20 are needed: "
-            "index more pictures, or give --ls-threshold"
+            f"{index.folder.url}: {len(found):,} different pictures cannot tell a false-positive rate of {fpr:g}"
+            f"{images}, {needed:,} are needed: index more pictures, raise --match-fpr, make fewer --num-images, name "
+            "captions known to be clean with --clean, or give --ls-threshold"
         )
-    return Null.of(np.array(best[:sample]), fpr, num_images, near)
+
+
+def pictures_null(found: NullPictures, crops: TrainingCrops, masks: Masks, fpr: float, num_images: int) -> Null:
+    """The null of different training pictures, each under one mask drawn from the run, on all cores.
+
+    Of each sampled picture the smallest correlation distance to its nearest others. A candidate has the chances of
+    `num_images` of them. Pairs that are near-duplicates by their training crops are left out too.
+
+    Args:
+        found: the pictures.
+        crops: descriptors of their crops, with the pictures.
+        masks: match masks of the run at latent size, [N, h, w].
+        fpr: false-positive rate a candidate.
+        num_images: images a candidate.
+    Raises:
+        AuditError: too few of the pictures could be read.
+    """
+    references, index = crops.references, crops.references.index
+    near = found.near_duplicates
+    smallest: list[float] = []
+
+    def compare(place: int, others: list[int]) -> float | None:
+        own = references.pixels(int(found.ids[place]))
+        if own is None:
+            return None
+        mask = masks[int(found.keys[place] % np.uint64(len(masks)))]
+        image = MaskedImage(own, mask[None])
+        pictures = (pixels for id in others if (pixels := references.pixels(id)) is not None)
+        return min((float(image.compare(each).correlation_distances[0]) for each in pictures), default=None)
+
+    with Progress(len(found), "pictures", "null") as progress:
+        for block in _blocks(len(found)):
+            ids = [int(found.ids[place]) for place in block]
+            close = [id for place in block for id, cosine in found.others[place] if cosine > NEAR]
+            crops.describe([*ids, *close])
+            different = []
+            for place, id in zip(block, ids, strict=True):
+                crop = crops.vector(id)
+                vector = index.vectors([id])[0] if crop is None else crop
+                # where nothing was cut off, neither is compared by more than the index knows
+                new = [n for n, c in found.others[place] if c <= NEAR or crops.larger(vector, n, c) <= COPY]
+                near += len(found.others[place]) - len(new)
+                different.append(new)
+            smallest += [value for value in crops.pool.map(compare, block, different) if value is not None]
+            progress.add(len(block))
+    needed = sample_needed(fpr, num_images)
+    if len(smallest) < needed:
+        raise AuditError(
+            f"{index.folder.url}: only {len(smallest):,} of its pictures could be read and compared, {needed:,} are "
+            f"needed for a false-positive rate of {fpr:g}: build the index again, or give --ls-threshold"
+        )
+    return Null.of(PICTURES, np.array(smallest), fpr, num_images, near)
+
+
+def threads() -> ThreadPoolExecutor:
+    """Threads that read and compare pictures: numpy and decoders let go of the interpreter; reading waits for disks."""
+    return ThreadPoolExecutor(max(4, os.cpu_count() or 1), thread_name_prefix="match")
+
+
+def _blocks(count: int) -> Iterator[range]:
+    for start in range(0, count, _COMPARED):
+        yield range(start, min(start + _COMPARED, count))
 
 
 def _hash(ids: NDArray[np.int64], seed: int) -> NDArray[np.uint64]:

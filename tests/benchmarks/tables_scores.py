@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from audit import testbed
 from audit.index import Index, IndexConfig, build_index
-from audit.verdicts.compare import References, match_image
+from audit.verdicts.compare import Neighbour, References, match_image
 from pipelines import formulas
 from pipelines.attention import TOKENS
 from tests.benchmarks import published
@@ -124,13 +124,14 @@ def matches(passes: Passes, first: Arrays, whole: Arrays, work: Path) -> Arrays:
     nothing = dict.fromkeys(("key", "url", "caption"))
     for row, image in enumerate(whole["images"]):
         near = [
-            (int(id), float(cosine), rank) for rank, (id, cosine) in enumerate(zip(ids[row], cosines[row], strict=True))
+            Neighbour(int(id), float(cosine), rank)
+            for rank, (id, cosine) in enumerate(zip(ids[row], cosines[row], strict=True))
         ]
         if own[row] is not None and own[row] not in ids[row]:
-            near.append((own[row], float(index.vectors([own[row]])[0] @ vectors[row]), -1))
+            near.append(Neighbour(own[row], float(index.vectors([own[row]])[0] @ vectors[row]), -1))
         facts = {id: nothing for id, _, _ in near}
         at = {name: values[row] for name, values in masks.items()}
-        found = match_image(image, 0, at, "energy", near, own[row], references, facts, float("-inf"), None)
+        found = match_image(image, 0, at, near, own[row], references, facts)
         for name in MATCH_SCORES:
             best[name].append(max(match[name] for match in found))
     return {name: np.array(values) for name, values in best.items()}

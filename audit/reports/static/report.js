@@ -10,7 +10,7 @@ const BE_AUDIT = (() => {
   const more = new Map(); // template -> how many of its captions are shown
   const details = new Map(); // row id -> promise of its detail
   const arrived = new Map(); // row id -> what to call with its detail
-  const RISING = new Set(["caption", "verdict", "best_p_value", "best_distance"]); // sorted upwards at first
+  const RISING = new Set(["caption", "verdict", "p_value", "q_value", "best_distance", "best_correlation_distance"]); // sorted upwards at first
   const MEMBERS = 50;
   let data, col, haystack, lower, rank, entries = [];
 
@@ -108,7 +108,7 @@ const BE_AUDIT = (() => {
       { name: "caption", title: "Caption" },
       { name: state.score, title: state.score, text: data.about[state.score], number: true },
     ];
-    for (const [name, title] of [["best_sscd", "SSCD"], ["best_p_value", "p-value"]]) {
+    for (const [name, title] of [["best_sscd", "SSCD"], ["q_value", "q-value"]]) {
       if (col[name]) shown.push({ name, title, text: data.about[name], number: true });
     }
     shown.push({ name: "occurrences", title: "Rows", text: data.about.occurrences, number: true });
@@ -356,13 +356,13 @@ const BE_AUDIT = (() => {
     return el("section", {}, el("h3", {}, title), list(pairs));
   }
 
-  const MATCH = ["sscd", "distance", "p_value", "s", "ls", "ls_norm", "ls_energy", "ls_score", "rank"];
+  const MATCH = ["sscd", "correlation_distance", "distance", "s", "ls", "ls_norm", "ls_energy", "ls_score", "rank"];
   const matchNumbers = (best) => best && numbers("The match", MATCH, (name) => best[name]);
   const scoreNumbers = (row) =>
-    numbers("Scores of the caption", [...data.scores, "ld_std", "mask_source", "verdict_images", "num_images", "num_tokens"], (name) => (col[name] ?? [])[row]);
+    numbers("Scores of the caption", [...data.scores, "ld_std", "mask_source", "p_value", "q_value", "verdict_images", "num_images", "num_tokens"], (name) => (col[name] ?? [])[row]);
 
   function matches(found) {
-    const names = ["image_index", "rank", "verdict", "sscd", "distance", "p_value", "ls_norm", "ls_energy", "reference_key", "reference_url", "reference_caption"];
+    const names = ["image_index", "rank", "verdict", "sscd", "correlation_distance", "distance", "ls_norm", "ls_energy", "reference_key", "reference_url", "reference_caption"];
     const cell = (match, name) =>
       el("td", { class: typeof match[name] === "number" ? "number" : null },
         name === "verdict" ? badge(match[name]) : name === "reference_url" ? source(match[name]) : typeof match[name] === "string" ? el("bdi", { class: "clamp" }, match[name]) : figure(match[name]));

@@ -9,23 +9,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from scipy.stats import betabinom
 
 from audit import testbed
 from audit.base.errors import AuditError
 from audit.base.facts import read_facts, to_json
 from audit.index import Index, IndexConfig, build_index
-from audit.statistics.null import Null, NullFacts
+from audit.statistics.null import PICTURES, Null, NullFacts, sample_needed
 from audit.verdicts.compare import (
+    MaskedImage,
+    Neighbour,
     References,
     as_trained,
     best_match,
+    decide,
     gate,
-    masked_distances,
     masks_at,
     match_image,
     verdict_of,
 )
-from audit.verdicts.null import local_null
+from audit.verdicts.crops import TrainingCrops
+from audit.verdicts.null import check_pictures, draw_pictures, pictures_null, threads
 
 
 def flat(value: int, size: tuple[int, int] = (2, 2)) -> np.ndarray:
@@ -36,18 +40,61 @@ def test_masked_distance_by_hand() -> None:
     # one pixel of four differs by 255 in one channel and 51 in another: (1^2 + 0.2^2) = 1.04 under its weight
     image = flat(0)
     image[0, 1] = (255, 51, 0)
-    mask = np.array([[[0.1, 0.4], [0.2, 0.1]], [[1, 0], [1, 1]]], np.float32)
-    found = masked_distances(image, [flat(0), image], mask)
-    assert found[0, 0] == pytest.approx(0.4 * np.sqrt(1.04) / 0.2, rel=1e-6)  # mean of the mask is 0.2
-    assert found[0, 1] == 0
-    assert found[1, 0] == 0  # the second mask does not see the pixel
+    masked = MaskedImage(image, np.array([[[0.1, 0.4], [0.2, 0.1]], [[1, 0], [1, 1]]], np.float32))
+    far, same = masked.compare(flat(0)), masked.compare(image)
+    assert far.distances[0] == pytest.approx(0.4 * np.sqrt(1.04) / 0.2, rel=1e-6)  # mean of the mask is 0.2
+    assert far.distances[1] == 0  # the second mask does not see the pixel
+    assert far.plain == pytest.approx(np.sqrt(1.04), rel=1e-6)
+    assert same.distances.tolist() == [0, 0] and same.plain == 0
+
+
+def reference_correlation(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
+    """Weighted Pearson correlation, channels centred by themselves, in float64 and in so many words."""
+    weights = np.square(mask.astype(float)) / np.square(mask.astype(float)).sum()
+    x, y = a / 255.0, b / 255.0
+    x, y = (each - (weights[..., None] * each).sum((0, 1)) for each in (x, y))
+    of = lambda u, v: float((weights[..., None] * u * v).sum())  # noqa: E731
+    return of(x, y) / np.sqrt(of(x, x) * of(y, y))
+
+
+def test_correlation_distance_against_a_reference_in_float64() -> None:
+    rng = np.random.default_rng(0)
+    for size in ((8, 8), (65, 33)):
+        a = rng.integers(0, 256, (*size, 3)).astype(np.uint8)
+        near = np.clip(a + rng.normal(0, 20, a.shape), 0, 255).astype(np.uint8)
+        masks = rng.random((3, *size)).astype(np.float32) ** 4
+        masked = MaskedImage(a, masks)
+        for b in (near, rng.integers(0, 256, a.shape).astype(np.uint8), 255 - a):
+            expected = [1 - reference_correlation(a, b, mask) for mask in masks]
+            np.testing.assert_allclose(masked.compare(b).correlation_distances, expected, atol=2e-6)
+
+
+def test_plain_regions_are_no_evidence_and_brightness_is_no_difference() -> None:
+    rng = np.random.default_rng(1)
+    drawn = rng.integers(40, 160, (16, 16, 3)).astype(np.uint8)
+    mask = np.ones((1, 16, 16), np.float32)
+    blank = MaskedImage(flat(90, (16, 16)), mask)
+    assert blank.compare(flat(90, (16, 16))).distances[0] == 0
+    assert blank.compare(flat(90, (16, 16))).correlation_distances[0] == 1  # alike, but nothing is drawn there
+    assert blank.compare(drawn).correlation_distances[0] == 1
+    masked = MaskedImage(drawn, mask)
+    assert masked.compare(drawn).correlation_distances[0] == 0
+    assert masked.compare(drawn + np.uint8([60, 0, 20])).correlation_distances[0] == pytest.approx(0, abs=1e-5)
+    assert masked.compare(np.uint8(drawn // 2)).correlation_distances[0] == pytest.approx(0, abs=1e-3)
+
+
+def test_a_mask_that_sees_nothing_says_nothing() -> None:
+    found = MaskedImage(flat(3), np.zeros((1, 2, 2), np.float32)).compare(flat(9))
+    assert (found.distances[0], found.correlation_distances[0]) == (0, 1)
 
 
 def test_scaling_a_mask_changes_no_distance() -> None:
     rng = np.random.default_rng(0)
     a, b = (rng.integers(0, 256, (8, 8, 3)).astype(np.uint8) for _ in range(2))
     mask = rng.random((1, 8, 8)).astype(np.float32)
-    assert masked_distances(a, [b], mask)[0, 0] == pytest.approx(masked_distances(a, [b], 1000 * mask)[0, 0], rel=1e-5)
+    one, other = MaskedImage(a, mask).compare(b), MaskedImage(a, 1000 * mask).compare(b)
+    assert one.distances[0] == pytest.approx(other.distances[0], rel=1e-5)
+    assert one.correlation_distances[0] == pytest.approx(other.correlation_distances[0], rel=1e-5)
 
 
 def test_the_gate_is_strict_at_one_half() -> None:
@@ -72,10 +119,10 @@ def test_verdict(sscd: float, distance: float | None, verdict: str) -> None:
 
 
 def test_best_match_prefers_the_verdict_then_the_nearer() -> None:
-    local_far = {"verdict": "local", "sscd": 0.4, "distance": 0.9}
-    local_near = {"verdict": "local", "sscd": 0.3, "distance": 0.2}
-    copy_weak = {"verdict": "global", "sscd": 0.6, "distance": 9.0}
-    copy_strong = {"verdict": "global", "sscd": 0.9, "distance": 9.5}
+    local_far = {"verdict": "local", "sscd": 0.4, "correlation_distance": 0.9}
+    local_near = {"verdict": "local", "sscd": 0.3, "correlation_distance": 0.2}
+    copy_weak = {"verdict": "global", "sscd": 0.6, "correlation_distance": 9.0}
+    copy_strong = {"verdict": "global", "sscd": 0.9, "correlation_distance": 9.5}
     assert best_match([local_far, local_near]) is local_near
     assert best_match([local_near, copy_weak, copy_strong]) is copy_strong
     assert best_match([]) is None
@@ -100,21 +147,20 @@ def test_masks_at_pixel_size_are_bilinear() -> None:
     assert masks_at(mask, (4, 4))[0, 0].tolist() == pytest.approx([0, 0.25, 0.75, 1])
 
 
-def test_p_value_is_never_zero() -> None:
-    null = Null(np.array([1.0, 2.0, 3.0]), 1, 1, 1, 0.05, 0.05, 3, 0)
-    assert [null.p_value(d) for d in (0.5, 1.0, 2.5, 9)] == [1 / 4, 2 / 4, 3 / 4, 1]
-    stored = to_json(NullFacts.of(null, "digest"))
-    assert read_facts(NullFacts, stored, "null.json").null().p_value(2.5) == 3 / 4
-    nothing = Null.given(-np.inf, 0.1)
-    assert nothing.p_value(1.0) is None
-    assert read_facts(NullFacts, to_json(NullFacts.of(nothing, "digest")), "null.json").null().threshold == -np.inf
+def test_a_null_is_stored_as_it_is() -> None:
+    null = Null.of(PICTURES, np.array([3.0, 1.0, 2.0]), 0.5, draws=1, near_duplicates=4)
+    back = read_facts(NullFacts, to_json(NullFacts.of(null, "of")), "null.json").null()
+    np.testing.assert_array_equal(back.statistics, [1, 2, 3])
+    assert (back.threshold, back.draws, back.near_duplicates, back.fpr) == (null.threshold, 1, 4, 0.5)
+    nothing = read_facts(NullFacts, to_json(NullFacts.of(Null.given(-np.inf, 0.1), "of")), "null.json").null()
+    assert nothing.threshold == -np.inf and nothing.p_value(0.1) is None
 
 
 def test_a_verdict_rests_on_a_picture_that_could_be_read() -> None:
-    gone = {"verdict": "none", "sscd": 0.45, "distance": None}
-    far, near = ({"verdict": "none", "sscd": 0.3, "distance": distance} for distance in (2.0, 1.0))
+    gone = {"verdict": "none", "sscd": 0.45, "correlation_distance": None}
+    far, near = ({"verdict": "none", "sscd": 0.3, "correlation_distance": distance} for distance in (2.0, 1.0))
     assert best_match([gone, far, near]) is near and best_match([gone]) is gone
-    local = {"verdict": "local", "sscd": 0.2, "distance": 3.0}
+    local = {"verdict": "local", "sscd": 0.2, "correlation_distance": 3.0}
     assert best_match([gone, near, local]) is local
 
 
@@ -134,21 +180,47 @@ def test_match_image_by_hand() -> None:
         "energy_mask": np.array([[0.0, 1.0], [1.0, 1.0]], np.float32),
         "score_map": np.array([[4.0, 0.0], [0.0, 0.0]], np.float32),
     }
-    facts = {id: {"key": f"k{id}", "url": None, "caption": "c"} for id in (7, 8)}
-    neighbours, null = [(7, 0.3, 0), (8, 0.1, -1)], Null.given(0.5, 0.05)
-    stored = _Stored({7: flat(0), 8: None})
-    near, own = match_image(image, 2, masks, "energy", neighbours, 8, stored, facts, null)  # type: ignore[arg-type]
+    facts = {id: {"key": f"k{id}", "url": None, "caption": "c"} for id in (7, 8, 9)}
+    stored = _Stored({7: flat(0), 8: None, 9: image})
+    neighbours = [Neighbour(7, 0.3, 0), Neighbour(9, 0.2, 1), Neighbour(8, 0.1, -1)]
+    near, same, own = match_image(image, 2, masks, neighbours, 8, stored, facts)  # type: ignore[arg-type]
     root3 = np.sqrt(3.0)  # one pixel differs by 1 in three channels
     assert near["s"] == pytest.approx(-root3)
     assert near["ls"] == pytest.approx(-0.5 * root3)
     assert near["ls_norm"] == pytest.approx(-0.5 * root3 / 0.25)
-    assert near["ls_energy"] == 0  # the energy mask does not see the pixel: a perfect local match
+    assert near["ls_energy"] == 0  # the energy mask does not see the pixel
     assert near["ls_score"] == pytest.approx(-4 * root3)
-    assert (near["distance"], near["verdict"], near["own"]) == (0, "local", False)
-    assert (own["own"], own["rank"], own["verdict"], own["image_index"]) == (True, -1, "none", 2)
-    assert "distance" not in own  # its pixels are gone: sscd alone was compared
-    (copied,) = match_image(image, 0, masks, "energy", [(7, 0.6, 0)], None, stored, facts, null)  # type: ignore[arg-type]
-    assert (copied["verdict"], copied["s"], copied["ls_norm"]) == ("global", 0, 0)
+    assert near["distance_final"] == pytest.approx(0.5 * root3 / 0.25)
+    assert decide(near, "first", 0.5)["verdict"] == "none"  # flat under the mask: nothing to be alike
+    same = decide(same, "first", 0.5)
+    assert (same["correlation_distance"], same["distance"], same["verdict"]) == (0, 0, "local")
+    assert "distance_first" not in same
+    assert (own["own"], own["rank"], own["image_index"]) == (True, -1, 2)
+    assert "s" not in own and decide(own, "first", 0.5)["verdict"] == "none"  # its pixels are gone: sscd alone
+    (copied,) = match_image(image, 0, masks, [Neighbour(7, 0.6, 0)], None, stored, facts)  # type: ignore[arg-type]
+    assert (decide(copied, "energy", 0.5)["verdict"], copied["s"], copied["ls_norm"]) == ("global", 0, 0)
+
+
+def test_sscd_is_the_larger_of_whole_and_training_crop(tmp_path: object) -> None:
+    """A 3:1 picture, whose middle the model reproduces: the whole alone would hardly look like it."""
+    rows = pq.read_table(testbed.PICTURES).slice(0, 30).to_pylist()
+    panels = [np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")) for row in rows]
+    buffer = io.BytesIO()
+    Image.fromarray(np.hstack(panels[:3])).save(buffer, "PNG")
+    rows = [{**rows[0], "key": "wide", "image": {"bytes": buffer.getvalue(), "path": None}}, *rows[3:]]
+    pq.write_table(pa.Table.from_pylist(rows), f"{tmp_path}/wide.parquet")
+    build_index(IndexConfig(images=(f"{tmp_path}/wide.parquet",), output=f"{tmp_path}/ix", sscd="testbed"))
+    wide = Index.open(f"{tmp_path}/ix")
+    descriptor = wide.load_descriptor()
+    with threads() as pool:
+        crops = TrainingCrops(References(wide, (64, 64)), descriptor, pool)
+        crops.describe([0, 1])
+        vector = descriptor([panels[1]]).numpy()[0]
+        whole = float(wide.vectors([0])[0] @ vector)
+        assert whole < 0.5 and crops.larger(vector, 0, whole) == pytest.approx(1, abs=1e-3)
+        assert crops.vector(1) is None  # nothing was cut off a square
+        other = descriptor([panels[5]]).numpy()[0]
+        assert crops.larger(other, 1, 0.25) == 0.25
 
 
 # --- the null, on real pictures -----------------------------------------------------------------------------------
@@ -165,8 +237,14 @@ def some_masks(count: int = 40) -> np.ndarray:
     return masks_at(rng.random((count, 4, 4)).astype(np.float32), (64, 64))
 
 
+def null_of(index: Index, fpr: float, sample: int, num_images: int = 1) -> Null:
+    with threads() as pool:
+        crops = TrainingCrops(References(index, (64, 64)), index.load_descriptor(), pool)
+        return pictures_null(draw_pictures(index, 11, sample, 0), crops, some_masks(), fpr, num_images)
+
+
 def test_planted_near_duplicates_do_not_move_the_threshold(index: Index, tmp_path: object) -> None:
-    before = local_null(index, References(index, (64, 64)), some_masks(), 10, 0.05, 1, 400, 0)
+    before = null_of(index, 0.05, 400)
     rows = pq.read_table(testbed.PICTURES).to_pylist()
     planted = []
     for row in rows[:200]:  # re-encoded at a low quality: every one a near-duplicate of its picture
@@ -177,51 +255,48 @@ def test_planted_near_duplicates_do_not_move_the_threshold(index: Index, tmp_pat
     pq.write_table(pa.Table.from_pylist(rows + planted), file)
     build_index(IndexConfig(images=(file,), output=f"{tmp_path}/ix", sscd="testbed"))
     more = Index.open(f"{tmp_path}/ix")
-    after = local_null(more, References(more, (64, 64)), some_masks(), 10, 0.05, 1, 400, 0)
+    after = null_of(more, 0.05, 400)
     assert len(more) == len(index) + 200
     assert after.near_duplicates > before.near_duplicates
-    assert after.pictures == before.pictures == 400
+    assert len(after) == len(before) == 400
     assert after.threshold == pytest.approx(before.threshold, rel=0.02)
 
 
 def test_the_rate_holds_on_pictures_that_were_not_sampled(index: Index) -> None:
-    """Calibrated on 300 pictures, the share of fresh ones below the threshold is what was asked for."""
-    masks, references = some_masks(), References(index, (64, 64))
-    everything = local_null(index, references, masks, 10, 0.1, 1, 10_000, 0)
-    null = local_null(index, references, masks, 10, 0.1, 1, 300, 0)
-    fresh = np.setdiff1d(everything.distances, null.distances)
+    """Of m fresh pictures BetaBinomial(m, k, n + 1 - k) lie below the threshold of n: exact, both sides.
+
+    With a rate of twice what was asked for this fails with a chance of 9 in 10, with half of it of 7 in 10.
+    """
+    everything, null = null_of(index, 0.1, 10_000), null_of(index, 0.1, 300)
+    fresh = np.setdiff1d(everything.statistics, null.statistics)
     assert len(fresh) > 300
-    share = float((fresh < null.threshold).mean())
-    assert 0.05 < share < 0.16
+    below = int((null.statistics < null.threshold).sum()) + 1
+    promised = betabinom(len(fresh), below, len(null) + 1 - below)
+    assert promised.ppf(0.025) <= (fresh < null.threshold).sum() <= promised.ppf(0.975)
     assert null.low <= null.threshold <= null.high
+    for factor, power in ((2.0, 0.9), (0.5, 0.7)):
+        other = betabinom(len(fresh), factor * below, len(null) + 1 - factor * below)
+        caught = 1 - other.cdf(promised.ppf(0.975)) + other.cdf(promised.ppf(0.025) - 1)
+        assert caught > power
 
 
-@pytest.mark.parametrize(("sample", "fpr", "below"), [(400, 0.05, 19), (40, 0.05, 1), (99, 0.01, 0), (98, 0.01, None)])
+@pytest.mark.parametrize(("sample", "fpr", "below"), [(400, 0.05, 19), (40, 0.05, 1), (99, 0.01, 0)])
 def test_what_is_below_the_threshold_has_a_p_value_of_the_rate_at_most(
-    index: Index, sample: int, fpr: float, below: int | None
+    index: Index, sample: int, fpr: float, below: int
 ) -> None:
-    """19 null distances of 400 below: the next one would have p = 21 / 401. With 98 no p-value is as small as 1 %."""
-    null = local_null(index, References(index, (64, 64)), some_masks(), 10, fpr, 1, sample, 0)
-    if below is None:
-        assert null.threshold == -np.inf
-        return
-    assert int((null.distances < null.threshold).sum()) == below
+    """19 statistics of 400 below: the next one would have p = 21 / 401."""
+    null = null_of(index, fpr, sample)
+    assert int((null.statistics < null.threshold).sum()) == below
     just_below = float(np.nextafter(null.threshold, 0))
-    assert null.p_value(just_below) <= fpr < null.p_value(null.threshold + 1e-9) + 1 / (sample + 1)
+    assert null.p_value(just_below) <= fpr + 1e-12 < null.p_value(null.threshold + 1e-9) + 1 / (sample + 1)  # type: ignore[operator]
 
 
-def test_more_images_a_candidate_make_each_image_stricter(index: Index) -> None:
-    references = References(index, (64, 64))
-    one = local_null(index, references, some_masks(), 10, 0.1, 1, 400, 0)
-    four = local_null(index, references, some_masks(), 10, 0.1, 4, 400, 0)
-    assert four.per_image == pytest.approx(1 - 0.9**0.25)
-    assert four.threshold < one.threshold
-
-
-def test_too_few_pictures_to_calibrate_on_is_said(tmp_path: object) -> None:
-    file = f"{tmp_path}/few.parquet"
-    pq.write_table(pq.read_table(testbed.PICTURES).slice(0, 12), file)
-    build_index(IndexConfig(images=(file,), output=f"{tmp_path}/ix", sscd="testbed"))
-    few = Index.open(f"{tmp_path}/ix")
-    with pytest.raises(AuditError, match=r"only \d+ pictures .* --ls-threshold"):
-        local_null(few, References(few, (64, 64)), some_masks(), 5, 0.05, 1, 400, 0)
+def test_sixteen_images_a_candidate_have_a_finite_threshold_or_a_line_that_says_what_they_need(index: Index) -> None:
+    few, enough = draw_pictures(index, 11, 400, 0), draw_pictures(index, 11, sample_needed(0.05, 16), 0)
+    with pytest.raises(
+        AuditError, match=r"400 different pictures cannot tell .* 0.01 with 16 images .* 1,592 are needed"
+    ):
+        check_pictures(few, index, 0.01, 16)
+    check_pictures(enough, index, 0.05, 16)
+    one, sixteen = null_of(index, 0.05, 400), null_of(index, 0.05, len(enough), 16)
+    assert len(enough) == 312 and np.isfinite(sixteen.threshold) and sixteen.threshold < one.threshold

@@ -1,0 +1,160 @@
+"""Which captions a confirm generates images of: the suspects, and the clean ones its null is made of."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from audit.base.errors import AuditError
+from audit.base.fingerprint import digest
+from audit.base.options import option
+from audit.base.storage import Folder
+from audit.captions import is_empty, plan_captions, read_shard
+from audit.index.build import DEFAULT_INDEX
+from audit.run.read import read_rows, read_scores
+from audit.run.run import DEFAULT_RUN, Run
+from audit.run.schema import DEFAULT_SCORE, MASKS, SCORES
+from audit.run.select import best_rows, distinct, with_images
+from audit.scores.calibrate import load_thresholds
+from audit.scores.config import DEVICE_HELP, ENGINES
+from audit.statistics.null import sample_needed
+
+DEFAULT_TOP_K = 100
+SHARD_IMAGES = 32  # trajectories a shard: what a kill can lose
+
+
+@dataclass(frozen=True)
+class ConfirmConfig:
+    """Which rows to confirm, against what, and how strictly. Every field is a flag of `be-audit confirm`."""
+
+    run: str = option(DEFAULT_RUN, "Run folder.", argument=True, envvar="BE_AUDIT_RUN")
+    index: str = option(DEFAULT_INDEX, "Index of the training pictures.", envvar="BE_AUDIT_INDEX")
+    sscd: str | None = option(None, "Copy descriptor file; default the one the index was made with.")
+    by: str = option(DEFAULT_SCORE, "Score the candidates are picked by.", choices=SCORES)
+    threshold: float | None = option(None, "Candidates: rows scored above this.")
+    thresholds: str | None = option(None, "Candidates: rows above the threshold in this file (be-audit calibrate).")
+    top_fraction: float | None = option(None, "Candidates: this fraction of the captions.", min=0.0, max=1.0)
+    top_k: int | None = option(None, f"Candidates: this many; {DEFAULT_TOP_K} when nothing else is said.", min=1)
+    num_images: int = option(1, "Images generated of every candidate.", min=1)
+    neighbours: int = option(10, "Nearest training pictures every image is compared with.", min=1)
+    match_mask: str = option("energy", "Mask of the local verdict.", choices=tuple(MASKS))
+    match_fpr: float = option(0.01, "False-positive rate of the local verdict.", min=1e-6, max=0.5)
+    ls_threshold: float | None = option(None, "Local threshold of the correlation distance; default calibrated.")
+    clean: str | None = option(None, "Calibrate on images of these captions, known to be clean: a file as scan takes.")
+    null_captions: int | None = option(
+        None,
+        "Calibrate on images of this many: of --clean (default all), or the run's own beyond the candidates.",
+        min=1,
+    )
+    null_pictures: int = option(1000, "Else on this many different training pictures, or more where K needs it.", min=1)
+    device: str = option("auto", DEVICE_HELP)
+    batch_size: int = option(32, "Latents in one U-Net call; halved when memory runs out.", min=1)
+    engine: str = option("local", "Where trajectories run.", choices=ENGINES)
+    workers: int = option(0, "Worker processes; 0 is one a GPU.", min=0)
+    max_error_rate: float = option(
+        0.05, "A shard with a larger share of failed images is not committed.", min=0.0, max=1.0
+    )
+    max_shard_retries: int = option(3, "Tries of a shard before it is given up.", min=1)
+    replace: bool = option(False, "Discard an earlier confirm that was begun differently.")
+
+
+@dataclass(frozen=True)
+class TrajectoriesFingerprint:
+    """What the generated images depend on beside the run: which captions, and how many images of each.
+
+    Attributes:
+        by: score the candidates are picked by; candidates: how many; rows: digest of their ids.
+        clean: digest of the clean captions the null is made of; null where it is made of training pictures.
+        num_images: of every caption.
+    """
+
+    by: str
+    candidates: int
+    rows: str
+    clean: str | None
+    num_images: int
+
+
+def choose(run: Run, config: ConfirmConfig) -> tuple[TrajectoriesFingerprint, pa.Table]:
+    """The captions to generate images of.
+
+    Returns:
+        The fingerprint, and a row an image: row_id (negative for captions that are no rows of the run), caption, score,
+        rank, clean, shard, image_index. Clean captions come last, in shards of their own.
+    Raises:
+        AuditError: nothing to confirm, or too few clean captions for the rate.
+    """
+    by = config.by
+    threshold = config.threshold
+    if config.thresholds is not None:
+        if threshold is not None:
+            raise AuditError("--threshold and --thresholds: give one of them")
+        threshold = load_thresholds(config.thresholds, run).threshold(by)
+    top_k = config.top_k
+    if top_k is None and threshold is None and config.top_fraction is None:
+        top_k = DEFAULT_TOP_K
+    chosen = best_rows(run, by, top_k, config.top_fraction, threshold)
+    if not chosen.num_rows:
+        raise AuditError(f"{run.url}: no caption scores above {threshold:g} by {by}: nothing to confirm")
+    rows = digest({"row_ids": chosen["row_id"].to_pylist()})
+    clean = _clean_captions(run, chosen, config)
+    fingerprint = TrajectoriesFingerprint(
+        by=by,
+        candidates=chosen.num_rows,
+        rows=rows,
+        clean=None if clean is None else digest({"captions": clean["caption"].to_pylist()}),
+        num_images=config.num_images,
+    )
+    per_shard = max(1, SHARD_IMAGES // config.num_images)
+    parts, first = [], 0
+    for table, is_clean in ((chosen, False), (clean, True)):
+        if table is not None:
+            shards = pa.array(first + np.arange(table.num_rows) // per_shard, pa.int32())
+            marks = pa.array(np.full(table.num_rows, is_clean))
+            parts.append(table.append_column("clean", marks).append_column("shard", shards))
+            first = shards[-1].as_py() + 1
+    return fingerprint, with_images(pa.concat_tables(parts), config.num_images)
+
+
+def _clean_captions(run: Run, chosen: pa.Table, config: ConfirmConfig) -> pa.Table | None:
+    """Captions of the null, like `chosen`; None where it is made of training pictures, or the threshold is given."""
+    if config.ls_threshold is not None or (config.clean is None and config.null_captions is None):
+        return None
+    if config.clean is not None:
+        where, known = f"--clean {config.clean}", _captions_of(config.clean)
+        count = len(known)
+    else:
+        where, scored = run.url, distinct(read_scores(run, ["row_id", "status", "duplicate_of"]))["row_id"]
+        others = scored.filter(pc.invert(pc.is_in(scored, chosen["row_id"].combine_chunks())))
+        count = len(others)
+    taken = count if config.null_captions is None else min(count, config.null_captions)
+    needed = sample_needed(config.match_fpr, 1)
+    if taken < needed:
+        few = f"{count:,} captions to make a null of" if count < needed else f"--null-captions {taken}"
+        raise AuditError(
+            f"{where}: {few}; a false-positive rate of {config.match_fpr:g} needs {needed:,}: give more, raise "
+            "--match-fpr, or leave it to training pictures"
+        )
+    at = pa.array(np.sort(np.random.default_rng(run.fingerprint.seed).permutation(count)[:taken]))
+    if config.clean is not None:
+        captions, row_ids = known.take(at), pa.array(-1 - at.to_numpy())
+    else:
+        row_ids = others.take(at).combine_chunks()
+        captions = read_rows(run, row_ids.to_numpy(), ["caption"])["caption"]
+    unknown = pa.nulls(taken)
+    columns = (row_ids, captions, unknown.cast(pa.float32()), unknown.cast(pa.int32()))
+    return pa.table(dict(zip(chosen.schema.names, columns, strict=True)))
+
+
+def _captions_of(file: str) -> pa.ChunkedArray:
+    """Distinct captions of a file, in order."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Folder(scratch)
+        plan = plan_captions([file], caption_col=None, keep_cols=(), limit=None, rows_per_shard=1 << 16, staging=folder)
+        tables = pa.concat_tables(read_shard(plan, shard, folder) for shard in range(len(plan)))
+    captions = tables["caption"].filter(pa.array(~is_empty(tables["caption"])))
+    return pa.chunked_array([captions.unique()])
