@@ -29,7 +29,7 @@ class MovingConfig:
     mask: str = option("final", "Mask of ld, of the unmitigated trajectory.", choices=tuple(MASKS))
     target: float | None = option(
         None,
-        "Stop at this loss; default the median of the run's captions (--prompt: 0.15 of its own).",
+        "Stop at this loss; default its median over clean captions of the run (--prompt: 0.15 of its own).",
         min=0.0,
     )
     threshold: float | None = option(None, "Trigger: mitigate only what scores above this; default all.")

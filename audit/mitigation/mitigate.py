@@ -18,10 +18,11 @@ from audit.base.options import option
 from audit.base.stopping import Stop
 from audit.index import Index
 from audit.mitigation.config import MovingConfig, find_clip, trigger_column
-from audit.run.read import dataset, read_scores, read_stage
+from audit.mitigation.target import clean_target
+from audit.run.read import dataset, read_stage
 from audit.run.run import DEFAULT_RUN, Run
 from audit.run.schema import COPIES, MITIGATED_COLUMNS, VERDICTS
-from audit.run.select import distinct, with_images
+from audit.run.select import with_images
 from audit.run.stage import CONFIRM, MITIGATE, TRAJECTORIES, Stage, run_stage
 from audit.scores.calibrate import load_thresholds
 from audit.scores.config import ENGINES
@@ -181,8 +182,9 @@ def _begin(run: Run, config: MitigateConfig) -> tuple[Stage, int]:
         threshold = load_thresholds(config.thresholds, run).threshold(by)
     target = config.target
     if target is None:
-        scores = distinct(read_scores(run, ["row_id", "status", "duplicate_of", by]))
-        target = float(np.nanmedian(scores[by].to_numpy()))
+        target = begun_target(run, confirmed, config)
+    if target is None:
+        target = clean_target(run, trajectories, config)
     fingerprint = MitigateFingerprint(
         confirm=confirmed.facts.digest,
         captions=chosen.num_rows,
@@ -200,6 +202,17 @@ def _begin(run: Run, config: MitigateConfig) -> tuple[Stage, int]:
     items = with_images(chosen, num_images)
     stage = Stage.begin(run, MITIGATE, fingerprint, items, recorded, config.replace)
     return stage, len(confirmed.missing())
+
+
+def begun_target(run: Run, confirmed: Stage, config: MitigateConfig) -> float | None:
+    """The target of the same mitigation begun earlier: measured once, whatever machine goes on with it."""
+    stage = Stage.find(run, MITIGATE)
+    if stage is None:
+        return None
+    begun = stage.fingerprint(MitigateFingerprint)
+    mask = None if config.loss == "magnitude" else config.mask
+    same = (begun.confirm, begun.loss, begun.mask) == (confirmed.facts.digest, config.loss, mask)
+    return begun.target if same else None
 
 
 def _folder_digest(folder: str) -> str:

@@ -36,7 +36,7 @@ from pipelines.alignment import load_clip
 
 pytestmark = pytest.mark.sampling
 STEPS = 5  # enough for the strongest copies
-LS_THRESHOLD = 30.0  # between the masked distances of these copies and of different pictures
+LS_THRESHOLD = 0.9  # between the correlation distances of these copies and of different pictures
 IMAGES = 11  # confirm's images a caption: two captions a shard
 
 
@@ -91,9 +91,12 @@ def test_copies_stop_copying_and_every_before_is_what_confirm_saw(run: MitigateC
     done = mitigate(run)
     assert (done.captions, done.images, done.untriggered, done.failed, done.exit_code) == (4, 4, 0, 0, 0)
     assert done.verdicts["global"][0] == 4 and done.verdicts["global"][1] == 0
-    scores = read_scores(Run.open(run.run))["magnitude"].to_numpy()  # ld of no mask: the scan has the energy mask
-    assert done.target == pytest.approx(np.median(scores))
     known = stored(run)
+    captions = read_scores(Run.open(run.run), ["row_id", "caption"]).to_pylist()
+    clean = [row["caption"] for row in captions if row["row_id"] not in known]
+    sampler = TrajectorySampler(load(find_model(str(testbed.PIPELINE)), "cpu", "float32"), steps=STEPS)
+    loss = sampler(clean, [0] * len(clean), decode=False).windows()["ld_first"]  # the loss itself, BE mask of each
+    assert len(clean) == 8 and done.target == pytest.approx(np.median(loss), rel=1e-4)
     clip = load_clip(testbed.CLIP, "cpu")
     index = Index.open(str(work / "index"))
     describe = index.load_descriptor()

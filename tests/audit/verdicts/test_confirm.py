@@ -31,7 +31,9 @@ from audit.run.stage import CONFIRM, REFINE, TRAJECTORIES, Stage
 from audit.run.verify import verify_run
 from audit.scores.scan import ScanConfig, scan
 from audit.scores.trajectories import decode_png
-from audit.verdicts.confirm import ConfirmConfig, _run_masks, confirm
+from audit.verdicts.candidates import ConfirmConfig
+from audit.verdicts.confirm import _run_masks, confirm, read_null
+from audit.verdicts.match_shard import own_pictures
 
 pytestmark = pytest.mark.sampling
 STEPS = 5  # enough for the strongest copies
@@ -128,7 +130,7 @@ def test_confirm_again_does_nothing_and_other_flags_are_refused(run: ConfirmConf
     assert {path: path.read_bytes() for path in Path(run.run).rglob("*") if path.is_file()} == before
     images = Stage.open(Run.open(run.run), TRAJECTORIES).ledger.done()
     again = confirm(replace(small, match_mask="final", replace=True))
-    assert again.committed_now == 1  # new verdicts, the same images
+    assert again.committed_now == 1  # new verdicts, the same images and matches
     assert Stage.open(Run.open(run.run), TRAJECTORIES).ledger.done() == images
 
 
@@ -191,9 +193,11 @@ def test_a_report_by_a_score_of_trajectories_is_ranked_by_it(run: ConfirmConfig)
     confirm(run)
     found = find_flagged(Run.open(run.run), "ld_first", None, None)
     assert len(found.scores) == 24 and (np.diff(found.scores) <= 0).all()
-    for verdict in ("global", "local", "none"):
-        scores = found.table.filter(pc.equal(found.table["verdict"], verdict))["score"].to_numpy()
-        assert (np.diff(scores) <= 0).all()
+    scores = found.table.filter(pc.equal(found.table["verdict"], "none"))["score"].to_numpy()
+    assert (np.diff(scores) <= 0).all()
+    for verdict in ("global", "local"):  # the surest first
+        q = found.table.filter(pc.equal(found.table["verdict"], verdict))["q_value"].to_numpy()
+        assert len(q) and (np.diff(q) >= 0).all()
     assert found.table["score"].to_pylist() == found.table["ld_first"].to_pylist()
 
 
@@ -206,7 +210,7 @@ def test_short_forms_work_as_typed(work: Path, tmp_path: Path, monkeypatch: pyte
     shutil.copytree(work / "be-audit-index", tmp_path / "be-audit-index")
     found = CliRunner().invoke(cli, ["confirm", "--top-k", "4", "--null-pictures", "100"])
     assert found.exit_code == 0, found.output
-    assert "4 candidates" in found.output and "local: masked distance <" in found.output
+    assert "4 candidates" in found.output and "local: correlation distance <" in found.output
 
 
 def test_unscanned_rows_and_missing_runs_are_refused(run: ConfirmConfig, tmp_path: Path) -> None:
@@ -269,3 +273,69 @@ def test_refine_gives_the_papers_scores_and_resumes(work: Path, tmp_path: Path) 
     assert {k: v for k, v in after.items() if k != lost} == {k: v for k, v in kept.items() if k != lost}
     with pytest.raises(AuditError, match=r"fraction: 0.25 -> 0.5"):
         scan(replace(config, refine=0.5))
+
+
+def test_a_null_of_clean_captions_has_their_own_images_and_as_many_comparisons(run: ConfirmConfig, work: Path) -> None:
+    """The run's own rows beyond the candidates, then a file: the same images, matches and threshold."""
+    half = replace(run, top_fraction=None, top_k=4, null_captions=19, num_images=2, neighbours=3)
+    done = confirm(half)
+    assert (done.candidates, done.exit_code, done.null.source, len(done.null)) == (4, 0, "captions", 19)
+    opened = Run.open(run.run)
+    matched = read_stage(opened, "match").to_pylist()  # type: ignore[union-attr]
+    candidates = set(read_stage(opened, "confirm")["row_id"].to_pylist())  # type: ignore[index]
+    clean = [row for row in matched if row["row_id"] not in candidates]
+    assert len(clean) == 19 and {row["num_images"] for row in matched} == {2}
+    smallest = sorted(min(m["correlation_distance_energy"] for m in row["matches"]) for row in clean)
+    assert read_null(opened).statistics == pytest.approx(smallest)  # type: ignore[union-attr]
+    assert done.null.threshold == smallest[0]  # floor(20 x 0.05) - 1 = 0 of them may lie below
+    listed = find_flagged(opened, "ld_energy", None, 0).table
+    assert set(listed["row_id"].to_pylist()) == candidates  # clean captions are no findings
+    file = work / "clean.csv"
+    pq_rows = [row["caption"] for row in clean]
+    file.write_text("caption\n" + "\n".join(f'"{text}"' for text in [*pq_rows, pq_rows[0]]))
+    again = confirm(replace(half, clean=str(file), null_captions=None, replace=True))
+    assert again.null.statistics == pytest.approx(done.null.statistics)
+    assert again.verdicts == done.verdicts and again.exit_code == 0
+
+
+def test_what_cannot_be_promised_is_refused_before_anything_is_generated(run: ConfirmConfig, work: Path) -> None:
+    for more, line in (
+        ({"num_images": 16, "match_fpr": 0.01}, r"pictures cannot tell .* 16 images a candidate, 1,592 are needed"),
+        ({"null_captions": 10, "top_k": 4}, r"--null-captions 10; a false-positive rate of 0.05 needs 19"),
+        ({"null_captions": 50, "top_k": 20}, r"4 captions to make a null of; .* needs 19"),
+        ({"clean": str(work / "captions.parquet"), "match_fpr": 0.01}, r"24 captions to make a null of; .* needs 99"),
+    ):
+        with pytest.raises(AuditError, match=line):
+            confirm(replace(run, **({"top_fraction": None} if "top_k" in more else {}), **more))  # type: ignore[arg-type]
+        assert not (Path(run.run) / "trajectories").exists() and not (Path(run.run) / "stages").exists()
+
+
+def test_a_candidates_p_value_counts_all_its_images(run: ConfirmConfig) -> None:
+    confirm(replace(run, top_fraction=None, top_k=6, num_images=3))
+    opened = Run.open(run.run)
+    null = read_null(opened).null()  # type: ignore[union-attr]
+    assert null.draws == 3
+    for row in read_stage(opened, "confirm").to_pylist():  # type: ignore[union-attr]
+        best = min(match["correlation_distance"] for match in row["matches"])
+        one = (1 + sum(value <= best for value in null.statistics)) / (1 + len(null))
+        assert row["p_value"] == pytest.approx(1 - (1 - one) ** 3, rel=1e-5)
+        assert (row["verdict"] != "none") or row["p_value"] > 0.05
+
+
+@pytest.mark.parametrize("columns", [(), ("id",)])
+def test_the_captions_own_picture_is_found_by_caption_and_never_by_a_row_number(
+    columns: tuple[str, ...], work: Path, tmp_path: Path
+) -> None:
+    """A caption list and a picture set that each number their rows: the numbers have nothing to do with each other."""
+    pictures = pq.read_table(testbed.PICTURES).slice(0, 60)
+    pictures = pictures.select(["TEXT", "image"]).append_column("id", pa.array([str(n) for n in range(60)]))
+    pq.write_table(pictures, tmp_path / "pictures.parquet")
+    build_index(IndexConfig(images=(str(tmp_path / "pictures.parquet"),), output=str(tmp_path / "ix"), sscd="testbed"))
+    captions = list(dict.fromkeys(pictures["TEXT"].to_pylist()))[6:12]
+    rows = {"caption": captions} | {name: [str(n) for n in range(6)] for name in columns}
+    pq.write_table(pa.table(rows), tmp_path / "list.parquet")
+    scan(config_at(tmp_path, captions=(str(tmp_path / "list.parquet"),), steps=2))
+    opened, index = Run.open(str(tmp_path / "be-audit-run")), Index.open(str(tmp_path / "ix"))
+    items = pa.table({"row_id": pa.array(range(6), pa.int64()), "caption": captions})
+    own = own_pictures(opened, index, items)
+    assert [index.facts([own[row]])["caption"][0].as_py() for row in range(6)] == captions
