@@ -30,28 +30,36 @@ def clean_run(folder: Path, count: int = 200) -> Run:
 def test_threshold_is_the_order_statistic_of_distinct_captions(tmp_path: Path) -> None:
     run, output = clean_run(tmp_path / "clean"), str(tmp_path / "t.json")
     found = calibrate(CalibrateConfig(captions=(run.url,), output=output, fpr=0.05))
-    # 5 % of 200 are 10: the 190th smallest of 1..200; the repeats at 1000 are no captions of their own
-    assert found.thresholds["ld_energy"].threshold == 190
-    assert (found.rows, found.thresholds["ld_energy"].num_above) == (200, 10)
+    # the ceil(201 x 0.95) = 191st smallest of 1..200; the repeats at 1000 are no captions of their own
+    assert found.thresholds["ld_energy"].threshold == 191
+    assert (found.rows, found.thresholds["ld_energy"].num_above) == (200, 9)
     facts = json.loads(Path(output).read_text())
     entry = facts["thresholds"]["ld_energy"]
-    assert (entry["threshold"], entry["rows"], entry["fpr"]) == (190, 200, 0.05)
-    assert entry["low"] < 190 < entry["high"]
+    assert (entry["threshold"], entry["rows"], entry["fpr"]) == (191, 200, 0.05)
+    assert entry["low"] < 191 < entry["high"]
     assert facts["steps"] == 50 and facts["model"]["model"]["weights_sha256"] == "0" * 64
     assert set(facts["thresholds"]) == {"magnitude", "ld", "ld_energy", "webster", "attention_entropy", "cosine"}
 
 
 def test_too_few_captions_are_said_and_their_interval_is_open(tmp_path: Path) -> None:
-    run, output = clean_run(tmp_path / "clean", 60), str(tmp_path / "t.json")
+    run, output = clean_run(tmp_path / "clean", 99), str(tmp_path / "t.json")
     found = calibrate(CalibrateConfig(captions=(run.url,), output=output, fpr=0.01))
-    assert any("1 % of 60 clean rows is less than one" in line for line in found.lines())
+    assert any("of 99 clean rows none lie above it" in line for line in found.lines())
     assert json.loads(Path(output).read_text())["thresholds"]["ld"]["high"] is None
+
+
+def test_fewer_captions_than_the_rate_needs_are_refused(tmp_path: Path) -> None:
+    run = clean_run(tmp_path / "clean", 98)
+    done = be_audit("calibrate", run.url, "-o", tmp_path / "t.json")
+    assert done.code == 2 and "98 clean captions cannot tell a false-positive rate of 0.01: give 99 or more" in done.err
+    assert not (tmp_path / "t.json").exists()
+    assert be_audit("calibrate", run.url, "-o", tmp_path / "t.json", "--fpr", 0.02).code == 0
 
 
 def test_thresholds_of_another_model_are_refused_field_by_field(tmp_path: Path) -> None:
     run, output = clean_run(tmp_path / "clean"), str(tmp_path / "t.json")
     calibrate(CalibrateConfig(captions=(run.url,), output=output))
-    assert load_thresholds(output, run).threshold("ld_energy") == 198
+    assert load_thresholds(output, run).threshold("ld_energy") == 199
     with pytest.raises(AuditError, match=r"none for ld_all; it has magnitude, ld"):
         load_thresholds(output, run).threshold("ld_all")
     changed = replace(run.fingerprint, steps=20, mask="final", model=ModelFacts("1" * 64), num_noises=4)
@@ -73,13 +81,13 @@ def test_a_hub_revision_alone_does_not_matter(tmp_path: Path) -> None:
     calibrate(CalibrateConfig(captions=(run.url,), output=output))
     named = replace(run.fingerprint, model=replace(run.fingerprint.model, revision="abc"))
     run.facts = replace(run.facts, fingerprint=named)
-    assert load_thresholds(output, run).threshold("ld_energy") == 198
+    assert load_thresholds(output, run).threshold("ld_energy") == 199
 
 
 def test_report_lists_what_is_above_the_threshold(tmp_path: Path) -> None:
     clean, output = clean_run(tmp_path / "clean"), tmp_path / "t.json"
     calibrate(CalibrateConfig(captions=(clean.url,), output=str(output), fpr=0.05))
-    other = make_run(tmp_path / "other", ["p", "q", "r", "s"], scores=[189, 190, 190.5, 500])
+    other = make_run(tmp_path / "other", ["p", "q", "r", "s"], scores=[190, 191, 191.5, 500])
     done = be_audit("report", other.url, "--thresholds", output)
     assert done.code == 0 and done.out.startswith("2 flagged captions")
     facts = json.loads(output.read_text())
@@ -96,7 +104,7 @@ def test_clean_captions_are_scanned_once_and_confirm_takes_the_file(sd1: str, tm
     flags = ("--model", sd1, "--steps", 2, "--guidance-scale", 5)
     output, run = tmp_path / "t.json", tmp_path / "RUN"
     done = be_audit("calibrate", captions, *flags, "-o", output, "--fpr", 0.4, "--method", "ld")
-    assert done.code == 0 and "40 % of 30 clean rows is 12" in done.out
+    assert done.code == 0 and "of 30 clean rows 11 lie above it" in done.out
     before, file = tree(tmp_path / "t.json.run/scores"), output.read_text()
     assert be_audit("calibrate", captions, *flags, "-o", output, "--fpr", 0.4, "--method", "ld").code == 0
     assert tree(tmp_path / "t.json.run/scores") == before  # it went on with the scan there
@@ -132,7 +140,7 @@ def test_clean_captions_are_scanned_once_and_confirm_takes_the_file(sd1: str, tm
 
     shutil.rmtree(tmp_path / "t.json.run")
     other = ("--model", sd1, "--steps", 3, "--guidance-scale", 5)
-    assert be_audit("calibrate", captions, *other, "-o", output).code == 0
+    assert be_audit("calibrate", captions, *other, "-o", output, "--fpr", 0.4).code == 0
     done = be_audit(*confirm, "--replace")
     assert done.code == 2 and "steps: 3 -> 2" in done.err
 

@@ -157,39 +157,40 @@ def test_share_interval_covers_every_true_share():
 # --- thresholds from clean rows --------------------------------------------------------------------------------------
 
 
-def test_threshold_flags_exactly_the_rows_allowed():
+def test_threshold_leaves_a_new_row_the_chance_that_was_asked_for():
     clean = np.random.default_rng(6).permutation(1000) / 10
     result = threshold_at_fpr(clean, 0.01)
-    assert result.threshold == 98.9 and result.num_above == 10 and result.num_rows == 1000
+    # floor(1001 x 0.01) = 10 of the 1001 gaps lie above the threshold: 9 of the rows
+    assert result.threshold == 99.0 and result.num_above == 9 and result.num_rows == 1000
     assert result.low < result.threshold < result.high
 
 
 def test_threshold_uses_the_whole_of_the_rate_at_every_percentage():
     for percent in range(1, 100):
-        assert threshold_at_fpr(np.arange(100), percent / 100).num_above == percent
+        assert threshold_at_fpr(np.arange(99), percent / 100).num_above == percent - 1
 
 
 def test_threshold_never_splits_ties():
-    # Six rows share the highest score: five may be flagged, so none is.
+    # Six rows share the highest score: four may be flagged, so none is.
     result = threshold_at_fpr([1.0] * 94 + [2.0] * 6, 0.05)
     assert result.threshold == 2.0 and result.num_above == 0
-    assert threshold_at_fpr([1.0] * 95 + [2.0] * 5, 0.05)[::4] == (1.0, 5)
+    assert threshold_at_fpr([1.0] * 96 + [2.0] * 4, 0.05)[::4] == (1.0, 4)
 
 
-def test_too_few_rows_fall_back_to_the_highest_score_and_an_open_interval():
-    result = threshold_at_fpr(np.arange(50), 0.01)
-    assert result.threshold == 49 and result.num_above == 0 and result.high == np.inf
+def test_the_fewest_rows_give_the_highest_score_and_an_open_interval():
+    result = threshold_at_fpr(np.arange(99), 0.01)
+    assert result.threshold == 98 and result.num_above == 0 and result.high == np.inf
 
 
 def test_nan_clean_rows_count_and_are_never_flagged():
     result = threshold_at_fpr([float("nan")] * 50 + list(range(50)), 0.1)
-    assert result.threshold == 39.0 and result.num_above == 10 and result.num_rows == 100
+    assert result.threshold == 40.0 and result.num_above == 9 and result.num_rows == 100
 
 
 def test_threshold_interval_by_hand():
     # Median of 10 rows, B ~ Binomial(10, 1/2): P(B <= 1) = 11/1024 <= 2.5 % < P(B <= 2), so x_(2);
     # P(B <= 8) >= 97.5 % > P(B <= 7), so x_(9): the textbook interval of 97.9 %.
-    assert threshold_at_fpr(np.arange(1.0, 11.0), 0.5)[:3] == (5.0, 2.0, 9.0)
+    assert threshold_at_fpr(np.arange(1.0, 11.0), 0.5)[:3] == (6.0, 2.0, 9.0)
 
 
 @pytest.mark.parametrize("fpr, num_rows", [(0.05, 300), (0.01, 1000)])
@@ -200,9 +201,9 @@ def test_threshold_interval_coverage_by_simulation(fpr: float, num_rows: int):
     results = [threshold_at_fpr(rng.lognormal(size=num_rows), fpr) for _ in range(1000)]
     covered = np.mean([result.low <= truth <= result.high for result in results])
     assert 0.94 <= covered <= 0.99
-    # And on new clean captions the threshold keeps the rate on average: (k + 1) / (n + 1) for continuous scores.
+    # And on new clean captions the threshold keeps the rate on average.
     realised = np.mean([1 - NormalDist().cdf(np.log(result.threshold)) for result in results])
-    assert realised == pytest.approx((fpr * num_rows + 1) / (num_rows + 1), rel=0.05)
+    assert realised == pytest.approx(np.floor(fpr * (num_rows + 1)) / (num_rows + 1), rel=0.05)
 
 
 def test_thresholds_that_cannot_be_had():
@@ -215,8 +216,9 @@ def test_thresholds_that_cannot_be_had():
 
 
 def test_sample_size_note_says_what_the_rows_are_worth():
-    assert sample_size_note(500, 0.01).startswith("1 % of 500 clean rows is 5: the true rate may be 0.33 % to 2.3 %;")
+    assert sample_size_note(500, 0.01).startswith("of 500 clean rows 4 lie above it: the true rate is 0.33 % to 2 %;")
     assert "1,000 clean rows would tell more" in sample_size_note(500, 0.01)
-    assert "less than one: the threshold is the highest clean score" in sample_size_note(500, 0.001)
-    assert "10,000 clean rows" in sample_size_note(500, 0.001)
-    assert sample_size_note(10_000, 0.01) == "1 % of 10,000 clean rows is 100: the true rate may be 0.81 % to 1.2 %"
+    assert sample_size_note(99, 0.01).startswith(
+        "of 99 clean rows none lie above it: the true rate is 0.026 % to 3.7 %;"
+    )
+    assert sample_size_note(10_000, 0.01) == "of 10,000 clean rows 99 lie above it: the true rate is 0.81 % to 1.2 %"
