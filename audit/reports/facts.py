@@ -10,11 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from audit.base.errors import AuditError
+from audit.index.query import index_info
 from audit.reports.flagged import Flagged
 from audit.run.run import Run
 from audit.run.schema import COPIES, VERDICTS
-from audit.run.stage import CONFIRM, Stage
+from audit.run.stage import CONFIRM, TRAJECTORIES, Stage
 from audit.run.status import RunStatus, run_status
+from audit.statistics.multiple import expected_false
+from audit.statistics.null import Null
 from audit.verdicts.candidates import ConfirmConfig
 from audit.verdicts.confirm import read_null
 
@@ -37,6 +41,7 @@ def report_facts(run: Run, flagged: Flagged) -> dict[str, Any]:
     fingerprint = run.fingerprint
     verdicts = flagged.table["verdict"]
     counts = {name: int(pc.sum(pc.equal(verdicts, name)).as_py() or 0) for name in VERDICTS}
+    confirmed = _confirm_facts(run, flagged)
     return {
         "format": 1,
         "made": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -44,6 +49,7 @@ def report_facts(run: Run, flagged: Flagged) -> dict[str, Any]:
         "created": run.facts.created,
         "digest": run.digest,
         "version": run.facts.versions.get("be-audit", ""),
+        "versions": run.facts.versions,
         "model": {
             "name": run.facts.model,
             "revision": fingerprint.model.revision,
@@ -60,31 +66,102 @@ def report_facts(run: Run, flagged: Flagged) -> dict[str, Any]:
         "taken": flagged.taken,
         "listed": flagged.table.num_rows,
         "templates": len(pc.unique(flagged.table["template"])),
-        "confirm": _confirm_facts(run),
+        "confirm": confirmed,
         "verdicts": counts,
         "decided": sum(counts.values()) - counts["no_reference"],
         "copied": sum(counts[name] for name in COPIES),
         "unfinished": _unfinished(status),
+        "not_checked": _not_checked(flagged, status, confirmed, counts),
         "cost": _cost(run, status),
         "histogram": histogram(flagged),
     }
 
 
-def _confirm_facts(run: Run) -> dict[str, Any] | None:
-    """How the verdicts were reached; None without a confirm."""
-    stage, null = Stage.find(run, CONFIRM), read_null(run)
+def _confirm_facts(run: Run, flagged: Flagged) -> dict[str, Any] | None:
+    """How the verdicts were reached; None without a confirm.
+
+    `null` says what the threshold rests on, `null_size` on how many; `rate_low` and `rate_high` are the 95 % interval
+    of the true false-positive rate a candidate; `expected_false` is how many of the local verdicts are expected to be
+    false, at most.
+    """
+    stage, stored = Stage.find(run, CONFIRM), read_null(run)
     if stage is None:
         return None
     config = stage.config(ConfirmConfig)
-    names = ("threshold", "low", "high", "match_fpr", "pictures")
+    null = Null.given(-np.inf, config.match_fpr) if stored is None else stored.null()
+    low, high = null.rate
+    q = flagged.table["q_value"].to_numpy()
+    local = pc.fill_null(pc.equal(flagged.table["verdict"], "local"), False).to_numpy()
+    bound = {name: None if stored is None else getattr(stored, name) for name in ("threshold", "low", "high")}
     return {
         "candidates": stage.items.num_rows,
         "num_images": config.num_images,
         "neighbours": config.neighbours,
         "match_mask": config.match_mask,
+        "match_fpr": config.match_fpr,
+        **bound,
+        "null": null.source,
+        "null_size": len(null),
+        "null_copies": null.copies,
+        "rate_low": low,
+        "rate_high": high,
+        "expected_false": expected_false(q, local) if len(null) else None,
         "index": config.index,
-        **{name: getattr(null, name, None) for name in names},
+        "index_facts": _index_facts(config.index),
     }
+
+
+def _index_facts(path: str) -> dict[str, Any] | None:
+    """What was compared with; None where the index is not there any more."""
+    try:
+        info = index_info(path)
+    except (AuditError, OSError):
+        return None
+    return {
+        "fingerprint": info.fingerprint,
+        "pictures": info.ok,
+        "unreadable": info.errors,
+        "descriptor": info.descriptor.name,
+        "descriptor_sha256": info.descriptor.sha256,
+    }
+
+
+def _not_checked(
+    flagged: Flagged, status: RunStatus, confirmed: dict[str, Any] | None, verdicts: dict[str, int]
+) -> list[str]:
+    """What the audit did not look at and why, one sentence each."""
+    counts = flagged.counts
+    lines = []
+    for name, why in (
+        ("error", "captions could not be scored (column `error` says why)"),
+        ("empty", "rows have no caption"),
+        ("pending", "rows are not scored yet"),
+    ):
+        if counts[name]:
+            lines.append(f"{counts[name]:,} {why}.")
+    if confirmed is None:
+        lines.append(f"{counts['distinct']:,} scored captions: no image of them was compared with training pictures.")
+        return lines
+    if rest := counts["distinct"] - confirmed["candidates"]:
+        lines.append(f"{rest:,} scored captions were no candidates: their score is all that is known of them.")
+    undecided = confirmed["candidates"] - sum(verdicts.values())
+    if undecided:
+        lines.append(f"{undecided:,} candidates have no verdict: their images were not generated or not compared.")
+    if verdicts["no_reference"]:
+        lines.append(f"{verdicts['no_reference']:,} candidates could be compared with no training picture.")
+    stages = {stage.stage: stage.counts for stage in status.stages}
+    if failed := stages.get(TRAJECTORIES.name, {}).get("error", 0):
+        lines.append(f"{failed:,} images could not be generated (column `error` of trajectories/ says why).")
+    if unread := stages.get(CONFIRM.name, {}).get("unreadable", 0):
+        lines.append(f"{unread:,} comparisons are by SSCD alone: the training pictures could not be read.")
+    if confirmed["threshold"] is None:
+        lines.append("Copied regions: no local threshold could be had; only copies of whole pictures were told.")
+    index = confirmed["index_facts"]
+    if index is None:
+        lines.append("The index is not at hand any more: its size and descriptor are not stated.")
+    elif index["unreadable"]:
+        lines.append(f"{index['unreadable']:,} training pictures could not be read and are not in the index.")
+    return lines
 
 
 def _unfinished(status: RunStatus) -> list[str]:

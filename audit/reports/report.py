@@ -13,12 +13,24 @@ from audit.reports.export import EXPORTS, write_exports
 from audit.reports.facts import report_facts
 from audit.reports.flagged import default_score, find_flagged
 from audit.reports.html import write_page
+from audit.reports.statement import write_statement
 from audit.run.run import DEFAULT_RUN, Run
 from audit.run.schema import SCORES
 from audit.scores.calibrate import load_thresholds
 
 FORMATS = ("html", *EXPORTS)
-_OURS = ("index.html", "data.js", "rows", "pictures", "exports", "report.css", "report.js", "icon.svg")
+_OURS = (
+    "index.html",
+    "data.js",
+    "rows",
+    "pictures",
+    "exports",
+    "statement.md",
+    "summary.json",
+    "report.css",
+    "report.js",
+    "icon.svg",
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ class ReportSummary:
     """What a report holds.
 
     Attributes:
-        output: its folder. html: path of index.html, None without it. files: exports written, by path.
+        output: its folder. html: path of index.html, None without it. files: exports and statement written, by path.
         listed: flagged captions listed, in `templates` groups. verdicts: how many of each. unfinished: what of the
             run is not done, a sentence each.
     """
@@ -83,12 +95,13 @@ def report(config: ReportConfig) -> ReportSummary:
     exports = [name for name in config.format if name != "html"]
     tables = {"flagged": flagged.table, "denylist": flagged.deny}
     files = write_exports(folder, tables, exports, facts) if exports else []
+    stated = write_statement(folder, facts)
     if "html" in config.format:
         write_page(run, folder, flagged, facts, files)
     return ReportSummary(
         output=folder.url,
         html=join(folder.url, "index.html") if "html" in config.format else None,
-        files=[join(folder.url, name) for name in files],
+        files=[join(folder.url, name) for name in (*files, *stated)],
         listed=facts["listed"],
         templates=facts["templates"],
         verdicts=facts["verdicts"],

@@ -202,13 +202,16 @@ def _confirmed(connection: duckdb.DuckDBPyConnection, run: Run) -> None:
     _register(connection, "_confirmed", run, CONFIRM, empty)
     fields = ", ".join(f"{name} := best.{name}" for name in MATCH_COLUMNS)
     plain = ", ".join(name for name in CONFIRMED_COLUMNS if name not in kinds)
-    # Benjamini-Hochberg (audit.statistics.multiple): over the candidates with a p-value, min over larger p of p m / rank
+    # Benjamini-Hochberg, as audit.statistics.multiple: of m p-values the smallest p m / rank from this rank upwards
+    ranked = (
+        "SELECT *, count(p_value) OVER () AS _m, CASE WHEN p_value IS NOT NULL THEN "
+        "row_number() OVER (ORDER BY p_value NULLS LAST) END AS _rank FROM _confirmed"
+    )
     connection.execute(
-        f"CREATE VIEW confirmed AS SELECT {plain}, CASE WHEN p_value IS NOT NULL THEN least(1, min(p_value * _m / _rank) "
+        f"CREATE VIEW confirmed AS SELECT {plain}, "
+        "CASE WHEN p_value IS NOT NULL THEN least(1, min(p_value * _m / _rank) "
         "OVER (ORDER BY _rank DESC NULLS LAST ROWS UNBOUNDED PRECEDING)) END AS q_value, "
-        f"CASE WHEN best IS NULL THEN NULL ELSE struct_pack({fields}) END AS best, matches FROM (SELECT *, "
-        "count(p_value) OVER () AS _m, CASE WHEN p_value IS NOT NULL THEN row_number() OVER (ORDER BY p_value NULLS LAST) "
-        "END AS _rank FROM _confirmed)"
+        f"CASE WHEN best IS NULL THEN NULL ELSE struct_pack({fields}) END AS best, matches FROM ({ranked})"
     )
     columns = ", ".join(f"m.{name} AS {name}" for name in MATCH_COLUMNS)
     connection.execute(
