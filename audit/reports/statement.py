@@ -93,7 +93,8 @@ def statement(found: dict[str, Any]) -> str:
     lines = [
         "## Memorisation of training pictures",
         "",
-        f"Audited with be-audit {found['version']} on {found['made'][:10]}, from a scan of {found['run']['created'][:10]}.",
+        f"Audited with be-audit {found['version']} on {found['made'][:10]}, from a scan of "
+        f"{found['run']['created'][:10]}.",
         "",
         f"- **Model:** `{_text(_last(model['name']))}`"
         + (f", revision `{_text(model['revision'])}`" if model["revision"] else "")
@@ -121,8 +122,8 @@ def statement(found: dict[str, Any]) -> str:
         f"- {_text(line)}" for line in [*found["not_checked"], *(f"Not finished: {x}" for x in found["unfinished"])]
     ]
     lines += [
-        "- That no copy was found says nothing of training pictures that are not in the index, of other captions, and of "
-        "other noises than those that were sampled.",
+        "- That no copy was found says nothing of training pictures that are not in the index, of other captions, "
+        "and of other noises than those that were sampled.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -135,7 +136,8 @@ def _result(confirmed: dict[str, Any], result: dict[str, Any], rates: dict[str, 
         f"- **Compared with:** {pictures}"
         + (f" (index `{index['fingerprint'][:16]}`, descriptor `{_text(index['descriptor'])}` " if index else "")
         + (f"sha256 `{index['descriptor_sha256'][:16]}`)" if index else "")
-        + f"; the {confirmed['neighbours']} nearest and the caption's own, {many} image{'s' if many != 1 else ''} a caption",
+        + f"; the {confirmed['neighbours']} nearest and the caption's own, {many} image{'s' if many != 1 else ''} "
+        "a caption",
         "",
         "### What was reproduced",
         "",
@@ -168,8 +170,8 @@ def _result(confirmed: dict[str, Any], result: dict[str, Any], rates: dict[str, 
         )
     if rates["expected_false_local"] is not None:
         lines.append(
-            f"| local verdicts expected to be false, at most | {rates['expected_false_local']:.1f} of {result['local']:,} "
-            "| |"
+            f"| local verdicts expected to be false, at most | {rates['expected_false_local']:.1f} of "
+            f"{result['local']:,} | |"
         )
     return lines
 

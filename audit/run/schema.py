@@ -140,7 +140,7 @@ CONFIRMED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "num_images": (pa.int32(), "images generated"),
     "p_value": (
         F32,
-        "chance that a caption that copies nothing comes as near to a training picture, over all images and comparisons",
+        "chance that a caption that copies nothing comes as near to a picture, over all images and comparisons",
     ),
     "best": (pa.null(), "the match the verdict rests on, with the picture (reference_image, PNG)"),
     "matches": (pa.null(), "every comparison made"),
