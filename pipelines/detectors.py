@@ -34,6 +34,7 @@ class FirstStep:
         low: the same facts on the same pure noise at the third last timestep; None without the extra evaluation.
         guidance_scale: of classifier-free guidance.
         sigma_max: sqrt((1 - abar) / abar) of the schedule's last training step.
+        anisotropy_weights: of magnitude and `cosine_low`, by the family of the model.
     """
 
     difference: Tensor
@@ -44,6 +45,7 @@ class FirstStep:
     low: FirstStep | None = None
     guidance_scale: float = 7.5
     sigma_max: float = 1.0
+    anisotropy_weights: tuple[float, float] = (1.0, 2.0)
 
     @classmethod
     def of(
@@ -55,6 +57,7 @@ class FirstStep:
         low: FirstStep | None = None,
         guidance_scale: float = 7.5,
         sigma_max: float = 1.0,
+        anisotropy_weights: tuple[float, float] = (1.0, 2.0),
     ) -> FirstStep:
         """From a noise difference [B, C, H, W]; its energy is computed here, `uncond` is zero where it is not given."""
         difference = difference.float()
@@ -67,6 +70,7 @@ class FirstStep:
             low,
             guidance_scale,
             sigma_max,
+            anisotropy_weights,
         )
 
 
@@ -193,7 +197,7 @@ def cosine_low(first: FirstStep) -> Tensor:
     return pipelines.formulas.cosine(first.low.uncond, first.low.difference)
 
 
-@detector("magnitude + 2 cosine_low", "Asthana & Belagiannis 2026", ("low",))
+@detector("magnitude + 2 cosine_low; + 0.1 cosine_low for Stable Diffusion 2", "Asthana & Belagiannis 2026", ("low",))
 def anisotropy(first: FirstStep) -> Tensor:
     """Weighted sum of magnitude and `cosine_low`, [B]."""
-    return pipelines.formulas.anisotropy(magnitude(first), cosine_low(first))
+    return pipelines.formulas.anisotropy(magnitude(first), cosine_low(first), first.anisotropy_weights)

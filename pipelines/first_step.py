@@ -159,6 +159,7 @@ class FirstStepScorer:
             low,
             self.guidance_scale,
             self.model.sigma_max,
+            formulas.anisotropy_weights(self.model.unet.config.cross_attention_dim),
         )
         found = {**scores(first), "energy": first.energy, "energy_mask": formulas.energy_mask(first.energy)}
         if first.mask is not None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FORMULA_VERSION = 1  # part of every fingerprint: raise it when a formula's value changes
+FORMULA_VERSION = 2  # part of every fingerprint: raise it when a formula's value changes
 
 
 def noise_from_v(v: Tensor, latents: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -141,13 +141,30 @@ def cosine(noise_uncond: Tensor, noise_difference: Tensor) -> Tensor:
     return F.cosine_similarity(noise_uncond.float(), noise_difference.float(), dim=1).mean((-2, -1))
 
 
-def anisotropy(magnitude: Tensor, cosine_low: Tensor, gamma: tuple[float, float] = (1.0, 2.0)) -> Tensor:
+ANISOTROPY_WEIGHTS = {768: (1.0, 2.0), 1024: (1.0, 0.1)}
+"""The authors' weights by the width of the text embeddings: Stable Diffusion 1 (1.4) and 2. Those of Realistic Vision,
+(2, 1), cannot be told by a model's shape: it is a fine-tuned Stable Diffusion 1."""
+
+
+def anisotropy_weights(text_width: int) -> tuple[float, float]:
+    """The weights of `anisotropy` for a model: the authors' where they give any, else those of Stable Diffusion 1.
+
+    Args:
+        text_width: of the text embeddings that enter cross-attention.
+
+    Example:
+        >>> anisotropy_weights(1024)
+        (1.0, 0.1)
+    """
+    return ANISOTROPY_WEIGHTS.get(text_width, ANISOTROPY_WEIGHTS[768])
+
+
+def anisotropy(magnitude: Tensor, cosine_low: Tensor, gamma: tuple[float, float]) -> Tensor:
     """gamma_1 ||d_T|| + gamma_2 cos_t (Asthana & Belagiannis 2026), cos_t taken on pure noise at a low timestep.
 
     Args:
         magnitude: ||d|| at the first step, [B]. cosine_low: `cosine` at the third last timestep, fed x_T, [B].
-        gamma: weights; (1, 2) is the authors' choice for Stable Diffusion 1.4, (1, 0.1) for 2, (2, 1) for Realistic
-            Vision.
+        gamma: weights, of `anisotropy_weights`.
     Returns:
         [B], float32.
     """

@@ -158,7 +158,7 @@ def confirm(config: ConfirmConfig, stop: Stop | None = None) -> ConfirmSummary:
     )
     candidates = captions.filter(pc.invert(captions["clean"])).drop_columns(["clean"])
     stage = Stage.find(run, CONFIRM)
-    known = read_null(run)
+    known = _known_null(run)
     if stage is None or known is None or known.confirm != stage.facts.digest or stage.differs(verdicts):
         if config.ls_threshold is not None:
             null = Null.given(config.ls_threshold, config.match_fpr)
@@ -201,6 +201,14 @@ def read_null(run: Run) -> NullFacts | None:
     except FileNotFoundError:
         return None
     return read_facts(NullFacts, data, run.folder.path(NULL_FILE))
+
+
+def _known_null(run: Run) -> NullFacts | None:
+    """The stored threshold; None where there is none, or it is damaged and has to be calibrated again."""
+    try:
+        return read_null(run)
+    except AuditError:
+        return None
 
 
 def _recorded(config: ConfirmConfig) -> ConfirmConfig:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipelines import formulas
+from pipelines.detectors import FirstStep, scores
 
 D = torch.tensor([[[[3.0, 0.0], [1.0, 0.0]], [[4.0, 0.0], [0.0, 2.0]]]])  # d_t, [1, 2, 2, 2]
 ENERGY = torch.tensor([[[25.0, 0.0], [1.0, 4.0]]])  # 9 + 16, 0, 1, 4
@@ -96,8 +97,16 @@ def test_cosine_and_anisotropy() -> None:
     d = torch.tensor([[[[2.0, 3.0]], [[0.0, 4.0]]]])  # (2, 0) and (3, 4): cosines 1 and 0.8
     cosine = formulas.cosine(uncond, d)
     assert cosine.item() == pytest.approx(0.9)
-    assert formulas.anisotropy(torch.tensor([10.0]), cosine).item() == pytest.approx(11.8)
+    assert formulas.anisotropy(torch.tensor([10.0]), cosine, (1.0, 2.0)).item() == pytest.approx(11.8)
     assert formulas.anisotropy(torch.tensor([10.0]), cosine, (2.0, 1.0)).item() == pytest.approx(20.9)
+
+
+def test_anisotropy_has_the_authors_weights_of_each_family() -> None:
+    assert [formulas.anisotropy_weights(width) for width in (768, 1024, 2048)] == [(1, 2), (1, 0.1), (1, 2)]
+    difference, low = torch.ones(1, 4, 2, 2), FirstStep.of(torch.ones(1, 4, 2, 2), torch.ones(1, 4, 2, 2))
+    for weights, expected in (((1.0, 2.0), 4 + 2), ((1.0, 0.1), 4 + 0.1)):  # magnitude 4, cosine 1
+        first = FirstStep.of(difference, low=low, anisotropy_weights=weights)
+        assert scores(first)["anisotropy"].item() == pytest.approx(expected)
 
 
 def test_attention_entropy() -> None:
