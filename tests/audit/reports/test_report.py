@@ -150,7 +150,7 @@ def test_a_second_report_leaves_nothing_of_the_first(tmp_path: Path) -> None:
     assert (tmp_path / "RUN/report/rows").exists()
     report(ReportConfig(run=run.url, format=("csv",)))
     names = sorted(path.name for path in (tmp_path / "RUN/report").iterdir())
-    assert names == ["exports", "report.json"]
+    assert names == ["exports", "report.json", "statement.md", "summary.json"]
     assert sorted(path.name for path in (tmp_path / "RUN/report/exports").iterdir()) == [
         "README.md",
         "denylist.csv",

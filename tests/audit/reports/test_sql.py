@@ -211,7 +211,7 @@ def test_stages_that_have_not_begun_are_empty_views_with_their_columns(tmp_path:
         "scores": set(SCORE_COLUMNS) - set(SCORE_MASKS) | {"url", "key", "source_url", "source_key"},
         "trajectories": {name for name, (kind, _) in TRAJECTORY_COLUMNS.items() if kind != pa.null()} - {"image"}
         | {"stage"},
-        "confirmed": set(CONFIRMED_COLUMNS),
+        "confirmed": set(CONFIRMED_COLUMNS) | {"q_value"},
         "matches": set(MATCH_COLUMNS) | {"row_id"},
     }
     with connect(made) as connection:

@@ -80,9 +80,9 @@ def test_q_values_are_the_same_in_report_and_sql(tmp_path: Path) -> None:
     ours = dict(zip(table["row_id"].to_pylist(), table["q_value"].to_pylist(), strict=True))
     query = tmp_path / "q.sql"
     query.write_text("SELECT row_id, q_value FROM confirmed")
-    done = be_audit("sql", query, run.url, "--format", "jsonl")
+    done = be_audit("sql", query, run.url, "--format", "json")
     assert done.code == 0, done.err
-    theirs = {row["row_id"]: row["q_value"] for row in map(json.loads, done.out.splitlines())}
+    theirs = {row["row_id"]: row["q_value"] for row in json.loads(done.out)}
     assert theirs.keys() == ours.keys()
     for row_id, q in ours.items():
         assert theirs[row_id] == (None if q is None else pytest.approx(q, rel=1e-6))

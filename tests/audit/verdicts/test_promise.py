@@ -1,4 +1,8 @@
-"""What the local verdict promises, kept on the testbed: few false alarms on unseen captions, most copies found."""
+"""What the local verdict promises, kept on the testbed: the false rate, exactly, on both sides, and the copies found.
+
+Sampling has few steps: enough for copies of the strongest templates, and a promise on clean captions does not rest on
+how good their images are. bench_confirm.py takes all captions and 50 steps.
+"""
 
 from __future__ import annotations
 
@@ -7,38 +11,61 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy.stats import betabinom
 
 from audit import testbed
-from audit.cli.demo import COPIED
+from audit.index import IndexConfig, build_index
 from audit.run.read import read_stage
 from audit.run.run import Run
 from audit.scores.scan import ScanConfig, scan
-from audit.statistics.intervals import share_interval
-from audit.verdicts.confirm import ConfirmConfig, confirm
+from audit.statistics.thresholds import rows_allowed
+from audit.verdicts.candidates import ConfirmConfig
+from audit.verdicts.confirm import confirm
 
-FPR = 0.05
+FPR, CLEAN, JUDGED = 0.2, 39, 80
+"""Chosen for the power to fail: of 80 captions 16 are expected; fewer than 6 or more than 29 fail."""
+
+
+def interval(rate: float) -> tuple[float, float]:
+    """Central 95 % of the alarms among JUDGED where the threshold comes from CLEAN: a beta-binomial count, exactly."""
+    below = (CLEAN + 1) * rate
+    count = betabinom(JUDGED, below, CLEAN + 1 - below)
+    return count.ppf(0.025), count.ppf(0.975)
+
+
+def test_this_test_can_fail() -> None:
+    """A rule with twice the rate it promises, or a quarter of it, fails more often than not."""
+    low, high = interval(FPR)
+    for factor in (2, 0.25):
+        below = (CLEAN + 1) * FPR * factor
+        other = betabinom(JUDGED, below, CLEAN + 1 - below)
+        assert other.cdf(low - 1) + 1 - other.cdf(high) > 0.6
 
 
 @pytest.mark.sampling
 @pytest.mark.timeout(1200)
-def test_false_alarms_and_copies_found(testbed_index: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two captions of every copied template and 60 never seen; the benchmark (bench_confirm.py) takes all of them."""
-    table = pq.read_table(testbed.CAPTIONS).to_pandas().drop_duplicates("TEXT")
-    copied = table[(table.label == "local") & (table.copy_error < COPIED)].groupby("cluster").head(2)
-    unseen = table[table.cluster.str.startswith("unseen")].head(60)
-    rows = [*copied.to_dict("records"), *unseen.to_dict("records")]
+def test_false_alarms_and_copies_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = pq.read_table(testbed.CAPTIONS).to_pandas().drop_duplicates("TEXT").sort_values("copy_error")
+    copied = table[table.label == "local"].drop_duplicates("cluster").head(10)
+    unseen = table[table.cluster.str.startswith("unseen")].sort_values("TEXT")
+    clean, judged = unseen[:CLEAN], unseen[CLEAN : CLEAN + JUDGED]
+    rows = [*copied.to_dict("records"), *judged.to_dict("records")]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "captions.parquet")
-    run = str(tmp_path / "run")
-    scan(ScanConfig(captions=(str(tmp_path / "captions.parquet"),), output=run, model="testbed", device="cpu"))
-    confirm(ConfirmConfig(run=run, index=testbed_index, top_fraction=1.0, match_fpr=FPR, device="cpu"))
+    pq.write_table(pa.table({"caption": clean.TEXT.tolist()}), tmp_path / "clean.parquet")
+    run, index = str(tmp_path / "run"), str(tmp_path / "index")
+    captions = (str(tmp_path / "captions.parquet"),)
+    scan(ScanConfig(captions=captions, output=run, model="testbed", steps=6, device="cpu"))
+    build_index(IndexConfig(images=(str(testbed.PICTURES),), output=index, sscd="testbed", device="cpu"))
+    config = ConfirmConfig(run=run, index=index, top_fraction=1.0, match_fpr=FPR, device="cpu")
+    confirm(ConfirmConfig(**{**vars(config), "clean": str(tmp_path / "clean.parquet")}))
     found = read_stage(Run.open(run), "confirm")
     assert found is not None
     verdicts = dict(zip(found["caption"].to_pylist(), found["verdict"].to_pylist(), strict=True))
-    alarms = sum(verdicts[caption] == "local" for caption in unseen.TEXT)
+    alarms = sum(verdicts[caption] == "local" for caption in judged.TEXT)
     caught = sum(verdicts[caption] in ("local", "global") for caption in copied.TEXT)
-    low, high = share_interval(alarms, len(unseen))
+    low, high = interval((rows_allowed(CLEAN, FPR) + 1) / (CLEAN + 1))
     with capsys.disabled():
-        print(f"\nlocal verdicts on never seen captions: {alarms} of {len(unseen)} ({low:.1%} to {high:.1%})")
+        print(f"\nlocal verdicts on never seen captions: {alarms} of {len(judged)}, {low:.0f} to {high:.0f} promised")
         print(f"copied local captions found: {caught} of {len(copied)}")
-    assert low <= FPR
-    assert caught >= 0.85 * len(copied)
+    assert low <= alarms <= high
+    assert caught >= 0.9 * len(copied)
