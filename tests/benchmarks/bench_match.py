@@ -10,10 +10,13 @@ takes for an image of Stable Diffusion.
 from __future__ import annotations
 
 import argparse
+import functools
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -45,6 +48,10 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
+def _all(pool: ThreadPoolExecutor, jobs: list[tuple[Any, ...]]) -> None:
+    list(pool.map(lambda job: match_image(*job), jobs))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=1600)
@@ -60,7 +67,7 @@ def main() -> None:
             crops = TrainingCrops(References(index, (size, size)), index.load_descriptor(), pool)
             masks = rng.random((64, size // 8, size // 8)).astype(np.float32) ** 3
             found = draw_pictures(index, COMPARISONS, args.pictures, 0)
-            wall, cpu = timed(lambda: pictures_null(found, crops, masks, 0.05, 1))
+            wall, cpu = timed(functools.partial(pictures_null, found, crops, masks, 0.05, 1))
             print(f"{size} x {size}: null of {len(found):,} pictures {wall:.0f} s, {cpu:.0f} s of processor time")
             references, ids = References(index, (size, size)), index.ids()
             images = rng.integers(0, 256, (IMAGES, size, size, 3), dtype=np.uint8)
@@ -68,13 +75,11 @@ def main() -> None:
             near = [[Neighbour(int(id), 0.1, 0) for id in rng.choice(ids, COMPARISONS)] for _ in images]
             facts = {int(id): dict.fromkeys(("key", "url", "caption")) for id in ids}
 
-            def compare(at: int) -> object:
-                return match_image(images[at], 0, of, near[at], None, references, facts)  # noqa: B023
-
-            wall, cpu = timed(lambda: list(pool.map(compare, range(IMAGES))))  # noqa: B023
+            jobs = [(image, 0, of, each, None, references, facts) for image, each in zip(images, near, strict=True)]
+            wall, cpu = timed(functools.partial(_all, pool, jobs))
             print(
-                f"{size} x {size}: a candidate {1000 * wall / IMAGES:.0f} ms, {1000 * cpu / IMAGES:.0f} ms of processor "
-                f"time: {cpu / IMAGES / GENERATION:.1%} of one core beside {GENERATION:g} s of generation"
+                f"{size} x {size}: a candidate {1000 * wall / IMAGES:.0f} ms, {1000 * cpu / IMAGES:.0f} ms of "
+                f"processor time: {cpu / IMAGES / GENERATION:.1%} of one core beside {GENERATION:g} s of generation"
             )
 
 
