@@ -10,6 +10,7 @@ resized, ...): 1,080 cases. Found: cosine above 0.5 with its own picture; falsel
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -56,8 +57,9 @@ def main() -> None:
     pictures = photographs() | drawn(20)
     changes: dict[str, Callable[[Image.Image], Image.Image]] = {"none": lambda image: image, **CHANGES}
     print(f"{path.name}, {descriptor.preprocessing['resize']}: {len(pictures) * len(SHAPES) * len(changes):,} cases")
-    print(f"{'shape':<6} {'against':<8} {'median':>7} {'lowest':>7}   found                    falsely found")
-    totals = {name: np.zeros(4, int) for name in ("whole", "crop", "larger")}
+    print(f"{'':<12} {'shape':<5} {'against':<8} {'median':>7} {'lowest':>7}   found                    falsely found")
+    kinds = {"photographs": slice(0, 20), "drawn": slice(20, None)}  # a drawn picture is like other drawn ones
+    totals = {(kind, name): np.zeros(4, int) for kind in kinds for name in ("whole", "crop", "larger")}
     for shape, ratio in SHAPES.items():
         originals = [cut(picture, ratio) for picture in pictures.values()]
         crops = [Image.fromarray(as_trained(picture, (SIZE, SIZE))) for picture in originals]
@@ -65,14 +67,15 @@ def main() -> None:
         copies = np.stack([descriptor([change(each) for each in crops]).numpy() for change in changes.values()])
         against = {"whole": copies @ whole.T, "crop": copies @ crop.T}
         against["larger"] = np.maximum(against["whole"], against["crop"])
-        for name, cosines in against.items():
-            own = np.einsum("cnn->cn", cosines)
-            others = np.where(np.eye(len(originals), dtype=bool), -1, cosines).max(-1)
+        for (kind, part), (name, cosines) in itertools.product(kinds.items(), against.items()):
+            own = np.einsum("cnn->cn", cosines)[:, part]
+            others = np.where(np.eye(len(originals), dtype=bool), -1, cosines).max(-1)[:, part]
             counts = np.array([(own > COPY).sum(), own.size, (others > COPY).sum(), others.size])
-            totals[name] += counts
-            print(f"{shape:<6} {name:<8} {np.median(own):>7.3f} {own.min():>7.3f}   {_shares(counts)}", flush=True)
-    for name, counts in totals.items():
-        print(f"{'all':<6} {name:<8} {'':>7} {'':>7}   {_shares(counts)}")
+            totals[kind, name] += counts
+            figures = f"{np.median(own):>7.3f} {own.min():>7.3f}   {_shares(counts)}"
+            print(f"{kind:<12} {shape:<5} {name:<8} {figures}", flush=True)
+    for (kind, name), counts in totals.items():
+        print(f"{kind:<12} {'all':<5} {name:<8} {'':>7} {'':>7}   {_shares(counts)}")
 
 
 def _shares(counts: np.ndarray) -> str:
