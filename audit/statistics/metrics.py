@@ -146,8 +146,8 @@ def best_f1(scores: npt.ArrayLike, labels: npt.ArrayLike) -> tuple[float, float]
 
     The threshold is the highest score that is NOT flagged (``score > threshold`` flags); -inf when flagging every row
     is best, as with constant scores. Among equal F1 the highest threshold, which flags the fewest rows, is taken.
-    It is chosen on the rows it is measured on, so it flatters: `audit.statistics.thresholds.threshold_at_fpr` on clean captions
-    gives a threshold to act on.
+    It is chosen on the rows it is measured on, so it flatters: `audit.statistics.thresholds.threshold_at_fpr` on clean
+    captions gives a threshold to act on.
 
     Args:
         scores: [n], higher is more memorised.

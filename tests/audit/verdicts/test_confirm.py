@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +28,11 @@ from audit.reports.flagged import find_flagged
 from audit.run.read import read_scores, read_stage
 from audit.run.run import Run
 from audit.run.schema import tensor_values
-from audit.run.stage import CONFIRM, REFINE, TRAJECTORIES, Stage
+from audit.run.stage import CONFIRM, MATCH, REFINE, TRAJECTORIES, Stage
 from audit.run.verify import verify_run
 from audit.scores.scan import ScanConfig, scan
 from audit.scores.trajectories import decode_png
+from audit.verdicts.beside import Beside
 from audit.verdicts.candidates import ConfirmConfig
 from audit.verdicts.confirm import _run_masks, confirm, read_null
 from audit.verdicts.match_shard import own_pictures
@@ -176,6 +178,24 @@ def test_a_confirm_that_goes_on_keeps_the_threshold_it_began_with(run: ConfirmCo
     Stage.open(Run.open(run.run), CONFIRM).ledger.drop(1)
     confirm(many)
     assert json.loads(file.read_text()) == begun
+
+
+def test_what_is_generated_is_matched_while_the_rest_is(run: ConfirmConfig) -> None:
+    many = replace(run, num_images=2, top_fraction=None, top_k=20)
+    confirm(many)
+    opened = Run.open(run.run)
+    matching, trajectories = Stage.open(opened, MATCH), Stage.open(opened, TRAJECTORIES)
+    first = read_table(opened.folder, matching.file(0))
+    matching.ledger.drop(0)
+    matching.ledger.drop(1)
+    trajectories.ledger.drop(1)  # not generated yet
+    with Beside(matching, trajectories, many, None):
+        until = time.monotonic() + 60
+        while not matching.ledger.done([0]) and time.monotonic() < until:
+            time.sleep(0.1)
+    assert set(matching.ledger.done()) == {0}
+    assert read_table(opened.folder, matching.file(0)).equals(first)
+    assert confirm(many).exit_code == 0 and matching.complete
 
 
 def test_the_threshold_rests_on_masks_of_all_candidates(run: ConfirmConfig) -> None:
