@@ -41,8 +41,8 @@ def guidance_loop(model: DiffusionModel, captions: list[str], noise: torch.Tenso
         )
         both, latents = torch.cat([uncond, conditional]), torch.cat([noise, noise])
         eos = model.tokens(["", caption]).eos_positions
-        with capture_attention(model.unet, paper_layers(model.unet), eos, model.latent_shape[1:]) as seen:
-            output = model.unet(latents, timestep, encoder_hidden_states=both, return_dict=False)[0]
+        with capture_attention(model.denoiser, paper_layers(model.denoiser), eos, model.latent_shape[1:]) as seen:
+            output = model.denoiser(latents, timestep, encoder_hidden_states=both, return_dict=False)[0]
         energy = formulas.energy_map(output[1:] - output[:1])
         found.append(float(formulas.ld(energy, seen.mask(model.latent_shape[1:])[1:])))
     return np.array(found)

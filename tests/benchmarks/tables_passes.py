@@ -67,8 +67,8 @@ class Passes:
         self.noise = self.model.noise_bank(1, 0)
         self.empty = self.model.encode_empty()
         self.size = self.model.latent_shape[1:]
-        self.layers = tuple(cross_attention_layers(self.model.unet))
-        self.paper = [self.layers.index(name) for name in paper_layers(self.model.unet)]
+        self.layers = tuple(cross_attention_layers(self.model.denoiser))
+        self.paper = [self.layers.index(name) for name in paper_layers(self.model.denoiser)]
 
     def first(self) -> Arrays:
         """First step: masks [N, token, layer, H, W], energy [N, H, W]."""
@@ -126,7 +126,7 @@ class Passes:
                 last = timestep == timesteps[-1]
                 masks = stack.enter_context(self._capture(both)) if last else None
                 paper = tuple(self.layers[place] for place in self.paper)
-                eos_step = capture_attention(model.unet, paper if whole else (), both.eos_positions, self.size)
+                eos_step = capture_attention(model.denoiser, paper if whole else (), both.eos_positions, self.size)
                 seen = stack.enter_context(eos_step)
                 uncond, conditional = model.predict(torch.cat([latents, latents]), timestep, both).chunk(2)
                 final = masks()[count:] if masks else None
@@ -149,7 +149,7 @@ class Passes:
         with ExitStack() as stack:
             seen = [
                 stack.enter_context(
-                    capture_attention(self.model.unet, self.layers, prompts.eos_positions, self.size, token)  # type: ignore[arg-type]
+                    capture_attention(self.model.denoiser, self.layers, prompts.eos_positions, self.size, token)  # type: ignore[arg-type]
                 )
                 for token in TOKENS
             ]

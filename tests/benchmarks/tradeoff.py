@@ -106,7 +106,7 @@ class Bench:
         if point.method == "rescaled attention":
             prompts = self.model.encode(self.captions)
             noises = self.sampler.noises.expand(len(self.captions), -1, -1, -1)
-            with rescaled_attention(self.model.unet, prompts.eos_positions, point.setting):
+            with rescaled_attention(self.model.denoiser, prompts.eos_positions, point.setting):
                 return self.sampler.sample(prompts, noises)["images"].numpy(), {}
         count = int(point.setting)
         if point.method == "random tokens":

@@ -19,18 +19,18 @@ SHAPES = ("sd1", "sd2", "sdxl", "testbed")
 
 def hook_count(model: Any) -> int:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
-    return sum(len(getattr(module, kind)) for module in model.unet.modules() for kind in kinds)
+    return sum(len(getattr(module, kind)) for module in model.denoiser.modules() for kind in kinds)
 
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_output_is_bit_identical_and_hooks_leave(model_folders: dict[str, Path], kind: str) -> None:
     model = load(find_model(str(model_folders[kind])), "cpu", "float32")
     prompts, latents = model.encode(CAPTIONS), model.noise_bank(2, 0)
-    layers = tuple(cross_attention_layers(model.unet))
+    layers = tuple(cross_attention_layers(model.denoiser))
     with torch.inference_mode():
         plain = model.predict(latents, torch.tensor(981), prompts)
         with capture_attention(
-            model.unet, layers, prompts.eos_positions, model.latent_shape[1:], token_layers=layers
+            model.denoiser, layers, prompts.eos_positions, model.latent_shape[1:], token_layers=layers
         ) as seen:
             watched = model.predict(latents, torch.tensor(981), prompts)
             assert hook_count(model) > 0
@@ -39,7 +39,7 @@ def test_output_is_bit_identical_and_hooks_leave(model_folders: dict[str, Path],
     assert hook_count(model) == 0
     with (
         pytest.raises(RuntimeError, match="out of memory"),
-        capture_attention(model.unet, layers, prompts.eos_positions, model.latent_shape[1:]),
+        capture_attention(model.denoiser, layers, prompts.eos_positions, model.latent_shape[1:]),
     ):
         raise RuntimeError("out of memory")
     assert hook_count(model) == 0
@@ -50,7 +50,7 @@ def test_hooks_leave_when_the_model_fails(model_folders: dict[str, Path]) -> Non
     prompts = model.encode(CAPTIONS)
     with (
         pytest.raises(RuntimeError),
-        capture_attention(model.unet, paper_layers(model.unet), prompts.eos_positions, model.latent_shape[1:]),
+        capture_attention(model.denoiser, paper_layers(model.denoiser), prompts.eos_positions, model.latent_shape[1:]),
     ):
         model.predict(torch.zeros(2, 3, 16, 16), torch.tensor(981), prompts)  # three channels where it takes four
     assert hook_count(model) == 0
@@ -61,12 +61,12 @@ def test_every_layer_is_an_explicit_softmax(model_folders: dict[str, Path], kind
     """Layers of every resolution, their mask and their attention over tokens."""
     model, reference = load(find_model(str(model_folders[kind])), "cpu", "float32"), Reference(model_folders[kind])
     prompts, noises = model.encode(CAPTIONS), model.noise_bank(1, 4)
-    layers = tuple(cross_attention_layers(model.unet))
+    layers = tuple(cross_attention_layers(model.denoiser))
     assert {f"{name}.processor" for name in layers} == set(reference.attention)
     with (
         torch.inference_mode(),
         capture_attention(
-            model.unet, layers, prompts.eos_positions, model.latent_shape[1:], token_layers=layers
+            model.denoiser, layers, prompts.eos_positions, model.latent_shape[1:], token_layers=layers
         ) as seen,
     ):
         model.predict(noises.expand(2, -1, -1, -1), torch.tensor(981), prompts)
@@ -101,8 +101,8 @@ def test_mask_of_latents_that_are_not_square(model_folders: dict[str, Path]) -> 
     """A U-Net for wide pictures: the map keeps the latents' aspect, halved with rounding up as the U-Net does."""
     model = load(find_model(str(model_folders["sd1"])), "cpu", "float32")
     prompts = model.encode(CAPTIONS[:1])
-    layers = tuple(cross_attention_layers(model.unet))
-    with torch.inference_mode(), capture_attention(model.unet, layers, prompts.eos_positions, (10, 22)) as seen:
+    layers = tuple(cross_attention_layers(model.denoiser))
+    with torch.inference_mode(), capture_attention(model.denoiser, layers, prompts.eos_positions, (10, 22)) as seen:
         model.predict(torch.randn(1, 4, 10, 22), torch.tensor(981), prompts)
     assert {tuple(mask.shape) for mask in seen.masks.values()} == {(1, 10, 22), (1, 5, 11)}
     assert seen.mask((10, 22)).shape == (1, 10, 22)

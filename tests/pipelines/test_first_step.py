@@ -77,7 +77,7 @@ def test_masks_of_other_layers(
     model_folders: dict[str, Path], open_model: Callable[[str], DiffusionModel], kind: str
 ) -> None:
     model = open_model(kind)
-    layers = (cross_attention_layers(model.unet)[-1], cross_attention_layers(model.unet)[2])
+    layers = (cross_attention_layers(model.denoiser)[-1], cross_attention_layers(model.denoiser)[2])
     found = FirstStepScorer(model, MaskSource(layers=layers), extra_evaluation=True)(CAPTIONS)
     reference = Reference(model_folders[kind])
     assert_equal(found, [reference.score(caption, layers=list(layers)) for caption in CAPTIONS])
@@ -117,7 +117,7 @@ def test_evaluations_are_one_a_caption_and_noise(open_model: Callable[[str], Dif
         nonlocal latents
         latents += len(args[0])
 
-    handle = model.unet.register_forward_pre_hook(count)
+    handle = model.denoiser.register_forward_pre_hook(count)
     scorer = FirstStepScorer(model, num_noises=3, extra_evaluation=extra, batch_size=4)
     assert latents == scorer.evaluations == 3 * (1 + extra)  # the empty prompt, once a noise
     scorer(CAPTIONS)

@@ -68,7 +68,7 @@ def difference(model: DiffusionModel, captions: list[str], noises: torch.Tensor)
 @pytest.mark.parametrize("loss", ["ld", "magnitude"])
 def test_gradient_equals_finite_differences(folders: dict[str, Path], kind: str, loss: Any) -> None:
     model = tiny(folders, kind)
-    model.unet.double()
+    model.denoiser.double()
     mitigator = Mitigator(model, loss, steps=STEPS)
     noises, masks = model.noise_bank(2, 0).double(), some_masks(model, 2)
     prompts = model.encode(CAPTIONS[:2])
@@ -202,10 +202,10 @@ def test_it_is_deterministic(sd1: DiffusionModel) -> None:
 
 def test_gradient_checkpointing_changes_memory_alone_and_the_unet_is_left_as_it_was(folders: dict[str, Path]) -> None:
     model = tiny(folders, "sd1")
-    model.unet.requires_grad_(True)  # as from_pretrained leaves it
+    model.denoiser.requires_grad_(True)  # as from_pretrained leaves it
     noises = model.noise_bank(1, 0)
     calls, results = [], []
-    layer = model.unet.get_submodule(paper_layers(model.unet)[0])
+    layer = model.denoiser.get_submodule(paper_layers(model.denoiser)[0])
     handle = layer.register_forward_pre_hook(lambda *_: calls.append(len(results)))
     for on in (False, True):
         mitigator = Mitigator(model, "ld", 0.0, steps=STEPS, iterations=2, gradient_checkpointing=on)
@@ -214,8 +214,8 @@ def test_gradient_checkpointing_changes_memory_alone_and_the_unet_is_left_as_it_
     plain, saving = results
     assert calls.count(1) == calls.count(0) + 2  # computed again in both backward passes
     np.testing.assert_allclose(saving.loss_history, plain.loss_history, rtol=1e-4)
-    assert all(p.requires_grad and p.grad is None for p in model.unet.parameters())
-    assert not model.unet.is_gradient_checkpointing
+    assert all(p.requires_grad and p.grad is None for p in model.denoiser.parameters())
+    assert not model.denoiser.is_gradient_checkpointing
 
 
 def test_sdxl_moves_the_text_embedding_alone(folders: dict[str, Path]) -> None:
@@ -255,7 +255,7 @@ def test_mistakes_are_named(sd1: DiffusionModel) -> None:
     with pytest.raises(ValueError, match="2 prompts but 1 noises"):
         Mitigator(sd1)(CAPTIONS[:2], sd1.noise_bank(1, 0))
     with pytest.raises(ModelError, match="DDPMPipeline cannot be mitigated"):
-        MitigatedPipeline(diffusers.DDPMPipeline(sd1.unet, sd1.scheduler), 1.0, 1.0)
+        MitigatedPipeline(diffusers.DDPMPipeline(sd1.denoiser, sd1.scheduler), 1.0, 1.0)
 
 
 def pipeline(folder: Path, **options: Any) -> Any:
@@ -321,7 +321,7 @@ def test_capture_layers_stay_the_papers(sd1: DiffusionModel) -> None:
     noises, timestep = sd1.noise_bank(1, 0), sd1.timesteps(STEPS)[0]
     prompts = sd1.encode(CAPTIONS[:1])
     size = sd1.latent_shape[1:]
-    with torch.no_grad(), capture_attention(sd1.unet, paper_layers(sd1.unet), prompts.eos_positions, size) as seen:
+    with torch.no_grad(), capture_attention(sd1.denoiser, paper_layers(sd1.denoiser), prompts.eos_positions, size) as seen:
         sd1.predict(noises, timestep, prompts)
     given = Mitigator(sd1, steps=STEPS, target=0.0, iterations=1)(CAPTIONS[:1], noises, seen.mask(size))
     own = Mitigator(sd1, steps=STEPS, target=0.0, iterations=1)(CAPTIONS[:1], noises)
