@@ -42,20 +42,20 @@ def test_counts_seeds_and_batches(sd1: DiffusionModel) -> None:
     assert [len(re.findall(r"\b\d+\b", caption)) for caption in found] == [4, 4]
     assert insert_random_numbers(["another", CAPTION], count=4, seed=1) == found[::-1]
     assert insert_random_numbers([CAPTION], count=4, seed=2) != found[:1]
-    tokens = insert_random_tokens([CAPTION, "another"], sd1.tokenizer, count=2, seed=1)
-    assert insert_random_tokens(["another"], sd1.tokenizer, count=2, seed=1) == tokens[1:]
+    tokens = insert_random_tokens([CAPTION, "another"], sd1.pipeline.tokenizer, count=2, seed=1)
+    assert insert_random_tokens(["another"], sd1.pipeline.tokenizer, count=2, seed=1) == tokens[1:]
     assert insert_random_numbers([CAPTION], count=0) == [CAPTION]
 
 
 def test_tokens_come_from_the_whole_vocabulary_without_the_special_ones(sd1: DiffusionModel) -> None:
     captions = [f"caption-{n}" for n in range(400)]
-    found = insert_random_tokens(captions, sd1.tokenizer, count=1)
+    found = insert_random_tokens(captions, sd1.pipeline.tokenizer, count=1)
     inserted = [
         text.removeprefix(f"{caption} ") if text.startswith(caption) else text.removesuffix(f" {caption}")
         for text, caption in zip(found, captions, strict=True)
     ]
-    words = {sd1.tokenizer.decode([number]) for number in range(len(sd1.tokenizer))}
-    special = {sd1.tokenizer.decode([number]) for number in sd1.tokenizer.all_special_ids}
+    words = {sd1.pipeline.tokenizer.decode([number]) for number in range(len(sd1.pipeline.tokenizer))}
+    special = {sd1.pipeline.tokenizer.decode([number]) for number in sd1.pipeline.tokenizer.all_special_ids}
     assert set(inserted) <= words - special
     assert len(set(inserted)) > 250
 
@@ -92,7 +92,7 @@ def test_rescaled_attention_is_the_definition_in_every_layer(sd1: DiffusionModel
         for name in layers
     ]
     with torch.no_grad(), rescaled_attention(sd1.denoiser, prompts.eos_positions, 1.25, keep_eos):
-        sd1.predict(torch.cat([latents, latents]), sd1.timesteps(4)[0], both)
+        sd1.predict(torch.cat([latents, latents]), sd1.levels(4)[0], both)
     for handle in handles:
         handle.remove()
     assert len(seen) == len(layers) > 4
@@ -115,7 +115,7 @@ def test_masked_tokens_do_nothing_and_the_model_is_left_as_it_was(sd1: Diffusion
     assert not torch.equal(before["magnitude_t"], rescaled["magnitude_t"])
     assert torch.equal(before["magnitude_t"], after["magnitude_t"])
     # nothing to mask and a factor of one: the model's own attention
-    last = torch.full_like(prompts.eos_positions, sd1.max_tokens - 1)
+    last = torch.full_like(prompts.eos_positions, prompts.hidden.shape[1] - 1)
     with rescaled_attention(sd1.denoiser, last, bos_factor=1.0):
         same = sampler.sample(prompts, latents)
     torch.testing.assert_close(same["magnitude_t"], before["magnitude_t"], rtol=1e-4, atol=1e-5)
@@ -127,4 +127,4 @@ def test_a_call_for_other_prompts_is_refused(sd1: DiffusionModel) -> None:
         rescaled_attention(sd1.denoiser, sd1.encode(["a", "b"]).eos_positions),
         pytest.raises(ValueError, match="1 rows in rescaled_attention of 2 prompts"),
     ):
-        sd1.predict(sd1.noise_bank(1, 0), sd1.timesteps(4)[0], prompts)
+        sd1.predict(sd1.noise_bank(1, 0), sd1.levels(4)[0], prompts)

@@ -12,7 +12,7 @@ import torch
 
 from pipelines import DiffusionModel, FirstStepScorer, FirstStepScores, MaskSource, find_model, load
 from pipelines.attention import cross_attention_layers
-from pipelines.loading import Embeddings
+from pipelines.families import StableDiffusion
 from tests.reference import Reference
 
 KINDS = ("sd1", "sd2", "sdxl", "testbed")
@@ -126,20 +126,20 @@ def test_evaluations_are_one_a_caption_and_noise(open_model: Callable[[str], Dif
     assert latents == scorer.evaluations == 3 * (1 + extra) * (1 + 5)
 
 
-class SmallMemory(DiffusionModel):
+class SmallMemory(StableDiffusion):
     """A device on which no more than `limit` latents fit at a time."""
 
     limit = 3
 
-    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, embeddings: Embeddings) -> torch.Tensor:
+    def predict(self, latents: torch.Tensor, *arguments: Any) -> torch.Tensor:
         if len(latents) > self.limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return super().predict(latents, timestep, embeddings)
+        return super().predict(latents, *arguments)
 
 
 def test_out_of_memory_halves_the_batch_for_good(open_model: Callable[[str], DiffusionModel]) -> None:
     model = open_model("sd1")
-    small = SmallMemory(model.pipeline, model.folder, model.device, model.dtype)
+    small = model.again(SmallMemory)
     scorer, batches = FirstStepScorer(small, batch_size=16), []
     captions = [f"picture {i}" for i in range(10)]
     found = scorer(captions, batches.append)
