@@ -125,8 +125,6 @@ class Mitigator:
         self.model, self.kind, self.target, self.threshold = model, loss, target, threshold
         self.mask_source = mask_source or MaskSource()
         self.layers = model.check_layers(self.mask_source.layers)
-        if loss == "ld" and not self.layers and self.mask_source.step not in ("energy", "none"):
-            raise ValueError(f"no attention mask for the loss ld: {model.no_mask}; the mask energy is there")
         self.learning_rate, self.iterations, self.weight_decay = learning_rate, iterations, weight_decay
         self.steps, self.guidance_scale = steps, guidance_scale
         self.gradient_checkpointing = gradient_checkpointing
@@ -279,6 +277,8 @@ class Mitigator:
             energy = self._energy(prompts, latents, uncond)
             return self._reduce(energy, masks), masks, False
         layers = () if self.mask_source.step == "energy" else self.layers
+        if not layers and self.mask_source.step != "energy":
+            raise ValueError(f"no attention mask for the loss ld: {self.model.no_mask}; the mask energy is there")
         with self.model.capture(layers, prompts, self.mask_source.token) as attention:
             energy = self._energy(prompts, latents, uncond)
         masks = attention.mask(self.model.latent_shape[1:]) if layers else formulas.energy_mask(energy)

@@ -175,7 +175,11 @@ def _begin(run: Run, config: MitigateConfig) -> tuple[Stage, int]:
     index.load_descriptor(config.sscd, config.device)
     clip = find_clip(config.clip, run.facts.model)
     # 3. trigger and target
-    threshold, by = config.threshold, trigger_column(config.loss, config.mask)
+    readable = run.fingerprint.mask != "none"
+    mask = config.mask or ("final" if readable else "energy")
+    if config.loss == "ld" and mask != "energy" and not readable:
+        raise AuditError(f"--mask {mask}: the run's model has no attention masks: give --mask energy")
+    threshold, by = config.threshold, trigger_column(config.loss, mask)
     if config.thresholds is not None:
         threshold = load_thresholds(config.thresholds, run).threshold(by)
     target = config.target
@@ -191,11 +195,12 @@ def _begin(run: Run, config: MitigateConfig) -> tuple[Stage, int]:
         threshold=threshold,
         clip=None if clip is None else _folder_digest(clip),
         loss=config.loss,
-        mask=None if config.loss == "magnitude" else config.mask,
+        mask=None if config.loss == "magnitude" else mask,
         learning_rate=config.learning_rate,
         iterations=config.iterations,
     )
-    recorded = replace(config, target=target, threshold=threshold, thresholds=None, clip=clip, index=index.folder.url)
+    given = {"target": target, "threshold": threshold, "thresholds": None, "mask": mask}
+    recorded = replace(config, **given, clip=clip, index=index.folder.url)
     items = with_images(chosen, num_images)
     stage = Stage.begin(run, MITIGATE, fingerprint, items, recorded, config.replace)
     return stage, len(confirmed.missing())

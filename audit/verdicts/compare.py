@@ -111,7 +111,8 @@ def match_image(
     """Compare one generated image with its neighbours and the caption's own picture.
 
     Args:
-        image: [H, W, 3]. masks: `be_mask`, `first_mask`, `energy_mask`, `score_map` at latent size [H, W].
+        image: [H, W, 3]. masks: `be_mask`, `first_mask`, `energy_mask`, `score_map` at latent size [H, W]; a model
+            without attention masks has the last two.
         match_mask: whose mask decides (key of schema.MASKS).
         neighbours: (id, sscd, rank); the own picture with rank -1 where it is not among the nearest.
         own: id of the caption's own picture. facts: key, url, caption of ids.
@@ -119,7 +120,8 @@ def match_image(
     Returns:
         one dict a comparison, columns MATCH_COLUMNS.
     """
-    at_size = masks_at(np.stack([masks[name] for name in TRAJECTORY_MASKS]), image.shape[:2])
+    names = [name for name in TRAJECTORY_MASKS if name in masks]
+    at_size = masks_at(np.stack([masks[name] for name in names]), image.shape[:2])
     matches = []
     for id, sscd, rank in neighbours:
         pixels = references.pixels(id)
@@ -133,13 +135,13 @@ def match_image(
         }
         distance = None
         if pixels is not None:
-            distances = dict(
-                zip(TRAJECTORY_MASKS, masked_distances(image, [pixels], at_size)[:, 0].tolist(), strict=True)
-            )
+            distances = dict(zip(names, masked_distances(image, [pixels], at_size)[:, 0].tolist(), strict=True))
             plain = float(np.sqrt(np.square((image.astype(np.float64) - pixels) / 255).sum()))
             match["s"] = gate(plain, sscd)
-            match["ls"] = gate(distances["be_mask"] * float(at_size[0].mean(dtype=np.float64)), sscd)
-            match |= {column: gate(distances[mask], sscd) for column, mask in LS_MASKS.items()}
+            if "be_mask" in distances:
+                mean = float(at_size[names.index("be_mask")].mean(dtype=np.float64))
+                match["ls"] = gate(distances["be_mask"] * mean, sscd)
+            match |= {column: gate(distances[mask], sscd) for column, mask in LS_MASKS.items() if mask in distances}
             distance = distances[MASKS[match_mask]]
             match["distance"] = distance
             match["p_value"] = null.p_value(distance)

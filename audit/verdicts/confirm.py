@@ -20,7 +20,7 @@ from audit.base.stopping import Stop
 from audit.index import Index
 from audit.index.build import DEFAULT_INDEX
 from audit.run.run import DEFAULT_RUN, Run
-from audit.run.schema import DEFAULT_SCORE, MASKS, SCORES, VERDICTS, tensor_values
+from audit.run.schema import DEFAULT_SCORE, MASK_DETECTORS, MASKS, SCORES, VERDICTS, WINDOWS, tensor_values
 from audit.run.select import best_rows, with_images
 from audit.run.stage import CONFIRM, SCAN, TRAJECTORIES, Stage, run_stage, sum_counts
 from audit.scores.calibrate import load_thresholds
@@ -224,6 +224,11 @@ def _begin_trajectories(run: Run, config: ConfirmConfig) -> Stage:
         raise AuditError(
             f"{run.url}: {len(left)} of {len(scan.shards)} shards are not scanned yet: go on with `be-audit scan`"
         )
+    if run.fingerprint.mask == "none":
+        if config.match_mask != "energy":
+            raise AuditError(f"--match-mask {config.match_mask}: the run's model has no attention masks: give energy")
+        if config.by in (*MASK_DETECTORS, *(name for name in WINDOWS if name.startswith("ld"))):
+            raise AuditError(f"--by {config.by}: the run's model has no attention masks: give {DEFAULT_SCORE}")
     threshold, by = config.threshold, config.by
     if config.thresholds is not None:
         if threshold is not None:

@@ -67,7 +67,7 @@ class ConfirmJob:
         images = [decode_png(data) for data in made["image"].to_pylist()]
         if images and self.references.size != images[0].shape[:2]:
             self.references = References(self.index, images[0].shape[:2])
-        masks = {name: tensor_values(made[name]) if images else np.zeros(0) for name in TRAJECTORY_MASKS}
+        masks = {name: tensor_values(made[name]) for name in TRAJECTORY_MASKS if images and not made[name].null_count}
         neighbours = self._neighbours(images, made["row_id"].to_pylist())
         described = time.monotonic()
         of_row: dict[int, list[int]] = collections.defaultdict(list)
