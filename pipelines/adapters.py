@@ -21,7 +21,7 @@ NOT_UNDERSTOOD = {
     "lora_mid": "LoCon with Tucker decomposition",
 }
 """Kinds of adapters that are not W + scale * up @ down, by what their keys have."""
-DOWN = re.compile(r"^(?P<module>.+?)\.(?:lora_A|lora\.down|lora_linear_layer\.down|lora_down)\.weight$")
+DOWN = re.compile(r"^(?P<module>.+?)(?:\.lora_A|[._]lora\.down|\.lora_linear_layer\.down|\.lora_down)\.weight$")
 
 
 def merge_lora(pipeline: Any, path: Path, scale: float) -> None:
@@ -48,9 +48,7 @@ def merge_lora(pipeline: Any, path: Path, scale: float) -> None:
     if not pairs:
         raise ModelError(f"{path}: has no LoRA layers ({next(iter(raw), 'no tensors')}, ...)", "lora")
     for (part, module), (down, up, alpha) in pairs.items():
-        network = getattr(pipeline, part, None)
-        layer = dict(network.named_modules()).get(module) if isinstance(network, nn.Module) else None
-        weight = getattr(layer, "weight", None)
+        weight = _weight(getattr(pipeline, part, None), module)
         if weight is None:
             raise ModelError(f"{path}: {part}.{module} is no layer of this model: it was made for another one", "lora")
         change = _product(up.float(), down.float()) * (scale * alpha / down.shape[0])
@@ -84,11 +82,12 @@ def _pairs(
         if match is None:
             continue
         stem = match["module"]
-        up_key = key.replace("lora_A", "lora_B").replace("down", "up") if "lora_A" in key else _up(key)
+        up_key = _up(key)
         if up_key not in state:
             raise ModelError(f"{path}: {key} has no partner {up_key}", "lora")
         part, module = stem.split(".", 1)
-        alpha = alphas.get(f"{stem}.alpha", state.get(f"{stem}.alpha"))
+        said = {**state, **alphas}
+        alpha = said.get(f"{stem}.alpha", said.get(f"{key}.alpha"))
         left -= {key, up_key, f"{stem}.alpha"}
         down, up = state[key], state[up_key]
         pairs[part, _module(module)] = (down, up, float(down.shape[0] if alpha is None else alpha))
@@ -99,14 +98,32 @@ def _pairs(
 
 def _up(key: str) -> str:
     """Name of the partner of a `down` tensor."""
-    head, _, tail = key.rpartition("down")
-    return f"{head}up{tail}"
+    old, new = ("lora_A", "lora_B") if "lora_A" in key else ("down", "up")
+    head, _, tail = key.rpartition(old)
+    return f"{head}{new}{tail}"
+
+
+def _weight(network: Any, name: str) -> Tensor | None:
+    """The weight of a layer by any of the names LoRAs give it; None where there is no such layer.
+
+    Older ones name attention by its processor (`to_q` in text encoders too), and transformers 5 has no `text_model.`.
+    """
+    if not isinstance(network, nn.Module):
+        return None
+    modules = dict(network.named_modules())
+    for plain in (name, re.sub(r"self_attn\.to_(q|k|v|out)$", r"self_attn.\1_proj", name)):
+        for written in (plain, plain.removeprefix("text_model."), f"text_model.{plain}"):
+            weight = getattr(modules.get(written), "weight", None)
+            if weight is not None:
+                return weight
+    return None
 
 
 def _module(name: str) -> str:
     """A layer's name from the names of older LoRAs, whose attention processors held them."""
-    name = name.replace(".processor.", ".").replace("to_out_lora", "to_out.0")
-    return re.sub(r"\.(to_[qkv])_lora", r".\1", name)
+    if ".processor." in name:
+        return re.sub(r"\.to_out$", ".to_out.0", name.replace(".processor.", "."))
+    return name
 
 
 def load_inversion(pipeline: Any, path: Path, token: str) -> None:
