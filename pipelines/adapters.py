@@ -65,9 +65,7 @@ def _product(up: Tensor, down: Tensor) -> Tensor:
     return (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
 
 
-def _pairs(
-    pipeline: Any, raw: dict[str, Tensor], path: Path
-) -> dict[tuple[str, str], tuple[Tensor, Tensor, float]]:
+def _pairs(pipeline: Any, raw: dict[str, Tensor], path: Path) -> dict[tuple[str, str], tuple[Tensor, Tensor, float]]:
     """(part, module) -> down, up and alpha of every layer of a file; every tensor is used."""
     options = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "unet") else {}
     try:

@@ -35,11 +35,13 @@ VOCABULARY = (
 )
 """Files a tokenizer is read from."""
 REFUSED = {
-    "FluxPipeline": "it is guided by an embedding of the guidance scale and has no unconditional branch to compare with",
-    "QwenImagePipeline": "its unconditional prompt is a template around a blank, and its guidance is renormalised",
-    "KolorsPipeline": "its text encoder is ChatGLM, whose prompts have no end token to read a mask from",
-    "WuerstchenCombinedPipeline": "it makes embeddings of pictures in a first stage, not latents from the prompt",
-    "KandinskyV22CombinedPipeline": "its U-Net sees an embedding of a picture that a prior drew, not the prompt",
+    "FluxPipeline": "its denoiser takes packed latents with positions of text and image, which no family here gives",
+    "QwenImagePipeline": "its prompts are put into a template and its guidance is renormalised, as no family here does",
+    "KolorsPipeline": "its text encoder is ChatGLM, with which no family here encodes",
+    "SanaPipeline": "its text encoder is Gemma, with an instruction before the prompt, as no family here encodes",
+    "IFPipeline": "it draws pixels with dynamic thresholding, as no family here samples",
+    "HunyuanDiTPipeline": "its denoiser takes two texts and the picture's style, which no family here gives",
+    "KandinskyV22CombinedPipeline": "its U-Net is told an embedding of a picture that a prior drew, not the prompt",
 }
 """Why pipelines that people ask for are not read."""
 
@@ -134,7 +136,7 @@ class ModelFolder:
     def loaded_files(self) -> list[Path]:
         """Every file that is read by `load`, and no other: what a fingerprint hashes."""
         files = [self.path / "model_index.json", self.path / "scheduler" / "scheduler_config.json"]
-        for name, part in self.parts().items():
+        for name in self.parts():
             if name.startswith("tokenizer"):
                 files += [self.path / name / file for file in VOCABULARY if (self.path / name / file).is_file()]
             else:
@@ -313,7 +315,7 @@ def _inversion(text: str) -> tuple[Path, str]:
 
 
 def _prediction_type(checkpoint: Path) -> str | None:
-    """What a checkpoint says its output is: by its metadata (modelspec) or the empty tensor `v_pred`; None if silent."""
+    """What a checkpoint says its output is, by its metadata (modelspec) or a tensor `v_pred`; None if it does not."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -345,7 +347,9 @@ def find_weights(folder: Path, part: str, kind: Part, name: str) -> Weights:
             continue
         variants = sorted(variant for variant in found if variant)
         if None not in found and len(variants) > 1:
-            raise ModelError(f"{name}: {part}/ has weights of the variants {', '.join(variants)} only: keep one of them")
+            raise ModelError(
+                f"{name}: {part}/ has weights of the variants {', '.join(variants)} only: keep one of them"
+            )
         variant = None if None in found else variants[0]
         chosen = folder / part / found[variant]
         if chosen.suffix != ".json":
@@ -358,9 +362,7 @@ def find_weights(folder: Path, part: str, kind: Part, name: str) -> Weights:
                 "there; download the model again"
             )
         return Weights(variant, (chosen, *(folder / part / shard for shard in shards)))
-    raise ModelError(
-        f"{name}: {part}/ has no weights ({' or '.join(WEIGHTS[kind.library])}); download the model again"
-    )
+    raise ModelError(f"{name}: {part}/ has no weights ({' or '.join(WEIGHTS[kind.library])}); download the model again")
 
 
 def model_class(part: Part) -> Any:

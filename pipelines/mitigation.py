@@ -98,7 +98,8 @@ class Mitigator:
         batch_size: rows at a time; halved for good when memory runs out.
 
     Raises:
-        ValueError: an unknown loss, a negative target or number of iterations, or layers the model does not have, or no mask for `ld`.
+        ValueError: an unknown loss, a negative target or number of iterations, layers the model does not have, or no
+            mask for `ld`.
     """
 
     def __init__(

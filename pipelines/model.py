@@ -153,6 +153,7 @@ class DiffusionModel(ABC):
     # -- what a family says ------------------------------------------------------------------------------------------
 
     @classmethod
+    @abstractmethod
     def check(cls, configs: Mapping[str, Mapping[str, Any]], index: Mapping[str, Any]) -> None:
         """Refuse a folder by its configurations (class defaults filled in), before weights are read.
 
@@ -236,7 +237,7 @@ class DiffusionModel(ABC):
 
     @torch.inference_mode()
     def encode_empty(self) -> Embeddings:
-        """The unconditional row, as the pipeline's guidance has it: the encoding of "" unless a family says otherwise."""
+        """The unconditional row, as the pipeline's guidance has it: that of "" unless a family says otherwise."""
         return self.encode([""])
 
     def predict(
@@ -326,8 +327,7 @@ class DiffusionModel(ABC):
         scaled = latents.to(self.vae.dtype)
         mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
         if mean is not None and std is not None:
-            place = {"device": scaled.device, "dtype": scaled.dtype}
-            mean, std = (torch.tensor(values, **place).view(1, -1, 1, 1) for values in (mean, std))
+            mean, std = (torch.tensor(values).view(1, -1, 1, 1).to(scaled) for values in (mean, std))
             scaled = scaled * std / config.scaling_factor + mean
         else:
             scaled = scaled / config.scaling_factor

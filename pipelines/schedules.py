@@ -1,8 +1,8 @@
 """Noise levels, deterministic steps and units of a model's own schedule; one class a kind of diffusion.
 
-x_t = a x_0 + s eps at a level of signal a and noise s. A raw output is affine in the clean latents x_0 it believes in, so
-the difference of two outputs at the same x_t is q (x_0' - x_0) with q = d(output) / d(x_0). Differences are taken first
-and brought to a unit then: converting both outputs and subtracting cancels at high noise.
+x_t = a x_0 + s eps at a level of signal a and noise s. A raw output is affine in the clean latents x_0 it believes in,
+so the difference of two outputs at the same x_t is q (x_0' - x_0) with q = d(output) / d(x_0). Differences are taken
+first and brought to a unit then: converting both outputs and subtracting cancels at high noise.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ the noise prediction does not depend on the prompt there by definition."""
 
 
 class NoiseLevel(NamedTuple):
-    """One sampling step: what the denoiser is told, a and s of x_t = a x_0 + s eps, and those of where the step ends."""
+    """One sampling step: what the denoiser is told, a and s of x_t = a x_0 + s eps, and those where the step ends."""
 
     timestep: Tensor
     signal: float
@@ -86,7 +86,7 @@ class Schedule(ABC):
 
 
 class VariancePreserving(Schedule):
-    """a^2 + s^2 = 1, betas of a DDPM; sampled by DDIM with eta 0 (Song et al. 2021), which all samplers here agree with.
+    """a^2 + s^2 = 1, betas of a DDPM; sampled by DDIM with eta 0 (Song et al. 2021), as any of its samplers could be.
 
     Args:
         scheduler: any of `classes`; its betas, spacing and prediction type are taken over, its solver is not.
@@ -111,7 +111,9 @@ class VariancePreserving(Schedule):
         config = scheduler.config
         schedule, prediction = config.get("beta_schedule"), config.get("prediction_type", "epsilon")
         if config.get("trained_betas") is None and schedule not in self.beta_schedules:
-            raise ModelError(f"its scheduler's beta_schedule is {schedule!r}; read are {', '.join(self.beta_schedules)}")
+            raise ModelError(
+                f"its scheduler's beta_schedule is {schedule!r}; read are {', '.join(self.beta_schedules)}"
+            )
         if prediction not in ("epsilon", "v_prediction"):
             raise ModelError(f"its scheduler's prediction type is {prediction!r}; read are epsilon and v_prediction")
         for field, values in self.refused.items():
@@ -166,7 +168,7 @@ class VariancePreserving(Schedule):
 
 
 class Edm(Schedule):
-    """Karras et al. 2022: x = x_0 + sigma eps, D = c_skip x + c_out F(c_in x, ln(sigma) / 4); Playground v2.5, CosXL."""
+    """Karras et al. 2022: x = x_0 + sigma eps, D = c_skip x + c_out F(c_in x, ln(sigma) / 4); Playground v2.5.
 
     classes = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 
@@ -266,6 +268,7 @@ def schedule_of(scheduler: Any, allowed: tuple[type[Schedule], ...], **options: 
     name = type(scheduler).__name__
     for kind in allowed:
         if name in kind.classes:
-            return kind(scheduler, **options)
-    open_scheduler(name, {}, allowed)
+            found: Any = kind
+            return found(scheduler, **options)
+    open_scheduler(name, {}, allowed)  # says what is read
     raise AssertionError(name)

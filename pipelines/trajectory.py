@@ -1,4 +1,4 @@
-"""Full deterministic sampling in one pass: images, BE masks, energy maps, and every score window without a second run."""
+"""Deterministic sampling in one pass: images, BE masks, energy maps, and every score window without a second run."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ class TrajectorySampler:
             latents = model.step(model.guide(uncond, cond, self.guidance_scale), level, latents)
         energy = torch.stack(energies, 1)  # [B, steps, H, W]
         # of noise predictions: d_eps = a d_v
-        to_noise = levels[-1].signal**2 if unit == "velocity" else 1.0
+        to_noise = levels[-1].signal ** 2 if unit == "velocity" else 1.0
         score_map = formulas.score_difference_map(energy[:, -1] * to_noise, levels[-1].noise)
         columns |= {
             "energy_mask": formulas.energy_mask(energy[:, 0]),

@@ -130,9 +130,7 @@ def save_sd3(folder: Path, t5: bool = True, **scheduler: Any) -> Path:
     diffusers.StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
-        vae=vae(
-            16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609
-        ),
+        vae=vae(16, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609),
         text_encoder=clip_encoder(clip, 16),
         tokenizer=clip,
         text_encoder_2=clip_encoder(clip, 16),

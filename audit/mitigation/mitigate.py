@@ -199,8 +199,8 @@ def _begin(run: Run, config: MitigateConfig) -> tuple[Stage, int]:
         learning_rate=config.learning_rate,
         iterations=config.iterations,
     )
-    given = {"target": target, "threshold": threshold, "thresholds": None, "mask": mask}
-    recorded = replace(config, **given, clip=clip, index=index.folder.url)
+    recorded = replace(config, target=target, threshold=threshold, thresholds=None, mask=mask)
+    recorded = replace(recorded, clip=clip, index=index.folder.url)
     items = with_images(chosen, num_images)
     stage = Stage.begin(run, MITIGATE, fingerprint, items, recorded, config.replace)
     return stage, len(confirmed.missing())

@@ -28,11 +28,17 @@ class ModelFlags:
 
 
 @dataclass(frozen=True)
-class ScoringConfig(ModelFlags):
-    """Which captions, which model, which scores, and where it runs."""
+class CaptionFlags:
+    """Which captions, and the run they are scored into."""
 
     captions: tuple[str, ...] = option((), "Caption files, folders, globs or data sets.", argument=True)
     output: str = option(DEFAULT_RUN, "Run folder (any fsspec URL).", short="-o", envvar="BE_AUDIT_RUN")
+
+
+@dataclass(frozen=True)
+class ScoringConfig(ModelFlags, CaptionFlags):
+    """Which captions, which model, which scores, and where it runs; captions and output come first."""
+
     caption_col: str | None = option(None, "Caption column; found by itself (TEXT, caption, text, prompt, ...).")
     limit: int | None = option(None, "Scan the first N rows only.", min=1)
     mask: str = option(

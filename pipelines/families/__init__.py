@@ -16,7 +16,13 @@ from pipelines.families.stable_diffusion_3 import StableDiffusion3
 from pipelines.families.stable_diffusion_xl import StableDiffusionXL
 from pipelines.model import DiffusionModel
 
-FAMILIES: tuple[type[DiffusionModel], ...] = (StableDiffusion, StableDiffusionXL, PixArtAlpha, PixArtSigma, StableDiffusion3)
+FAMILIES: tuple[type[DiffusionModel], ...] = (
+    StableDiffusion,
+    StableDiffusionXL,
+    PixArtAlpha,
+    PixArtSigma,
+    StableDiffusion3,
+)
 
 
 def find_family(class_name: str) -> type[DiffusionModel] | None:

@@ -20,7 +20,7 @@ class PixArtSigma(DiffusionModel):
         max_tokens: where its pipeline cuts captions.
     """
 
-    pipelines = ("PixArtSigmaPipeline", "PixArtSigmaPAGPipeline")
+    pipelines: ClassVar[tuple[str, ...]] = ("PixArtSigmaPipeline", "PixArtSigmaPAGPipeline")
     max_tokens: ClassVar[int] = 300
     parts: ClassVar[dict[str, Part]] = {
         "transformer": Part("diffusers", ("PixArtTransformer2DModel", "Transformer2DModel")),
@@ -88,7 +88,7 @@ class PixArtSigma(DiffusionModel):
 class PixArtAlpha(PixArtSigma):
     """PixArt-alpha: captions of up to 120 tokens; at 1024 pixels told the picture's size, as its pipeline does."""
 
-    pipelines = ("PixArtAlphaPipeline",)
+    pipelines: ClassVar[tuple[str, ...]] = ("PixArtAlphaPipeline",)
     pipeline_class = "PixArtAlphaPipeline"
     max_tokens = 120
 

@@ -19,7 +19,7 @@ CONDITIONS = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "a
 class StableDiffusion(DiffusionModel):
     """Stable Diffusion 1 and 2 by any class over the same weights; LCMs and others with a guidance embedding."""
 
-    pipelines = (
+    pipelines: ClassVar[tuple[str, ...]] = (
         *("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
         *("StableDiffusionInpaintPipelineLegacy", "StableDiffusionPipelineSafe", "StableDiffusionPAGPipeline"),
         *("StableDiffusionPAGImg2ImgPipeline", "StableDiffusionPAGInpaintPipeline", "StableDiffusionPanoramaPipeline"),
@@ -76,9 +76,9 @@ class StableDiffusion(DiffusionModel):
 
     def denoise(self, latents: Tensor, timestep: Tensor, prompts: Embeddings, guidance_scale: float | None) -> Tensor:
         conditions = {**self.added(prompts, len(latents)), **self._guidance(len(latents), guidance_scale)}
-        return self.denoiser(
-            latents, timestep, encoder_hidden_states=prompts.hidden, return_dict=False, **conditions
-        )[0]
+        return self.denoiser(latents, timestep, encoder_hidden_states=prompts.hidden, return_dict=False, **conditions)[
+            0
+        ]
 
     def added(self, prompts: Embeddings, batch: int) -> dict[str, Any]:
         """Further conditions of the U-Net."""

@@ -19,7 +19,7 @@ T5_LENGTH = 256
 class StableDiffusion3(DiffusionModel):
     """SD 3 and 3.5, with T5 or without it (its part of the text is zeros then, as the pipeline has it)."""
 
-    pipelines = (
+    pipelines: ClassVar[tuple[str, ...]] = (
         *("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"),
         *("StableDiffusion3PAGPipeline", "StableDiffusion3PAGImg2ImgPipeline"),
     )
@@ -46,14 +46,14 @@ class StableDiffusion3(DiffusionModel):
         config = configs["transformer"]
         if config["in_channels"] != config["out_channels"]:
             raise ModelError(
-                f"the transformer takes {config['in_channels']} channels and gives {config['out_channels']}: conditions "
-                "on a picture are not supported"
+                f"the transformer takes {config['in_channels']} channels and gives {config['out_channels']}: "
+                "conditions on a picture are not supported"
             )
         given = configs.get("text_encoder_3", {}).get("d_model")
         if given is not None and config["joint_attention_dim"] != given:
             raise ModelError(
-                f"transformer/ takes text embeddings of width {config['joint_attention_dim']}, but text_encoder_3 gives "
-                f"{given}"
+                f"transformer/ takes text embeddings of width {config['joint_attention_dim']}, but text_encoder_3 "
+                f"gives {given}"
             )
 
     @classmethod

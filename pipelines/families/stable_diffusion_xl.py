@@ -18,7 +18,7 @@ from pipelines.schedules import Edm, VariancePreserving
 class StableDiffusionXL(StableDiffusion):
     """SDXL, its fine-tunes and turbo versions, Playground v2 and v2.5 (EDM noise, latent means)."""
 
-    pipelines = (
+    pipelines: ClassVar[tuple[str, ...]] = (
         *("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"),
         *("StableDiffusionXLPAGPipeline", "StableDiffusionXLPAGImg2ImgPipeline"),
         "StableDiffusionXLPAGInpaintPipeline",
@@ -38,7 +38,9 @@ class StableDiffusionXL(StableDiffusion):
     @classmethod
     def check(cls, configs: Mapping[str, Mapping[str, Any]], index: Mapping[str, Any]) -> None:
         if index.get("requires_aesthetics_score"):
-            raise ModelError("it is SDXL's refiner (requires_aesthetics_score), which starts from another model's picture")
+            raise ModelError(
+                "it is SDXL's refiner (requires_aesthetics_score), which starts from another model's picture"
+            )
         check_unet(configs["unet"], "text_time")
         width = int(configs["unet"]["cross_attention_dim"])
         check_text_width(configs, "unet", width, "text_encoder", "text_encoder_2")

@@ -85,7 +85,13 @@ def pipe(model_folders: dict[str, Path]) -> Any:
     ],
 )
 def test_a_lora_is_merged(
-    pipe: Any, model_folders: dict[str, Path], tmp_path: Path, names: Any, parts: tuple[str, ...], scale: float, alpha: float
+    pipe: Any,
+    model_folders: dict[str, Path],
+    tmp_path: Path,
+    names: Any,
+    parts: tuple[str, ...],
+    scale: float,
+    alpha: float,
 ) -> None:
     """W + scale * alpha / rank * up @ down, in every layer the file names and in no other."""
     places = {
@@ -142,7 +148,9 @@ def test_what_is_no_lora_of_this_model_is_refused(
 
 def test_a_lora_of_another_width_is_refused(model_folders: dict[str, Path], tmp_path: Path) -> None:
     stem = f"unet.{ATTENTION}"
-    save_file({f"{stem}.lora_A.weight": torch.zeros(3, 99), f"{stem}.lora_B.weight": torch.zeros(16, 3)}, tmp_path / "x")
+    save_file(
+        {f"{stem}.lora_A.weight": torch.zeros(3, 99), f"{stem}.lora_B.weight": torch.zeros(16, 3)}, tmp_path / "x"
+    )
     with pytest.raises(ModelError, match="has another shape"):
         load(find_model(str(model_folders["sd1"]), loras=(str(tmp_path / "x"),)), "cpu")
 
@@ -175,7 +183,9 @@ def test_a_textual_inversion_is_its_vectors(model_folders: dict[str, Path], tmp_
     model = load(folder, "cpu", "float32")
     found = model.encode(["a house <style>", "a house"])
     assert found.num_tokens[0] == found.num_tokens[1] + 3
-    ids = model.pipeline.tokenizer(model.pipeline.maybe_convert_prompt("<style>", model.pipeline.tokenizer))["input_ids"]
+    ids = model.pipeline.tokenizer(model.pipeline.maybe_convert_prompt("<style>", model.pipeline.tokenizer))[
+        "input_ids"
+    ]
     embedding = model.pipeline.text_encoder.get_input_embeddings().weight
     assert torch.equal(embedding[ids[1:-1]], vectors)
     assert folder.adapters()["textual_inversion"][0].endswith(":<style>")
@@ -247,7 +257,9 @@ def vae_key(key: str, value: torch.Tensor, blocks: int) -> tuple[str, torch.Tens
         key,
     )
     key = re.sub(
-        r"decoder\.up_blocks\.(\d+)\.upsamplers\.0", lambda match: f"decoder.up.{blocks - 1 - int(match[1])}.upsample", key
+        r"decoder\.up_blocks\.(\d+)\.upsamplers\.0",
+        lambda match: f"decoder.up.{blocks - 1 - int(match[1])}.upsample",
+        key,
     )
     key = re.sub(r"mid_block\.resnets\.(\d)", lambda match: f"mid.block_{int(match[1]) + 1}", key)
     if "mid_block.attentions.0" in key:

@@ -317,7 +317,10 @@ def test_capture_layers_stay_the_papers(sd1: DiffusionModel) -> None:
     noises, level = sd1.noise_bank(1, 0), sd1.levels(STEPS)[0]
     prompts = sd1.encode(CAPTIONS[:1])
     size = sd1.latent_shape[1:]
-    with torch.no_grad(), capture_attention(sd1.denoiser, paper_layers(sd1.denoiser), prompts.eos_positions, size) as seen:
+    with (
+        torch.no_grad(),
+        capture_attention(sd1.denoiser, paper_layers(sd1.denoiser), prompts.eos_positions, size) as seen,
+    ):
         sd1.predict(noises, level, prompts)
     given = Mitigator(sd1, steps=STEPS, target=0.0, iterations=1)(CAPTIONS[:1], noises, seen.mask(size))
     own = Mitigator(sd1, steps=STEPS, target=0.0, iterations=1)(CAPTIONS[:1], noises)

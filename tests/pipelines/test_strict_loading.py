@@ -1,4 +1,4 @@
-"""What is scored is the model in the folder: folders as people really have them load as what they are, or not at all."""
+"""What is scored is the model in the folder: folders as people have them load as what they are, or not at all."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def unfused(state: State) -> State:
     for key, value in state.items():
         stem, name = key.rsplit(".", 1)
         if ".attn" in key and name == "weight" and stem.endswith(("to_q", "to_k")):
-            found |= {f"{stem}.base_layer.weight": value, f"{stem}.lora_A.default.weight": torch.zeros(4, value.shape[1])}
+            found[f"{stem}.base_layer.weight"] = value
+            found[f"{stem}.lora_A.default.weight"] = torch.zeros(4, value.shape[1])
         else:
             found[key] = value
     return found
