@@ -168,7 +168,7 @@ class VariancePreserving(Schedule):
 
 
 class Edm(Schedule):
-    """Karras et al. 2022: x = x_0 + sigma eps, D = c_skip x + c_out F(c_in x, ln(sigma) / 4); Playground v2.5.
+    """Karras et al. 2022: x = x_0 + sigma eps, D = c_skip x + c_out F(c_in x, ln(sigma) / 4); Playground v2.5."""
 
     classes = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 

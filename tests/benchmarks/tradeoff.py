@@ -110,7 +110,7 @@ class Bench:
                 return self.sampler.sample(prompts, noises)["images"].numpy(), {}
         count = int(point.setting)
         if point.method == "random tokens":
-            return self.sampler(insert_random_tokens(self.captions, self.model.tokenizer, count)).images, {}
+            return self.sampler(insert_random_tokens(self.captions, self.model.pipeline.tokenizer, count)).images, {}
         return self.sampler(insert_random_numbers(self.captions, count)).images, {}
 
     def measure(self, images: Any) -> dict[str, list[float]]:
