@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
 from audit import testbed
 from audit.base.progress import Progress
