@@ -234,6 +234,17 @@ def test_half_precision_gets_as_far_as_single_precision(folders: dict[str, Path]
     np.testing.assert_allclose(losses[1], losses[0], rtol=0.05)
 
 
+def test_a_loss_scale_that_overflows_backs_off(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(folders, "sd1", "float16")
+    given = CAPTIONS[:2], model.noise_bank(2, 0), some_masks(model, 2)
+    options: dict[str, Any] = {"target": 0.0, "steps": STEPS, "iterations": 3, "learning_rate": 0.02}
+    expected = Mitigator(model, "ld", **options)(*given)
+    monkeypatch.setattr("pipelines.mitigation.HALF_SCALE", 2.0**30)  # every first gradient is infinite
+    found = Mitigator(model, "ld", **options)(*given)
+    assert found.iterations_used.tolist() == [3, 3]
+    np.testing.assert_allclose(found.loss_history, expected.loss_history, rtol=0.05)
+
+
 def test_a_mask_of_zeros_and_the_empty_prompt_are_left_alone(sd1: DiffusionModel) -> None:
     masks = some_masks(sd1, 2)
     masks[0] = 0

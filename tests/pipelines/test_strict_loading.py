@@ -249,3 +249,24 @@ def test_counted_is_what_was_encoded(copy: Path) -> None:
     assert found.num_tokens.tolist() == [plain + 6, plain + 84, plain]
     assert found.truncated.tolist() == [False, True, False]
     assert found.eos_positions.tolist() == is_end.int().argmax(1).tolist() == [plain + 7, length - 1, plain + 1]
+
+
+def test_names_of_older_versions_are_read(copy: Path, model_folders: dict[str, Path]) -> None:
+    """As the published Stable Diffusion 1 has them: the VAE's attention by other names, a buffer nothing reads."""
+    old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+
+    def renamed(state: State) -> State:
+        found = {}
+        for key, value in state.items():
+            for new, name in old.items():
+                key = key.replace(new, name) if "attentions" in key else key
+            found[key] = value
+        return found
+
+    weights(copy / VAE, renamed)
+    weights(copy / TEXT, lambda state: {**state, "text_model.embeddings.position_ids": torch.arange(77)[None]})
+    edit(copy / "text_encoder" / "config.json", eos_token_id=2)
+    model, plain = (load(find_model(str(each)), "cpu", "float32") for each in (copy, model_folders["sd1"]))
+    latents = plain.noise_bank(1, 0)
+    assert torch.equal(model.decode(latents), plain.decode(latents))
+    assert torch.equal(model.encode(CAPTIONS).hidden, plain.encode(CAPTIONS).hidden)
