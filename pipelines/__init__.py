@@ -9,7 +9,7 @@ import importlib
 from typing import Any
 
 _API = {
-    "DiffusionModel": "pipelines.loading",
+    "DiffusionModel": "pipelines.model",
     "FirstStep": "pipelines.detectors",
     "FirstStepScorer": "pipelines.first_step",
     "FirstStepScores": "pipelines.first_step",
@@ -21,7 +21,7 @@ _API = {
     "Trajectories": "pipelines.trajectory",
     "TrajectorySampler": "pipelines.trajectory",
     "detector": "pipelines.detectors",
-    "find_model": "pipelines.loading",
+    "find_model": "pipelines.folders",
     "load": "pipelines.loading",
 }
 __all__ = list(_API)

@@ -1,8 +1,8 @@
-"""Cross-attention of the end-of-text token (the BE mask), captured by hooks that leave the model as it was."""
+"""Attention of image positions to a prompt's tokens (the BE mask), captured by hooks that leave the model as it was."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from pipelines.formulas import attention_probabilities, resize_mask
 
 Token = Literal["eos", "bos", "padding"]
-Step = Literal["first", "final", "energy"]
+Step = Literal["first", "final", "energy", "none"]
 TOKENS: tuple[str, ...] = ("eos", "bos", "padding")
-STEPS: tuple[str, ...] = ("first", "final", "energy")
+STEPS: tuple[str, ...] = ("first", "final", "energy", "none")
+Reader = Callable[[Any, tuple[Any, ...], dict[str, Any]], Tensor]
+"""From a layer's inputs, its attention of image positions to text tokens: [B, heads, pixels, L], float32."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,9 @@ class MaskSource:
 
     Attributes:
         step: `first` (attention of the first step), `final` (of the last one, the paper's), `energy` (the smoothed
-            energy map of the first step; layers and token play no part).
+            energy map of the first step; layers and token play no part), `none` (a model without a readable one).
         token: `eos` (the paper's), `bos` (one minus its attention) or `padding` (everything from EOS on, summed).
-        layers: names of cross-attention modules, averaged; empty for the paper's two (`paper_layers`).
+        layers: names of attention modules, averaged; empty for the family's own, the paper's two (`paper_layers`).
     """
 
     step: Step = "first"
@@ -41,8 +43,8 @@ class MaskSource:
 
     def describe(self) -> str:
         """One word for a table's `mask_source` column: `first:eos`, `final:eos`, `energy`, ..."""
-        if self.step == "energy":
-            return "energy"
+        if self.step in ("energy", "none"):
+            return self.step
         layers = f":{'+'.join(self.layers)}" if self.layers else ""
         return f"{self.step}:{self.token}{layers}"
 
@@ -102,35 +104,36 @@ def capture_attention(
     latent_size: tuple[int, int],
     token: Token = "eos",
     token_layers: tuple[str, ...] = (),
+    known: list[str] | None = None,
+    reader: Reader | None = None,
 ) -> Iterator[AttentionCapture]:
-    """Capture attention during the U-Net calls inside the block.
+    """Capture attention during the denoiser's calls inside the block.
 
     The hooks see the inputs of the layers and compute softmax(Q K^T) beside them in float32; the model's own (fused)
     attention runs untouched, so its output is bit-identical. They are removed on the way out, errors included.
 
     Args:
         unet: the denoising network.
-        layers: cross-attention modules to read masks from.
+        layers: attention modules to read masks from.
         eos_positions: index of the first end-of-text token of each prompt, [B], int64.
         latent_size: (H, W) of the latents; gives a layer's map its aspect.
         token: whose attention the mask is.
         token_layers: modules whose mean attention over tokens is kept as well.
+        known: modules that can be read; default every cross-attention. reader: how; default `cross_attention`.
 
     Raises:
-        ValueError: a layer the U-Net does not have.
+        ValueError: a layer the denoiser does not have.
     """
-    modules = dict(unet.named_modules())
-    unknown = [name for name in (*layers, *token_layers) if name not in modules]
+    modules, read = dict(unet.named_modules()), reader or cross_attention
+    readable = cross_attention_layers(unet) if known is None else known
+    unknown = [name for name in (*layers, *token_layers) if name not in readable]
     if unknown:
-        known = ", ".join(cross_attention_layers(unet))
-        raise ValueError(f"the U-Net has no cross-attention layer {unknown[0]!r}; it has {known}")
+        raise ValueError(f"the model has no attention layer {unknown[0]!r} to read; it has {', '.join(readable)}")
     seen = AttentionCapture()
 
     def hook_for(name: str) -> Any:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            encoded: Tensor = args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
-            probabilities = _layer_probabilities(module, hidden, encoded)  # [B, heads, HW, L]
+            probabilities = read(module, args, kwargs)  # [B, heads, HW, L]
             if name in layers:
                 column = _token_attention(probabilities.mean(1), eos_positions, token)
                 seen.masks[name] = column.unflatten(-1, _map_size(column.shape[-1], latent_size))
@@ -150,12 +153,42 @@ def capture_attention(
             handle.remove()
 
 
-def _layer_probabilities(module: Any, hidden: Tensor, encoded: Tensor) -> Tensor:
+def cross_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Reader of a U-Net's cross-attention: softmax(Q K^T) over all L keys, padding included."""
+    query, key = _query_and_key(module, args, kwargs)
+    return attention_probabilities(query, key, module.scale)
+
+
+def masked_cross_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Reader of cross-attention whose padding is masked by a bias, [B, 1, L] (PixArt, Sana)."""
+    query, key = _query_and_key(module, args, kwargs)
+    bias = kwargs.get("attention_mask")
+    return attention_probabilities(query, key, module.scale, None if bias is None else bias[:, None])
+
+
+def joint_attention(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Reader of joint attention with keys [image, text] (SD3): the text's columns, whose rows sum to less than 1."""
+    image, text = kwargs["hidden_states"], kwargs["encoder_hidden_states"]
+
+    def heads(values: Tensor, norm: Any) -> Tensor:
+        split = values.unflatten(-1, (module.heads, -1)).transpose(1, 2)
+        return split if norm is None else norm(split)
+
+    query = heads(module.to_q(image), module.norm_q)
+    keys = [heads(module.to_k(image), module.norm_k), heads(module.add_k_proj(text), module.norm_added_k)]
+    return attention_probabilities(query, torch.cat(keys, 2), query.shape[-1] ** -0.5)[..., image.shape[1] :]
+
+
+def _query_and_key(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    hidden = args[0] if args else kwargs["hidden_states"]
+    encoded = args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
     if module.norm_cross:
         encoded = module.norm_encoder_hidden_states(encoded)
-    query, key = module.to_q(hidden), module.to_k(encoded)
-    split = lambda x: x.unflatten(-1, (module.heads, -1)).transpose(1, 2)  # noqa: E731
-    return attention_probabilities(split(query), split(key), module.scale)
+    query, key = (
+        projected.unflatten(-1, (module.heads, -1)).transpose(1, 2)
+        for projected in (module.to_q(hidden), module.to_k(encoded))
+    )
+    return query, key
 
 
 def _token_attention(probabilities: Tensor, eos_positions: Tensor, token: Token) -> Tensor:

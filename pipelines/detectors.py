@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     import pipelines.formulas
 
-Need = Literal["mask", "token_attention", "low"]
+Need = Literal["mask", "token_attention", "low", "sigma_max"]
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,15 @@ class FirstStep:
     """What the first sampling step tells of B rows (a row is a prompt and a noise).
 
     Attributes:
-        difference: noise difference d = eps(x_T, e_p) - eps(x_T, e_0), [B, C, H, W], float32.
-        uncond: unconditional prediction eps(x_T, e_0), [B, C, H, W].
+        difference: noise difference d = eps(x_T, e_p) - eps(x_T, e_0), [B, C, H, W], float32; of velocities where the
+            first level has no signal (flow matching, zero terminal SNR).
+        uncond: unconditional prediction eps(x_T, e_0), or the velocity, [B, C, H, W].
         energy: d squared and summed over channels, [B, H, W], float32.
         mask: attention of the end-of-text token at this step, [B, H, W]; None where the model has none to read.
         token_attention: attention over tokens of Ren et al.'s layer, averaged over heads and pixels, [B, L]; or None.
         low: the same facts on the same pure noise at the third last timestep; None without the extra evaluation.
         guidance_scale: of classifier-free guidance.
-        sigma_max: sqrt((1 - abar) / abar) of the schedule's last training step.
+        sigma_max: s / a of the schedule's noisiest level, sqrt((1 - abar) / abar); None where it is infinite.
         anisotropy_weights: of magnitude and `cosine_low`, by the family of the model.
     """
 
@@ -44,7 +45,7 @@ class FirstStep:
     token_attention: Tensor | None = None
     low: FirstStep | None = None
     guidance_scale: float = 7.5
-    sigma_max: float = 1.0
+    sigma_max: float | None = 1.0
     anisotropy_weights: tuple[float, float] = (1.0, 2.0)
 
     @classmethod
@@ -56,7 +57,7 @@ class FirstStep:
         token_attention: Tensor | None = None,
         low: FirstStep | None = None,
         guidance_scale: float = 7.5,
-        sigma_max: float = 1.0,
+        sigma_max: float | None = 1.0,
         anisotropy_weights: tuple[float, float] = (1.0, 2.0),
     ) -> FirstStep:
         """From a noise difference [B, C, H, W]; its energy is computed here, `uncond` is zero where it is not given."""
@@ -171,9 +172,10 @@ def ld_energy(first: FirstStep) -> Tensor:
     return pipelines.formulas.ld(first.energy, pipelines.formulas.energy_mask(first.energy))
 
 
-@detector("sigma_max^2 mean(eps_cfg^2), first step", "Webster 2023")
+@detector("sigma_max^2 mean(eps_cfg^2), first step", "Webster 2023", ("sigma_max",))
 def webster(first: FirstStep) -> Tensor:
-    """Webster's white-box one-step score, [B]."""
+    """Webster's white-box one-step score, [B]; not defined where sigma_max is infinite."""
+    assert first.sigma_max is not None
     return pipelines.formulas.webster(first.uncond, first.difference, first.guidance_scale, first.sigma_max)
 
 

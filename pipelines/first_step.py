@@ -1,9 +1,9 @@
-"""First-step scores of many prompts: one U-Net evaluation a prompt and noise."""
+"""First-step scores of many prompts: one evaluation of the denoiser a prompt and noise."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines import formulas
-from pipelines.attention import MaskSource, capture_attention, entropy_layer, paper_layers
+from pipelines.attention import MaskSource
 from pipelines.batching import AdaptiveBatches
 from pipelines.detectors import FirstStep, scores
-from pipelines.loading import DiffusionModel, Embeddings
+from pipelines.model import DiffusionModel, Embeddings
+from pipelines.schedules import NoiseLevel
 
 Array = NDArray[np.float32]
 
@@ -44,20 +45,22 @@ class FirstStepScores:
 class FirstStepScorer:
     """Scores prompts at the first sampling step.
 
-    All prompts share the initial noises, so eps(x_T, e_0) is computed once a noise and kept; a prompt then costs one
-    U-Net evaluation a noise (MemBench, gen_utils.py, shares noise and unconditional prediction in the same way).
+    All prompts share the initial noises, so the unconditional output is computed once a noise and kept; a prompt then
+    costs one evaluation a noise (MemBench, gen_utils.py, shares noise and unconditional prediction in the same way).
+    Scores are differences of noise predictions, or of velocities where the first level has no signal (`unit`).
 
     Args:
         model: a loaded model.
-        mask_source: layers and token of the mask of `ld`; its step is `first`.
+        mask_source: layers and token of the mask of `ld`; its step is `first`, or `none`. A model without a published
+            mask, and no layers named, has no `ld`.
         num_noises: K. seed: of the noise bank.
-        steps: sampling steps; the first of their timesteps is scored (981 for 50 steps of Stable Diffusion 1).
-        guidance_scale: enters `webster` alone.
-        batch_size: latents in one U-Net call; halved for good when memory runs out.
+        steps: sampling steps; the first of their levels is scored (t = 981 for 50 steps of Stable Diffusion 1).
+        guidance_scale: enters `webster`, and models that are told it.
+        batch_size: latents in one call of the denoiser; halved for good when memory runs out.
         extra_evaluation: also compute `cosine_low` and `anisotropy`, at one more evaluation a prompt and noise.
 
     Raises:
-        ValueError: a mask of another step (that of the final one takes a trajectory), or layers the U-Net has not.
+        ValueError: a mask of another step (that of the final one takes a trajectory), or layers the model has not.
     """
 
     def __init__(
@@ -73,28 +76,26 @@ class FirstStepScorer:
     ) -> None:
         self.model = model
         self.mask_source = mask_source or MaskSource()
-        if self.mask_source.step != "first":
+        if self.mask_source.step not in ("first", "none"):
             raise ValueError(f"a mask of step {self.mask_source.step} is no attention of the first step")
-        self.layers = self.mask_source.layers or paper_layers(model.unet)
-        self.entropy_layer = entropy_layer(model.unet)
+        self.layers = model.check_layers(self.mask_source.layers)
         self.guidance_scale, self.extra_evaluation = guidance_scale, extra_evaluation
         self.batches = AdaptiveBatches(batch_size)
-        self.evaluations = 0  # U-Net evaluations so far, one latent through the U-Net once
+        self.evaluations = 0  # of the denoiser so far: one latent through it once
         self.noises = model.noise_bank(num_noises, seed).to(model.device, model.dtype)
-        timesteps = model.timesteps(steps)
-        self.timestep, self.low_timestep = timesteps[0], timesteps[max(-3, -steps)]
-        self.uncond = self._unconditional(self.timestep)  # [K, C, H, W]
-        self.uncond_low = self._unconditional(self.low_timestep) if extra_evaluation else None
+        self.unit, levels = model.unit(steps), model.levels(steps)
+        self.level, self.low_level = levels[0], levels[max(-3, -steps)]
+        self.uncond = self._unconditional(self.level)  # raw outputs, [K, C, H, W]
+        self.uncond_low = self._unconditional(self.low_level) if extra_evaluation else None
 
     @torch.inference_mode()
-    def _unconditional(self, timestep: Tensor) -> Tensor:
+    def _unconditional(self, level: NoiseLevel) -> Tensor:
         empty = self.model.encode_empty()
-        outputs = [self._noise(self.noises[k : k + 1], timestep, empty) for k in range(len(self.noises))]
-        return torch.cat(outputs)
+        return torch.cat([self._predict(self.noises[k : k + 1], level, empty) for k in range(len(self.noises))])
 
-    def _noise(self, latents: Tensor, timestep: Tensor, embeddings: Embeddings) -> Tensor:
+    def _predict(self, latents: Tensor, level: NoiseLevel, embeddings: Embeddings) -> Tensor:
         self.evaluations += len(latents)
-        return self.model.to_noise(self.model.predict(latents, timestep, embeddings), latents, timestep)
+        return self.model.predict(latents, level, embeddings, self.guidance_scale)
 
     @torch.inference_mode()
     def __call__(self, captions: list[str], on_batch: Callable[[int], None] | None = None) -> FirstStepScores:
@@ -134,39 +135,38 @@ class FirstStepScorer:
         return Embeddings.concatenate(parts)
 
     def _score(self, embeddings: Embeddings, part: slice) -> dict[str, Tensor]:
-        """One U-Net call over pairs (prompt, noise), numbered prompt * K + noise."""
-        pair = torch.arange(part.start, part.stop)
+        """One call of the denoiser over pairs (prompt, noise), numbered prompt * K + noise."""
+        model, pair = self.model, torch.arange(part.start, part.stop)
         prompt, noise = pair // len(self.noises), pair % len(self.noises)
         prompts, latents = embeddings.take(prompt), self.noises[noise]
-        uncond = self.uncond[noise]
-        layers = (self.entropy_layer,) if self.entropy_layer else ()
-        grid = self.model.latent_shape[1:]
-        with capture_attention(
-            self.model.unet, self.layers, prompts.eos_positions, grid, self.mask_source.token, layers
-        ) as attention:
-            conditional = self._noise(latents, self.timestep, prompts)
+        with model.capture(self.layers, prompts, self.mask_source.token, model.entropy_layers) as attention:
+            output = self._predict(latents, self.level, prompts)
         low = None
         if self.uncond_low is not None:
-            uncond_low = self.uncond_low[noise]
-            low = FirstStep.of(
-                self._noise(latents, self.low_timestep, prompts).float() - uncond_low.float(), uncond_low
-            )
-        first = FirstStep.of(
-            conditional.float() - uncond.float(),
-            uncond,
-            attention.mask(grid),
-            token_attention(attention.token_means),
-            low,
-            self.guidance_scale,
-            self.model.sigma_max,
-            formulas.anisotropy_weights(self.model.unet.config.cross_attention_dim),
+            output_low = self._predict(latents, self.low_level, prompts)
+            low = self._facts(output_low, self.uncond_low[noise], latents, self.low_level)
+        first = replace(
+            self._facts(output, self.uncond[noise], latents, self.level),
+            mask=attention.mask(model.latent_shape[1:]) if self.layers else None,
+            token_attention=token_attention(attention.token_means),
+            low=low,
         )
         found = {**scores(first), "energy": first.energy, "energy_mask": formulas.energy_mask(first.energy)}
         if first.mask is not None:
             found["mask"] = first.mask
         return {name: value.float().cpu() for name, value in found.items()}
 
+    def _facts(self, output: Tensor, uncond: Tensor, latents: Tensor, level: NoiseLevel) -> FirstStep:
+        model = self.model
+        return FirstStep.of(
+            model.difference(output, uncond, level, self.unit),
+            model.in_unit(uncond, latents, level, self.unit),
+            guidance_scale=self.guidance_scale,
+            sigma_max=model.schedule.sigma_max if self.unit == "epsilon" else None,
+            anisotropy_weights=formulas.anisotropy_weights(model.text_width),
+        )
+
 
 def token_attention(token_means: dict[str, Tensor]) -> Tensor | None:
-    """Mean attention over tokens of the one captured layer, [B, L]; None for U-Nets that do not have it."""
+    """Mean attention over tokens of the one captured layer, [B, L]; None for models that do not have it."""
     return next(iter(token_means.values()), None)

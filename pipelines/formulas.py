@@ -89,27 +89,29 @@ def energy_mask(energy: Tensor, size: int = 3) -> Tensor:
     return torch.where(mean.amax((-2, -1), keepdim=True) == 0, torch.ones_like(mean), mean)
 
 
-def score_difference_map(energy: Tensor, alpha_bar: Tensor) -> Tensor:
-    """E_T / sigma_T^2 of the last step, sigma^2 = 1 - abar (Kim & Lee 2026): the difference of the scores, squared.
+def score_difference_map(energy: Tensor, noise: float) -> Tensor:
+    """E_T / sigma_T^2 of the last step (Kim & Lee 2026): the difference of the scores -eps / sigma, squared.
 
     Args:
-        energy: energy map of the last step, [B, H, W].
-        alpha_bar: cumulative alpha of the last timestep, scalar.
+        energy: energy map of the noise predictions at the last step, [B, H, W].
+        noise: sigma of the last level, sqrt(1 - abar) of a DDPM's.
     Returns:
         [B, H, W], float32.
     """
-    return energy.float() / (1 - alpha_bar.float())
+    return energy.float() / noise**2
 
 
-def attention_probabilities(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """softmax(Q K^T scale) in float32.
+def attention_probabilities(query: Tensor, key: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """softmax(Q K^T scale + bias) in float32.
 
     Args:
         query: [B, heads, HW, d]. key: [B, heads, L, d]. scale: 1 / sqrt(d) as the layer has it.
+        bias: added to the logits, broadcast against [B, heads, HW, L]; masks keys with large negative numbers.
     Returns:
         [B, heads, HW, L], float32, rows summing to one.
     """
-    return (query.float() @ key.float().transpose(-1, -2) * scale).softmax(-1)
+    logits = query.float() @ key.float().transpose(-1, -2) * scale
+    return (logits if bias is None else logits + bias.float()).softmax(-1)
 
 
 def webster(noise_uncond: Tensor, noise_difference: Tensor, guidance_scale: float, sigma_max: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import inspect
 from typing import Any, Literal
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from pipelines.attention import MaskSource
 from pipelines.errors import ModelError
-from pipelines.loading import SUPPORTED, DiffusionModel, Embeddings, ModelFolder
+from pipelines.families import find_family, supported
 from pipelines.mitigation import Loss, Mitigator
+from pipelines.model import DiffusionModel, Embeddings
 
-# of a pipeline's encode_prompt: what it returns, in order, and the options of a call that end there
-ENCODED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-ENCODED_OPTIONS = ("negative_prompt", "prompt_2", "negative_prompt_2")
+ENCODED_OPTIONS = ("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
+"""Options of a call that end in its encode_prompt."""
 
 
 class MitigatedPipeline:
@@ -24,12 +24,12 @@ class MitigatedPipeline:
     Images of prompts that do not trigger are bit-identical to the wrapped pipeline's for the same generator, whatever
     its sampler. The trigger is the score be-audit calibrates (first of 50 DDIM steps, the image's own noise), also
     where the pipeline is called with another sampler or number of steps: `threshold` is that of the column `ld` (mask
-    `first` or `final`), `ld_energy` (mask `energy`) or `magnitude` (that loss). It costs two U-Net evaluations an
+    `first` or `final`), `ld_energy` (mask `energy`) or `magnitude` (that loss). It costs two evaluations an
     image; a triggered one costs up to `iterations` forward and backward passes more, and for mask `final` an
     unmitigated trajectory.
 
     Args:
-        pipe: a loaded StableDiffusionPipeline or StableDiffusionXLPipeline. It is not changed.
+        pipe: a loaded pipeline of one of be-audit's families. It is not changed.
         threshold, target, loss, learning_rate, iterations, weight_decay, steps, gradient_checkpointing, batch_size:
             as in Mitigator.
         mask: step of the mask of `ld`: `first`, `final` or `energy`.
@@ -57,11 +57,11 @@ class MitigatedPipeline:
         gradient_checkpointing: bool = False,
         batch_size: int = 8,
     ) -> None:
-        names = [kind.__name__ for kind in type(pipe).__mro__ if kind.__name__ in SUPPORTED]
-        if not names:
-            raise ModelError(f"{type(pipe).__name__} cannot be mitigated; supported are {', '.join(sorted(SUPPORTED))}")
-        name = str(getattr(pipe.config, "_name_or_path", ""))
-        self.pipe, self.folder = pipe, ModelFolder(Path(name), name, None, SUPPORTED[names[0]])
+        families = [find_family(kind.__name__) for kind in type(pipe).__mro__]
+        known = [family for family in families if family is not None]
+        if not known:
+            raise ModelError(f"{type(pipe).__name__} cannot be mitigated; supported are {', '.join(supported())}")
+        self.pipe, self.family = pipe, known[0]
         self.options: dict[str, Any] = {
             "loss": loss,
             "target": target,
@@ -93,39 +93,44 @@ class MitigatedPipeline:
         copies = options.pop("num_images_per_prompt", 1) or 1
         # 1. embeddings and noise as the pipeline itself would make them; a new model each time, because weights,
         #    device and dtype are the caller's to change
-        model = DiffusionModel(self.pipe, self.folder, self.pipe._execution_device, self.pipe.unet.dtype)
-        encoded = self._encode(prompt, copies, options)
+        network = getattr(self.pipe, self.family.denoiser_part)
+        model = self.family(self.pipe, self.pipe._execution_device, network.dtype)
+        guidance = float(options.get("guidance_scale", model.guidance_default))
+        encoded, facts = self._encode(model, captions, copies, guidance, options)
+        repeated = [fact.repeat_interleave(copies) for fact in facts]
         latents = self._noise(model, len(captions) * copies, encoded["prompt_embeds"].dtype, options)
         # 2. trigger and mitigate
-        facts = [fact.repeat_interleave(copies) for fact in model.tokens(captions)]
-        prompts = Embeddings(encoded["prompt_embeds"], encoded.get("pooled_prompt_embeds"), *facts)
-        mitigation = Mitigator(model, guidance_scale=self._guidance_scale(options), **self.options)(prompts, latents)
+        prompts = Embeddings(encoded["prompt_embeds"], model.conditions(encoded), *repeated)
+        mitigator = Mitigator(model, guidance_scale=guidance, **self.options)
+        mitigation = mitigator(prompts, latents * model.schedule.noise_scale)
         # 3. generate as usual
         encoded["prompt_embeds"] = mitigation.embeddings.hidden
+        if "negative_prompt" in inspect.signature(self.pipe.__call__).parameters:
+            options["negative_prompt"] = None  # its embeddings are given instead
         output = self.pipe(latents=latents, **encoded, **options)
         if options.get("return_dict", True):
             output.mitigation = mitigation
         return output
 
-    def _guidance_scale(self, options: dict[str, Any]) -> float:
-        return float(options.get("guidance_scale", 5.0 if self.folder.kind == "sdxl" else 7.5))
-
     @torch.no_grad()
-    def _encode(self, prompt: str | list[str], copies: int, options: dict[str, Any]) -> dict[str, Tensor]:
+    def _encode(
+        self, model: DiffusionModel, captions: list[str], copies: int, guidance: float, options: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor, Tensor]]:
         """The pipeline's own embeddings by the name of the option they go back in; takes their options out."""
+        takes = inspect.signature(self.pipe.encode_prompt).parameters
         taken = {name: options.pop(name) for name in ENCODED_OPTIONS if name in options}
         if options.get("clip_skip") is not None:
             taken["clip_skip"] = options["clip_skip"]
-        guided = self._guidance_scale(options) > 1 and self.pipe.unet.config.time_cond_proj_dim is None
-        found = self.pipe.encode_prompt(
-            prompt=prompt,
-            device=self.pipe._execution_device,
+        if "lora_scale" in takes:
+            attention = options.get("cross_attention_kwargs") or options.get("joint_attention_kwargs") or {}
+            taken["lora_scale"] = attention.get("scale")
+        encoded, facts = model.embed(
+            captions,
             num_images_per_prompt=copies,
-            do_classifier_free_guidance=guided,
-            lora_scale=(options.get("cross_attention_kwargs") or {}).get("scale"),
+            do_classifier_free_guidance=guidance > 1 and not model.guided_by_embedding,
             **taken,
         )
-        return {name: value for name, value in zip(ENCODED, found, strict=False) if value is not None}
+        return {name: value for name, value in encoded.items() if value is not None}, facts
 
     def _noise(self, model: DiffusionModel, images: int, dtype: torch.dtype, options: dict[str, Any]) -> Tensor:
         """The caller's latents, or the ones the pipeline would draw; tells the model their size."""
@@ -136,11 +141,10 @@ class MitigatedPipeline:
         if latents is None:
             channels, *default = model.latent_shape
             asked = (options.get("height"), options.get("width"))
-            if self.folder.kind == "sd" and not all(asked):  # that pipeline takes both or neither
+            if model.sides_together and not all(asked):  # that pipeline takes both or neither
                 asked = (None, None)
             sides = [side // scale if side else usual for side, usual in zip(asked, default, strict=True)]
             shape = (images, channels, *sides)
             latents = randn_tensor(shape, options.get("generator"), self.pipe._execution_device, dtype)
-        model.latent_shape = tuple(latents.shape[1:])
-        model.image_size = tuple(scale * side for side in latents.shape[2:])
+        model.set_size((int(latents.shape[2]), int(latents.shape[3])))
         return latents

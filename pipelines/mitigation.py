@@ -18,15 +18,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pipelines import formulas
-from pipelines.attention import MaskSource, capture_attention, paper_layers
+from pipelines.attention import MaskSource
 from pipelines.batching import AdaptiveBatches
-from pipelines.loading import DiffusionModel, Embeddings
+from pipelines.model import DiffusionModel, Embeddings
 from pipelines.trajectory import TrajectorySampler
 
 Array = NDArray[np.float32]
 Loss = Literal["ld", "magnitude"]
 LOSSES: tuple[str, ...] = ("ld", "magnitude")
 HALF_SCALE = 1024.0  # of the loss in float16: gradients of single embedding entries fall below its smallest number
+BACK_OFF, LEAST_SCALE = 16.0, 2.0**-10  # where gradients overflow, the scale is divided by the one, down to the other
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Mitigation:
     """N prompts after mitigation, each with its own initial noise.
 
     Attributes:
-        embeddings: N rows; those that were not moved are bit-identical to the ones given. SDXL's pooled embedding is
-            never moved.
+        embeddings: N rows; those that were not moved are bit-identical to the ones given. Only the text embeddings are
+            moved, never a pooled one.
         score: the trigger's score, [N] float32: the loss of the unmitigated prompt under the first step's own mask,
             or under the masks that were given.
         triggered: score > threshold, [N] bool.
@@ -93,11 +94,12 @@ class Mitigator:
             learning_rate * weight_decay (0.05 %) an update.
         steps, guidance_scale: of the sampler; the first of its timesteps is the one optimised at (981 for 50 steps of
             Stable Diffusion 1). The guidance enters `final` masks alone.
-        gradient_checkpointing: keep less of the U-Net's forward pass and compute it again: less memory, more time.
+        gradient_checkpointing: keep less of the denoiser's forward pass and compute it again: less memory, more time.
         batch_size: rows at a time; halved for good when memory runs out.
 
     Raises:
-        ValueError: an unknown loss, a negative target or number of iterations, or layers the U-Net does not have.
+        ValueError: an unknown loss, a negative target or number of iterations, layers the model does not have, or no
+            mask for `ld`.
     """
 
     def __init__(
@@ -123,13 +125,14 @@ class Mitigator:
             raise ValueError(f"{iterations} iterations")
         self.model, self.kind, self.target, self.threshold = model, loss, target, threshold
         self.mask_source = mask_source or MaskSource()
-        self.layers = self.mask_source.layers or paper_layers(model.unet)
+        self.layers = model.check_layers(self.mask_source.layers)
         self.learning_rate, self.iterations, self.weight_decay = learning_rate, iterations, weight_decay
         self.steps, self.guidance_scale = steps, guidance_scale
         self.gradient_checkpointing = gradient_checkpointing
         self.batches = AdaptiveBatches(batch_size)
-        self.timestep = model.timesteps(steps)[0]
+        self.unit, self.level = model.unit(steps), model.levels(steps)[0]
         self.empty = model.encode_empty()
+        self.first = model.fixed_tokens  # text positions from here on are parameters
 
     @torch.inference_mode(False)
     def __call__(
@@ -171,10 +174,10 @@ class Mitigator:
         return Mitigation.concatenate(parts)
 
     def loss(self, prompts: Embeddings, latents: Tensor, uncond: Tensor, masks: Tensor | None) -> Tensor:
-        """The loss at the first step, differentiable in `prompts.hidden`; one U-Net evaluation a row.
+        """The loss at the first step, differentiable in `prompts.hidden`; one evaluation a row.
 
         Args:
-            prompts: B rows. latents: x_T, [B, C, H, W]. uncond: eps(x_T, e_0), [B, C, H, W].
+            prompts: B rows. latents: x_T, [B, C, H, W]. uncond: raw output for "", [B, C, H, W].
             masks: [B, H, W]; not used by `magnitude`.
         Returns:
             [B], float32.
@@ -184,16 +187,11 @@ class Mitigator:
     def _mitigate(self, prompts: Embeddings, latents: Tensor, masks: Tensor | None) -> Mitigation:
         """One batch."""
         model = self.model
-        # cloned outside of inference mode, whose tensors cannot enter a graph; detached from any graph they come with
-        prompts = replace(
-            prompts,
-            hidden=prompts.hidden.detach().clone(),
-            pooled=None if prompts.pooled is None else prompts.pooled.detach().clone(),
-        )
+        prompts = prompts.detached()
         latents = latents.detach().to(model.device, model.dtype).clone()
         # 1. the unmitigated first step: score, trigger, mask
         with torch.no_grad():
-            uncond = self._noise(latents, self.empty.expand(len(prompts)))
+            uncond = self._predict(latents, self.empty.expand(len(prompts)))
             score, masks, own = self._score(prompts, latents, uncond, masks)
         triggered = torch.ones_like(score, dtype=torch.bool) if self.threshold is None else score > self.threshold
         active = triggered.nonzero().flatten().tolist()
@@ -204,7 +202,7 @@ class Mitigator:
         with torch.no_grad():
             for row, moved in words.items():
                 if used[row]:
-                    prompts.hidden[row, 1:] = moved.to(prompts.hidden.dtype)
+                    prompts.hidden[row, self.first :] = moved.to(prompts.hidden.dtype)
         return Mitigation(prompts, score.cpu().numpy(), triggered.cpu().numpy(), history.cpu().numpy(), used.numpy())
 
     def _optimise(
@@ -215,41 +213,55 @@ class Mitigator:
         used = torch.zeros(len(prompts), dtype=torch.int64)
         # a parameter a row: rows that stopped have no gradient, so AdamW leaves them and their state alone;
         # in float32, because AdamW's epsilon is zero in float16
-        words = {row: prompts.hidden[row, 1:].float().clone().requires_grad_() for row in active}
+        words = {row: prompts.hidden[row, self.first :].float().clone().requires_grad_() for row in active}
         if not words:
             return words, history, used
         optimiser = torch.optim.AdamW(words.values(), self.learning_rate, weight_decay=self.weight_decay)
-        scale = HALF_SCALE if latents.dtype == torch.float16 else 1.0
-        with _only_embeddings(self.model.unet, self.gradient_checkpointing):
+        scales = dict.fromkeys(active, HALF_SCALE if latents.dtype == torch.float16 else 1.0)
+
+        def losses(rows: list[int]) -> Tensor:
+            at = torch.tensor(rows)
+            moved = torch.stack([words[row] for row in rows]).to(prompts.hidden.dtype)
+            part = prompts.take(at)
+            part = replace(part, hidden=torch.cat([part.hidden[:, : self.first], moved], 1))
+            return self.loss(part, latents[at], uncond[at], None if masks is None else masks[at])
+
+        with _only_embeddings(self.model.denoiser, self.gradient_checkpointing):
             for iteration in range(self.iterations + 1):
-                rows = torch.tensor(active)
                 with torch.set_grad_enabled(iteration < self.iterations):
-                    moved = torch.stack([words[row] for row in active]).to(prompts.hidden.dtype)
-                    part = prompts.take(rows)
-                    part = replace(part, hidden=torch.cat([part.hidden[:, :1], moved], 1))
-                    loss = self.loss(part, latents[rows], uncond[rows], None if masks is None else masks[rows])
+                    loss = losses(active)
                 history[active, iteration] = loss.detach()
                 going = (loss.detach() > self.target).nonzero().flatten().tolist()  # a NaN stops as well
                 active = [active[place] for place in going]
                 if not active or iteration == self.iterations:
                     break
-                gradients = torch.autograd.grad(loss[going].sum() * scale, [words[row] for row in active])
                 optimiser.zero_grad()
-                for row, gradient in zip(active, gradients, strict=True):
-                    if gradient.isfinite().all():  # else the row keeps its last embedding
-                        words[row].grad = gradient / scale
-                active = [row for row in active if words[row].grad is not None]
+                waiting, scaled = active, loss[going]
+                while waiting:  # rows whose gradients overflow are tried again at a smaller scale
+                    weights = torch.tensor([scales[row] for row in waiting], device=scaled.device)
+                    gradients = torch.autograd.grad((scaled * weights).sum(), [words[row] for row in waiting])
+                    again = []
+                    for row, gradient in zip(waiting, gradients, strict=True):
+                        if gradient.isfinite().all():
+                            words[row].grad = gradient / scales[row]
+                        elif scales[row] > LEAST_SCALE:
+                            scales[row] /= BACK_OFF
+                            again.append(row)
+                    with torch.enable_grad():
+                        waiting, scaled = again, losses(again) if again else scaled
+                active = [row for row in active if words[row].grad is not None]  # else it keeps its last embedding
                 if not active:
                     break
                 optimiser.step()
                 used[active] += 1
         return words, history, used
 
-    def _noise(self, latents: Tensor, prompts: Embeddings) -> Tensor:
-        return self.model.to_noise(self.model.predict(latents, self.timestep, prompts), latents, self.timestep)
+    def _predict(self, latents: Tensor, prompts: Embeddings) -> Tensor:
+        return self.model.predict(latents, self.level, prompts, self.guidance_scale)
 
     def _energy(self, prompts: Embeddings, latents: Tensor, uncond: Tensor) -> Tensor:
-        return formulas.energy_map(self._noise(latents, prompts).float() - uncond.float())
+        output = self._predict(latents, prompts)
+        return formulas.energy_map(self.model.difference(output, uncond, self.level, self.unit))
 
     def _reduce(self, energy: Tensor, masks: Tensor | None) -> Tensor:
         if self.kind == "magnitude":
@@ -265,12 +277,12 @@ class Mitigator:
         if self.kind == "magnitude" or masks is not None:
             energy = self._energy(prompts, latents, uncond)
             return self._reduce(energy, masks), masks, False
-        grid = (int(latents.shape[2]), int(latents.shape[3]))
         layers = () if self.mask_source.step == "energy" else self.layers
-        unet, token = self.model.unet, self.mask_source.token
-        with capture_attention(unet, layers, prompts.eos_positions, grid, token) as attention:
+        if not layers and self.mask_source.step != "energy":
+            raise ValueError(f"no attention mask for the loss ld: {self.model.no_mask}; the mask energy is there")
+        with self.model.capture(layers, prompts, self.mask_source.token) as attention:
             energy = self._energy(prompts, latents, uncond)
-        masks = attention.mask(grid) if layers else formulas.energy_mask(energy)
+        masks = attention.mask(self.model.latent_shape[1:]) if layers else formulas.energy_mask(energy)
         return self._reduce(energy, masks), masks, True
 
     def _final_masks(self, prompts: Embeddings, latents: Tensor, active: list[int], masks: Tensor | None) -> Tensor:
@@ -286,10 +298,10 @@ class Mitigator:
 
 
 @contextmanager
-def _only_embeddings(unet: nn.Module, gradient_checkpointing: bool) -> Iterator[None]:
-    """No gradients for the U-Net's weights (they would cost memory), checkpointing as asked; both restored after."""
-    net: Any = unet
-    trainable = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+def _only_embeddings(denoiser: nn.Module, gradient_checkpointing: bool) -> Iterator[None]:
+    """No gradients for the denoiser's weights (they would cost memory), checkpointing as asked; both restored after."""
+    net: Any = denoiser
+    trainable = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     switched = gradient_checkpointing and not net.is_gradient_checkpointing
     for parameter in trainable:
         parameter.requires_grad_(False)

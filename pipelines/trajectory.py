@@ -1,4 +1,4 @@
-"""Full DDIM sampling in one pass: images, BE masks, energy maps, and every score window without a second run."""
+"""Deterministic sampling in one pass: images, BE masks, energy maps, and every score window without a second run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines import formulas
-from pipelines.attention import MaskSource, capture_attention, entropy_layer, paper_layers
+from pipelines.attention import MaskSource
 from pipelines.batching import AdaptiveBatches
 from pipelines.detectors import FirstStep, scores
 from pipelines.first_step import token_attention
-from pipelines.loading import DiffusionModel, Embeddings
+from pipelines.model import DiffusionModel, Embeddings
 
 Array = NDArray[np.float32]
 WINDOW = 10  # "first 10 steps" of the paper
@@ -28,25 +28,28 @@ class Trajectories:
 
     Attributes:
         images: [N, h, w, 3], uint8, or None when not decoded.
-        be_mask: EOS attention of the final step (BE mask), [N, H, W]. first_mask: the same of the first step.
-        energy_mask: smoothed energy map of the first step. score_map: E_T / sigma_T^2 of the last step.
-        magnitude_t, ld_t: scores of every step, [N, steps]; ld_t under the BE mask.
-        ld_score: first-step LD under `score_map`, [N].
+        energy_mask: smoothed energy map of the first step, [N, H, W]. score_map: E_T / sigma_T^2 of the last step.
+        magnitude_t: scores of every step, [N, steps]. ld_score: first-step LD under `score_map`, [N].
+        num_tokens, truncated: of the caption, [N].
         first: every detector of the first step (`pipelines.detectors`), `ld` under `first_mask`: name -> [N].
+        be_mask: EOS attention of the final step (BE mask), [N, H, W]. first_mask: the same of the first step.
+        ld_t: LD of every step under the BE mask, [N, steps]. These three are None for a model without a mask.
     """
 
     images: NDArray[np.uint8] | None
-    be_mask: Array
-    first_mask: Array
     energy_mask: Array
     score_map: Array
     magnitude_t: Array
-    ld_t: Array
     ld_score: Array
+    num_tokens: NDArray[np.int64]
+    truncated: NDArray[np.bool_]
     first: dict[str, Array]
+    be_mask: Array | None = None
+    first_mask: Array | None = None
+    ld_t: Array | None = None
 
     def __len__(self) -> int:
-        return len(self.be_mask)
+        return len(self.energy_mask)
 
     def row(self, row: int) -> Trajectories:
         """One trajectory by itself."""
@@ -64,19 +67,26 @@ class Trajectories:
         return Trajectories(**{"images": None, **plain}, first=first)
 
     def windows(self) -> dict[str, Array]:
-        """Means over the first step, the first 10 and all steps: `magnitude`, `ld_first`, `magnitude_10`, ..., [N]."""
-        return {
+        """Means over the first step, the first 10 and all steps: `magnitude`, `ld_first`, `magnitude_10`, ..., [N].
+
+        Those of `ld` are not there for a model without a mask.
+        """
+        windows = {
             "magnitude": self.magnitude_t[:, 0],
             "magnitude_10": self.magnitude_t[:, :WINDOW].mean(1),
             "magnitude_all": self.magnitude_t.mean(1),
-            "ld_first": self.ld_t[:, 0],
-            "ld_10": self.ld_t[:, :WINDOW].mean(1),
-            "ld_all": self.ld_t.mean(1),
         }
+        if self.ld_t is not None:
+            windows |= {
+                "ld_first": self.ld_t[:, 0],
+                "ld_10": self.ld_t[:, :WINDOW].mean(1),
+                "ld_all": self.ld_t.mean(1),
+            }
+        return windows
 
 
 class TrajectorySampler:
-    """Samples prompts from given noises with DDIM (eta 0) and classifier-free guidance.
+    """Samples prompts from given noises without further randomness, with classifier-free guidance.
 
     The official code runs the trajectory twice, once for the mask and once for LD (BE-PRSS, local_sd_pipeline.py).
     LD needs only the energy map of each step, so one pass is enough: ld_t = sqrt(sum m^2 E_t) / mean(m). Attention is
@@ -87,10 +97,10 @@ class TrajectorySampler:
         mask_source: layers and token of the masks; its step plays no part here, all of them are returned.
         num_noises, seed: the noise bank, as in FirstStepScorer.
         steps, guidance_scale: of the sampler.
-        batch_size: trajectories at a time (a U-Net call sees twice as many latents).
+        batch_size: trajectories at a time (a call of the denoiser sees twice as many latents).
 
     Raises:
-        ValueError: layers the U-Net does not have.
+        ValueError: layers the model does not have.
     """
 
     def __init__(
@@ -105,8 +115,7 @@ class TrajectorySampler:
     ) -> None:
         self.model, self.steps, self.guidance_scale = model, steps, guidance_scale
         source = mask_source or MaskSource()
-        self.token, self.layers = source.token, source.layers or paper_layers(model.unet)
-        self.entropy_layer = entropy_layer(model.unet)
+        self.token, self.layers = source.token, model.check_layers(source.layers)
         self.batches = AdaptiveBatches(batch_size)
         self.noises = model.noise_bank(num_noises, seed).to(model.device, model.dtype)
         self.empty = model.encode_empty()
@@ -146,56 +155,55 @@ class TrajectorySampler:
     ) -> dict[str, Tensor]:
         """One batch: embeddings of B prompts and their initial latents [B, C, H, W]; columns for `Trajectories.of`.
 
-        `every_step` captures attention at every step and adds `masks_t`, [B, steps, H, W].
+        `every_step` captures attention at every step and adds `masks_t`, [B, steps, H, W], where there is a mask.
         """
-        model, batch = self.model, len(latents)
-        timesteps = model.timesteps(self.steps)
+        model, batch, grid = self.model, len(latents), self.model.latent_shape[1:]
+        unit, levels = model.unit(self.steps), model.levels(self.steps)
         both = Embeddings.concatenate([self.empty.expand(batch), prompts])
         energies: list[Tensor] = []
         masks: dict[int, Tensor] = {}
         columns: dict[str, Tensor] = {}
-        for step, timestep in enumerate(timesteps):
-            last = len(timesteps) - 1
-            # 1. noise predictions of "" and of the prompt
-            if every_step or step in (0, last):
-                entropy = (self.entropy_layer,) if self.entropy_layer and step == 0 else ()
-                size = model.latent_shape[1:]
-                with capture_attention(model.unet, self.layers, both.eos_positions, size, self.token, entropy) as seen:
-                    output = model.predict(torch.cat([latents, latents]), timestep, both)
-                masks[step] = seen.mask(size)[batch:]
-            else:
-                output = model.predict(torch.cat([latents, latents]), timestep, both)
-            output_uncond, output_cond = output.chunk(2)
-            uncond = model.to_noise(output_uncond, latents, timestep)
-            difference = model.to_noise(output_cond, latents, timestep).float() - uncond.float()
+        for step, level in enumerate(levels):
+            captured = every_step or step in (0, len(levels) - 1)
+            layers, token_layers = self.layers if captured else (), model.entropy_layers if step == 0 else ()
+            # 1. outputs for "" and for the prompt
+            with model.capture(layers, both, self.token, token_layers) as seen:
+                output = model.predict(torch.cat([latents, latents]), level, both, self.guidance_scale)
+            uncond, cond = output.chunk(2)
+            if layers:
+                masks[step] = seen.mask(grid)[batch:]
             # 2. what the scores need of this step
+            difference = model.difference(cond, uncond, level, unit)
             energies.append(formulas.energy_map(difference))
             if step == 0:
-                means = {name: value[batch:] for name, value in seen.token_means.items()}
                 first = FirstStep.of(
                     difference,
-                    uncond,
-                    masks[0],
-                    token_attention(means),
+                    model.in_unit(uncond, latents, level, unit),
+                    masks.get(0),
+                    token_attention({name: value[batch:] for name, value in seen.token_means.items()}),
                     guidance_scale=self.guidance_scale,
-                    sigma_max=model.sigma_max,
+                    sigma_max=model.schedule.sigma_max if unit == "epsilon" else None,
                 )
                 columns = {f"first.{name}": value for name, value in scores(first).items()}
             # 3. guidance and the step to x_{t-1}
-            guided = output_uncond + self.guidance_scale * (output_cond - output_uncond)
-            latents = model.scheduler.step(guided, timestep, latents, eta=0.0, return_dict=False)[0]
+            latents = model.step(model.guide(uncond, cond, self.guidance_scale), level, latents)
         energy = torch.stack(energies, 1)  # [B, steps, H, W]
-        score_map = formulas.score_difference_map(energy[:, -1], model.alpha_bar(timesteps[-1]))
+        # of noise predictions: d_eps = a d_v
+        to_noise = levels[-1].signal ** 2 if unit == "velocity" else 1.0
+        score_map = formulas.score_difference_map(energy[:, -1] * to_noise, levels[-1].noise)
         columns |= {
-            "be_mask": masks[last],
-            "first_mask": masks[0],
             "energy_mask": formulas.energy_mask(energy[:, 0]),
             "score_map": score_map,
             "magnitude_t": formulas.magnitude(energy),
-            "ld_t": formulas.ld(energy, masks[last][:, None]),
             "ld_score": formulas.ld(energy[:, 0], score_map),
+            "num_tokens": prompts.num_tokens,
+            "truncated": prompts.truncated,
         }
-        if every_step:
+        if self.layers:
+            be_mask = masks[len(levels) - 1]
+            columns |= {"be_mask": be_mask, "first_mask": masks[0]}
+            columns["ld_t"] = formulas.ld(energy, be_mask[:, None])
+        if every_step and masks:
             columns["masks_t"] = torch.stack([masks[step] for step in sorted(masks)], 1)
         if decode:
             images = model.decode(latents).permute(0, 2, 3, 1)

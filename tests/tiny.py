@@ -1,4 +1,4 @@
-"""Random models of Stable Diffusion's three shapes, small enough for a test; saved as the folders users have."""
+"""Random models of every family's shape, small enough for a test; saved as the folders users have."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EDMDPMSolverMultistepScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -17,6 +18,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from audit import testbed
+from tests.tiny_transformers import save_pixart, save_sd3
 
 SIZE = 16  # latents; pictures are twice as wide
 SCHEDULE: dict[str, Any] = {
@@ -28,10 +30,25 @@ SCHEDULE: dict[str, Any] = {
 }
 
 
+FAMILIES = ("sd1", "sd2", "sdxl", "zero_snr", "distilled", "playground", "pixart", "pixart_alpha", "sd3", "sd3_clip")
+"""Every kind `save_model` makes."""
+
+
 def save_model(kind: str, folder: Path, seed: int = 0) -> Path:
-    """Save a model of kind `sd1` (epsilon), `sd2` (v-prediction, padded with id 0) or `sdxl` and return its folder."""
+    """Save a model and return its folder.
+
+    Args:
+        kind: `sd1` (epsilon), `sd2` (v-prediction, padded with id 0), `sdxl`; `zero_snr` (sd2's with zero terminal
+            SNR), `distilled` (sd1's with a guidance embedding), `playground` (sdxl's with EDM noise and latent means);
+            `pixart`, `pixart_alpha`, `sd3`, `sd3_clip` (without T5).
+    """
+    if kind.startswith("pixart"):
+        return save_pixart(folder, alpha=kind == "pixart_alpha")
+    if kind.startswith("sd3"):
+        return save_sd3(folder, t5=kind == "sd3")
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(testbed.PIPELINE / "tokenizer")
+    means: dict[str, Any] = {"latents_mean": [-1.6, 1.9, -1.4, 2.5], "latents_std": [8.5, 5.9, 6.6, 5.2]}
     vae = AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -39,28 +56,38 @@ def save_model(kind: str, folder: Path, seed: int = 0) -> Path:
         latent_channels=4,
         norm_num_groups=4,
         sample_size=2 * SIZE,
+        **({**means, "scaling_factor": 0.5} if kind == "playground" else {}),
     )
     shared: dict[str, Any] = {"vae": vae, "tokenizer": tokenizer}
-    if kind == "sdxl":
+    if kind in ("sdxl", "playground"):
         second = CLIPTokenizer.from_pretrained(testbed.PIPELINE / "tokenizer", pad_token="!")
         StableDiffusionXLPipeline(
             unet=_unet(64, 5, addition_embed_type="text_time", addition_time_embed_dim=8, projection=32 + 6 * 8),
             text_encoder=CLIPTextModel(_text_config(tokenizer, 32)),
             text_encoder_2=CLIPTextModelWithProjection(_text_config(second, 32)),
             tokenizer_2=second,
-            scheduler=DDIMScheduler(**SCHEDULE, clip_sample=False),
+            scheduler=EDMDPMSolverMultistepScheduler()
+            if kind == "playground"
+            else DDIMScheduler(**SCHEDULE, clip_sample=False),
             **shared,
         ).save_pretrained(folder)
         return folder
-    if kind == "sd2":
+    second_generation = kind in ("sd2", "zero_snr")
+    if second_generation:
         shared["tokenizer"] = tokenizer = CLIPTokenizer.from_pretrained(testbed.PIPELINE / "tokenizer", pad_token="!")
+    zero = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} if kind == "zero_snr" else {}
     scheduler = (
-        DDIMScheduler(**SCHEDULE, clip_sample=False, prediction_type="v_prediction")
-        if kind == "sd2"
+        DDIMScheduler(**SCHEDULE, clip_sample=False, prediction_type="v_prediction", **zero)
+        if second_generation
         else PNDMScheduler(**SCHEDULE, skip_prk_steps=True)
     )
     StableDiffusionPipeline(
-        unet=_unet(32, [2, 4] if kind == "sd2" else 2, upcast_attention=kind == "sd2"),
+        unet=_unet(
+            32,
+            [2, 4] if second_generation else 2,
+            upcast_attention=second_generation,
+            time_cond_proj_dim=16 if kind == "distilled" else None,
+        ),
         text_encoder=CLIPTextModel(_text_config(tokenizer, 32)),
         scheduler=scheduler,
         safety_checker=None,

@@ -26,7 +26,11 @@ class MovingConfig:
     """How an embedding is moved, and what the result is measured with."""
 
     loss: str = option("ld", "What is brought down: ld, or magnitude (the baseline).", choices=("ld", "magnitude"))
-    mask: str = option("final", "Mask of ld, of the unmitigated trajectory.", choices=tuple(MASKS))
+    mask: str | None = option(
+        None,
+        "Mask of ld, of the unmitigated trajectory; default final, or energy for a model without attention masks.",
+        choices=tuple(MASKS),
+    )
     target: float | None = option(
         None,
         "Stop at this loss; default its median over clean captions of the run (--prompt: 0.15 of its own).",

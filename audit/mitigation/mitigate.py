@@ -177,14 +177,18 @@ def _begin(run: Run, config: MitigateConfig) -> tuple[Stage, int]:
     index.load_descriptor(config.sscd, config.device)
     clip = find_clip(config.clip, run.facts.model)
     # 3. trigger and target
-    threshold, by = config.threshold, trigger_column(config.loss, config.mask)
+    readable = run.fingerprint.mask != "none"
+    mask = config.mask or ("final" if readable else "energy")
+    if config.loss == "ld" and mask != "energy" and not readable:
+        raise AuditError(f"--mask {mask}: the run's model has no attention masks: give --mask energy")
+    threshold, by = config.threshold, trigger_column(config.loss, mask)
     if config.thresholds is not None:
         threshold = load_thresholds(config.thresholds, run).threshold(by)
     target = config.target
     if target is None:
-        target = begun_target(run, confirmed, config)
+        target = begun_target(run, confirmed, config, mask)
     if target is None:
-        target = clean_target(run, trajectories, config)
+        target = clean_target(run, trajectories, config, mask)
     fingerprint = MitigateFingerprint(
         confirm=confirmed.facts.digest,
         captions=chosen.num_rows,
@@ -194,24 +198,25 @@ def _begin(run: Run, config: MitigateConfig) -> tuple[Stage, int]:
         threshold=threshold,
         clip=None if clip is None else _folder_digest(clip),
         loss=config.loss,
-        mask=None if config.loss == "magnitude" else config.mask,
+        mask=None if config.loss == "magnitude" else mask,
         learning_rate=config.learning_rate,
         iterations=config.iterations,
     )
-    recorded = replace(config, target=target, threshold=threshold, thresholds=None, clip=clip, index=index.folder.url)
+    recorded = replace(config, target=target, threshold=threshold, thresholds=None, mask=mask)
+    recorded = replace(recorded, clip=clip, index=index.folder.url)
     items = with_images(chosen, num_images)
     stage = Stage.begin(run, MITIGATE, fingerprint, items, recorded, config.replace)
     return stage, len(confirmed.missing())
 
 
-def begun_target(run: Run, confirmed: Stage, config: MitigateConfig) -> float | None:
+def begun_target(run: Run, confirmed: Stage, config: MitigateConfig, mask: str) -> float | None:
     """The target of the same mitigation begun earlier: measured once, whatever machine goes on with it."""
     stage = Stage.find(run, MITIGATE)
     if stage is None:
         return None
     begun = stage.fingerprint(MitigateFingerprint)
-    mask = None if config.loss == "magnitude" else config.mask
-    same = (begun.confirm, begun.loss, begun.mask) == (confirmed.facts.digest, config.loss, mask)
+    of_loss = None if config.loss == "magnitude" else mask
+    same = (begun.confirm, begun.loss, begun.mask) == (confirmed.facts.digest, config.loss, of_loss)
     return begun.target if same else None
 
 

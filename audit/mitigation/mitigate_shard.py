@@ -98,7 +98,7 @@ class MitigateJob:
         self.ledger, self.max_error_rate = self.stage.ledger, max_error_rate
         self.config = config = self.stage.config(MitigateConfig)
         null = read_null(run)
-        if config.index is None or config.target is None or null is None:
+        if config.index is None or config.target is None or config.mask is None or null is None:
             raise AuditError(f"{run.url}: its mitigation was begun by another command: give this one again")
         self.match_mask = self.confirmed.config(ConfirmConfig).match_mask
         self.index = Index.open(config.index)
@@ -122,8 +122,9 @@ class MitigateJob:
             gradient_checkpointing=config.gradient_checkpointing,
             batch_size=batch_size,
         )
-        loss = "magnitude" if config.loss == "magnitude" else MASK_LOSS[config.mask]
-        trigger = trigger_column(config.loss, config.mask)
+        self.mask = config.mask
+        loss = "magnitude" if config.loss == "magnitude" else MASK_LOSS[self.mask]
+        trigger = trigger_column(config.loss, self.mask)
         self.trigger = MASK_LOSS[made.mask] if trigger == "ld" else trigger
         self.scores = {"loss": loss, "magnitude": "magnitude", "ld": "ld_first"}  # column here: of trajectories/
 
@@ -152,9 +153,7 @@ class MitigateJob:
         best = {row["row_id"]: row["best"] for row in verdicts}
         table = read_table(self.run.folder, self.trajectories.file(shard))
         whole = table.filter(pc.is_null(table["error"]))
-        masks: dict[str, Any] = {
-            name: tensor_values(whole[name]) if whole.num_rows else [] for name in TRAJECTORY_MASKS
-        }
+        masks = {name: tensor_values(whole[name]) for name in TRAJECTORY_MASKS if not whole[name].null_count}
         known = {}
         for at, of in enumerate(whole.drop_columns(list(TRAJECTORY_MASKS)).to_pylist()):
             found = {name: values[at] for name, values in masks.items()}
@@ -180,14 +179,15 @@ class MitigateJob:
         return [{"error": each} if isinstance(each, str) else each for each in found]
 
     def _mitigate_batch(self, rows: Sequence[dict[str, Any]], on_rows: Callable[[int], None]) -> list[dict[str, Any]]:
-        name = MASKS[self.config.mask]
+        name = MASKS[self.mask]
         masks = None if self.config.loss == "magnitude" else np.stack([row["masks"][name] for row in rows])
         captions, noises = [row["caption"] for row in rows], [row["image_index"] for row in rows]
         moved, made = move_and_sample(self.mitigator, self.sampler, captions, noises, masks, on_rows)
         windows, found = made.windows(), []
         assert made.images is not None
         for at, image in enumerate(made.images):
-            loss, magnitude, ld = moved.last_loss[at], windows["magnitude"][at], windows["ld_first"][at]
+            loss, magnitude = moved.last_loss[at], windows["magnitude"][at]
+            ld = windows["ld_first"][at] if "ld_first" in windows else None
             if not (math.isfinite(loss) and is_finite(made.row(at))):
                 found.append({"error": NOT_FINITE})
                 continue

@@ -28,6 +28,9 @@ class MitigatePromptConfig(MovingConfig):
     output: str = option("be-audit-mitigate.png", "With --prompt: picture of before and after.", short="-o")
     model: str = option(DEFAULT_MODEL, f"With --prompt: {MODEL_HELP[0].lower()}{MODEL_HELP[1:]}")
     revision: str | None = option(None, "With --prompt: revision of a hub model.")
+    model_config: str | None = option(None, "With --prompt and a checkpoint file: its diffusers folder.")
+    lora: tuple[str, ...] = option((), "With --prompt: LoRA files, FILE or FILE:SCALE.")
+    textual_inversion: tuple[str, ...] = option((), "With --prompt: files of learned tokens, FILE:TOKEN.")
     steps: int = option(50, "With --prompt: sampling steps.", min=1)
     guidance_scale: float = option(7.5, "With --prompt: classifier-free guidance scale.")
     seed: int = option(0, "With --prompt: seed of the noise bank.", min=0, max=2**63 - 1)
@@ -60,9 +63,13 @@ def mitigate_prompt(config: MitigatePromptConfig) -> dict[str, tuple[float, floa
     sampler = TrajectorySampler(model, None, count, config.seed, batch_size=config.batch_size, **options)
     before = sampler([prompt] * count, list(range(count)))
     assert before.images is not None
-    scores = {**before.first, **before.windows(), "ld_first_mask": before.first["ld"]}
-    loss = scores["magnitude" if config.loss == "magnitude" else MASK_LOSS[config.mask]]
-    trigger = trigger_column(config.loss, config.mask)
+    mask = config.mask or ("energy" if before.be_mask is None else "final")
+    if before.be_mask is None and config.loss == "ld" and mask != "energy":
+        raise AuditError(f"--mask {mask}: {model.no_mask}: give --mask energy")
+    scores = {**before.first, **before.windows()}
+    scores |= {"ld_first_mask": scores["ld"]} if "ld" in scores else {}
+    loss = scores["magnitude" if config.loss == "magnitude" else MASK_LOSS[mask]]
+    trigger = trigger_column(config.loss, mask)
     score = scores["ld_first_mask" if trigger == "ld" else trigger]
     rows = np.flatnonzero(score > (-np.inf if config.threshold is None else config.threshold))
     # 2. mitigated, where triggered
@@ -77,14 +84,17 @@ def mitigate_prompt(config: MitigatePromptConfig) -> dict[str, tuple[float, floa
         batch_size=config.batch_size,
         **options,
     )
-    columns = {"loss": loss, "ld": scores["ld_first"], "magnitude": scores["magnitude"]}
+    columns = {"loss": loss, "magnitude": scores["magnitude"]}
+    columns |= {"ld": scores["ld_first"]} if "ld_first" in scores else {}
     changed, images = {name: values.copy() for name, values in columns.items()}, before.images.copy()
     if len(rows):
-        masks = getattr(before, MASKS[config.mask])[rows]
+        masks = getattr(before, MASKS[mask])[rows]
         moved, after = move_and_sample(mitigator, sampler, [prompt] * len(rows), rows.tolist(), masks)
         windows = after.windows()
         changed["loss"][rows] = moved.last_loss
-        changed["ld"][rows], changed["magnitude"][rows] = windows["ld_first"], windows["magnitude"]
+        changed["magnitude"][rows] = windows["magnitude"]
+        if "ld" in changed:
+            changed["ld"][rows] = windows["ld_first"]
         images[rows] = after.images
     # 3. what it did
     pairs = {name: (float(columns[name].mean()), float(changed[name].mean())) for name in columns}

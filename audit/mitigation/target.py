@@ -18,7 +18,7 @@ from audit.scores.trajectories import open_sampler
 CLEAN_CAPTIONS = 16  # sampled where the run has no such loss of clean captions
 
 
-def clean_target(run: Run, trajectories: Stage, config: MovingConfig) -> float:
+def clean_target(run: Run, trajectories: Stage, config: MovingConfig, mask: str) -> float:
     """Median of the loss over clean captions of a run: the same formula, under the same mask, at the same step.
 
     Of the clean captions confirm generated images of (`--clean`, `--null-captions`) where it did; else of the scan,
@@ -27,11 +27,12 @@ def clean_target(run: Run, trajectories: Stage, config: MovingConfig) -> float:
     Args:
         run: the run.
         trajectories: of confirm, as it was begun.
-        config: loss, mask and device.
+        config: loss and device.
+        mask: of the loss, as it is settled for the run's model.
     Raises:
         AuditError: every caption of the run is a candidate.
     """
-    column = "magnitude" if config.loss == "magnitude" else MASK_LOSS[config.mask]
+    column = "magnitude" if config.loss == "magnitude" else MASK_LOSS[mask]
     # 1. what confirm generated
     clean = trajectories.items.filter(trajectories.items["clean"])["row_id"]
     made = dataset(run, TRAJECTORIES)
@@ -41,7 +42,8 @@ def clean_target(run: Run, trajectories: Stage, config: MovingConfig) -> float:
         if len(values):
             return float(np.median(values.to_numpy()))
     # 2. what the scan scored: the same loss under another name
-    same = {"magnitude": "magnitude", "ld_energy": "ld_energy", MASK_LOSS[run.fingerprint.mask]: "ld"}.get(column)
+    scanned = MASK_LOSS.get(run.fingerprint.mask)  # a model without attention masks has none
+    same = {"magnitude": "magnitude", "ld_energy": "ld_energy", scanned: "ld"}.get(column)
     scores = distinct(read_scores(run, ["row_id", "status", "duplicate_of", *([same] if same else [])]))
     suspects = trajectories.items["row_id"].combine_chunks()
     scores = scores.filter(pc.invert(pc.is_in(scores["row_id"], suspects)))
@@ -55,5 +57,5 @@ def clean_target(run: Run, trajectories: Stage, config: MovingConfig) -> float:
     sampler = open_sampler(run.fingerprint, load_run_model(run, config.device), 1, config.batch_size)
     found = sampler(captions, [0] * len(captions), decode=False)
     assert column in TRAJECTORY_COLUMNS
-    first = found.windows() | {"ld_first_mask": found.first["ld"]}
+    first = {**found.first, **found.windows(), "ld_first_mask": found.first.get("ld")}
     return float(np.nanmedian(first[column]))

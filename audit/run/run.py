@@ -6,7 +6,7 @@ import functools
 import importlib.metadata
 import json
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
@@ -23,10 +23,17 @@ _OURS = {"plan.arrow", "duplicates.arrow", "input", "run.json", "logs"}
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Which weights: their hash, and the hub's commit where they came from there."""
+    """Which weights.
+
+    Attributes:
+        weights_sha256: over every file that is loaded. revision: the hub's commit where they came from there.
+        lora, textual_inversion: hashes of what is added to them, with scale or token, in order.
+    """
 
     weights_sha256: str
     revision: str | None = None
+    lora: list[str] = field(default_factory=list)
+    textual_inversion: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,9 @@ class Fingerprint:
 
     Attributes:
         inputs: what identifies each caption file. scheduler: configuration of the model's scheduler.
-        dtype: as resolved, never `auto`. store_masks: none, bits or float16. The others are flags of scan.
+        dtype: as resolved, never `auto`. store_masks: none, bits or float16.
+        mask: first or final, or none for a model without a readable one.
+        unit: what scores are differences of: epsilon (noise predictions) or velocity. The others are flags of scan.
     """
 
     formula_version: int
@@ -55,6 +64,7 @@ class Fingerprint:
     mask_layers: list[str]
     store_masks: str
     extra_evaluation: bool
+    unit: str = "epsilon"
 
     @functools.cached_property
     def digest(self) -> str:

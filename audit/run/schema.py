@@ -22,7 +22,10 @@ SCORE_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "truncated": (pa.bool_(), "the caption is longer than the tokenizer's length; the rest was not seen"),
     **{name: (F32, found.text) for name, found in _DETECTORS.items()},
     "ld_std": (F32, "standard deviation of ld over the noises"),
-    "mask_source": (pa.string(), "where the mask of ld comes from: step:token[:layers]"),
+    "mask_source": (
+        pa.string(),
+        "where the mask of ld comes from: step:token[:layers]; none: why, for a model without one",
+    ),
     "refined": (pa.bool_(), "a full trajectory was sampled for this row"),
     "ld_first": (F32, "ld of the first step under the BE mask of the final step: the paper's first-step LD"),
     "ld_10": (F32, "mean of ld over the first 10 steps, BE mask"),
@@ -40,6 +43,8 @@ DETECTORS = tuple(_DETECTORS)
 """First-step score columns, as pipelines/detectors.py has them."""
 EXTRA_DETECTORS = tuple(name for name, found in _DETECTORS.items() if "low" in found.needs)
 """Those that take `--extra-evaluation`."""
+MASK_DETECTORS = tuple(name for name, found in _DETECTORS.items() if {"mask", "token_attention"} & set(found.needs))
+"""Those that take an attention a model may not have."""
 DEFAULT_SCORE = "ld_energy"
 """What candidates are picked by: on the testbed the best first-step score (docs/tables.md), at one evaluation."""
 WINDOWS = ("ld_first", "ld_10", "ld_all", "magnitude_10", "magnitude_all")

@@ -30,7 +30,7 @@ from audit.statistics.thresholds import CleanThreshold, sample_size_note, thresh
 
 FORMAT = 1
 MODEL_FIELDS = (
-    *("formula_version", "model", "scheduler", "dtype", "steps", "guidance_scale", "seed", "num_noises"),
+    *("formula_version", "model", "unit", "scheduler", "dtype", "steps", "guidance_scale", "seed", "num_noises"),
     *("mask", "mask_token", "mask_layers"),
 )
 """Of a run's fingerprint, what its scores depend on: a threshold holds for no other."""
@@ -206,7 +206,7 @@ def _model_facts(run: Run) -> dict[str, Any]:
     """What the scores of a run depend on; the revision only names the weights, whose hash is there."""
     fingerprint = dataclasses.asdict(run.fingerprint)
     facts = {name: fingerprint[name] for name in MODEL_FIELDS}
-    return {**facts, "model": {"weights_sha256": run.fingerprint.model.weights_sha256}}
+    return {**facts, "model": {name: value for name, value in fingerprint["model"].items() if name != "revision"}}
 
 
 def _score_threshold(found: CleanThreshold, fpr: float) -> ScoreThreshold:

@@ -10,18 +10,35 @@ from audit.run.run import DEFAULT_RUN
 DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DEVICE_HELP = "auto, cpu, cuda, cuda:N or mps."
-MODEL_HELP = "Hub id or diffusers folder; `testbed` is the embedded model."
+MODEL_HELP = "Hub id, diffusers folder or .safetensors checkpoint; `testbed` is the embedded model."
 ENGINES = ("local", "ray")
 
 
 @dataclass(frozen=True)
-class ScoringConfig:
-    """Which captions, which model, which scores, and where it runs."""
+class ModelFlags:
+    """Which model: weights, and what is added to them."""
+
+    model: str = option(DEFAULT_MODEL, MODEL_HELP)
+    revision: str | None = option(None, "Revision of a hub model.")
+    model_config: str | None = option(
+        None, "With a checkpoint file as the model: diffusers folder of the same architecture."
+    )
+    lora: tuple[str, ...] = option((), "LoRA files merged into the weights, FILE or FILE:SCALE, comma-separated.")
+    textual_inversion: tuple[str, ...] = option((), "Files of learned tokens, FILE:TOKEN, comma-separated.")
+
+
+@dataclass(frozen=True)
+class CaptionFlags:
+    """Which captions, and the run they are scored into."""
 
     captions: tuple[str, ...] = option((), "Caption files, folders, globs or data sets.", argument=True)
     output: str = option(DEFAULT_RUN, "Run folder (any fsspec URL).", short="-o", envvar="BE_AUDIT_RUN")
-    model: str = option(DEFAULT_MODEL, MODEL_HELP)
-    revision: str | None = option(None, "Revision of a hub model.")
+
+
+@dataclass(frozen=True)
+class ScoringConfig(ModelFlags, CaptionFlags):
+    """Which captions, which model, which scores, and where it runs; captions and output come first."""
+
     caption_col: str | None = option(None, "Caption column; found by itself (TEXT, caption, text, prompt, ...).")
     limit: int | None = option(None, "Scan the first N rows only.", min=1)
     mask: str = option(
@@ -32,7 +49,7 @@ class ScoringConfig:
     )
     mask_token: str = option("eos", "Whose attention the mask of ld is.", choices=("eos", "bos", "padding"))
     mask_layers: tuple[str, ...] = option(
-        (), "Cross-attention layers of the mask of ld, comma-separated; default the paper's two."
+        (), "Attention layers of the mask of ld, comma-separated; default the paper's two."
     )
     num_noises: int = option(1, "Initial noises every caption is scored with.", min=1)
     steps: int = option(50, "Sampling steps.", min=1)
@@ -42,9 +59,9 @@ class ScoringConfig:
         "auto", "auto is float16 on CUDA, else float32; bfloat16 moves scores by several per cent.", choices=DTYPES
     )
     device: str = option("auto", DEVICE_HELP)
-    batch_size: int = option(32, "Latents in one U-Net call; halved when memory runs out.", min=1)
+    batch_size: int = option(32, "Latents in one call of the denoiser; halved when memory runs out.", min=1)
     rows_per_shard: int = option(1024, "Rows of a shard: what a kill can lose.", min=1)
-    extra_evaluation: bool = option(False, "One more U-Net evaluation a caption, for the anisotropy score.")
+    extra_evaluation: bool = option(False, "One more evaluation a caption, for the anisotropy score.")
     engine: str = option("local", "Where shards run.", choices=ENGINES)
     workers: int = option(0, "Worker processes; 0 is one a GPU.", min=0)
     max_error_rate: float = option(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from audit import testbed
 from audit.base.errors import AuditError
-from audit.run.run import Run
+from audit.run.run import ModelFacts, Run
 from pipelines.errors import ModelError
 
 if TYPE_CHECKING:
-    from pipelines.loading import DiffusionModel, ModelFolder
+    from pipelines.folders import ModelFolder
+    from pipelines.model import DiffusionModel
 
 
 class ModelConfig(Protocol):
@@ -22,6 +27,12 @@ class ModelConfig(Protocol):
     def model(self) -> str: ...
     @property
     def revision(self) -> str | None: ...
+    @property
+    def model_config(self) -> str | None: ...
+    @property
+    def lora(self) -> tuple[str, ...]: ...
+    @property
+    def textual_inversion(self) -> tuple[str, ...]: ...
     @property
     def device(self) -> str: ...
 
@@ -36,7 +47,7 @@ def naming_the_flag() -> Iterator[None]:
 
 
 def find_model_folder(config: ModelConfig) -> ModelFolder:
-    """The folder of a configuration's model; `testbed` is the embedded one.
+    """The folder of a configuration's model; `testbed` is the embedded one. What was decided for it is said.
 
     Raises:
         AuditError: no such model or device, or an architecture that cannot be audited.
@@ -45,7 +56,30 @@ def find_model_folder(config: ModelConfig) -> ModelFolder:
 
     with naming_the_flag():
         find_device(config.device)
-    return _find(config.model, config.revision)
+    found = _find(config.model, config.revision, config.model_config, config.lora, config.textual_inversion)
+    for note in found.notes:
+        print(note, file=sys.stderr)
+    return found
+
+
+def absolute_paths(config: ModelConfig) -> dict[str, Any]:
+    """Where a configuration's model lies, to be found from elsewhere: fields to replace."""
+    found: dict[str, Any] = {"model": os.path.abspath(config.model) if os.path.exists(config.model) else config.model}
+    if config.model_config is not None:
+        found["model_config"] = os.path.abspath(config.model_config)
+    for name in ("lora", "textual_inversion"):  # relative to here, whatever follows the file's name
+        found[name] = tuple(os.path.abspath(Path(text).expanduser()) for text in getattr(config, name))
+    return found
+
+
+def model_facts(folder: ModelFolder) -> ModelFacts:
+    """What a fingerprint says of a model."""
+    return ModelFacts(folder.weights_sha256(), folder.revision, **folder.adapters())
+
+
+def no_mask_reason(folder: ModelFolder, mask_layers: tuple[str, ...]) -> str:
+    """Why a model's scores have no attention mask; empty where they have one."""
+    return "" if mask_layers else folder.family.no_mask
 
 
 def load_model(folder: ModelFolder, device: str, dtype: str) -> DiffusionModel:
@@ -62,14 +96,24 @@ def load_run_model(run: Run, device: str) -> DiffusionModel:
     Raises:
         AuditError: it has other weights by now, or cannot be loaded.
     """
-    folder = _find(run.facts.model, run.facts.revision)
-    if folder.weights_sha256() != run.fingerprint.model.weights_sha256:
+    config: Mapping[str, Any] = run.facts.config
+    added = [tuple(config.get(name) or ()) for name in ("lora", "textual_inversion")]
+    folder = _find(run.facts.model, run.facts.revision, config.get("model_config"), *added)
+    begun = run.fingerprint.model
+    if replace(model_facts(folder), revision=begun.revision) != begun:
         raise AuditError(f"--model {run.facts.model}: other weights than the run was begun with")
     return load_model(folder, device, run.fingerprint.dtype)
 
 
-def _find(name: str, revision: str | None) -> ModelFolder:
-    from pipelines.loading import find_model
+def _find(
+    name: str,
+    revision: str | None,
+    model_config: str | None,
+    loras: tuple[str, ...],
+    inversions: tuple[str, ...],
+) -> ModelFolder:
+    from pipelines.folders import find_model
 
     with naming_the_flag():
-        return find_model(str(testbed.PIPELINE) if name == "testbed" else name, revision)
+        path = str(testbed.PIPELINE) if name == "testbed" else name
+        return find_model(path, revision, model_config, loras, inversions)

@@ -11,23 +11,21 @@ import numpy as np
 
 from audit.base.errors import AuditError
 from audit.base.options import option
-from audit.scores.config import DEFAULT_MODEL, DEVICE_HELP, DTYPES, MODEL_HELP
+from audit.scores.config import DEVICE_HELP, DTYPES, ModelFlags
 from audit.scores.model import find_model_folder, load_model
 
 STRIP = 10  # steps shown in the strip
 
 
 @dataclass(frozen=True)
-class ScoreConfig:
+class ScoreConfig(ModelFlags):
     """One prompt and how to score it. Every field is a flag of `be-audit score`."""
 
     prompt: str = option("", "The prompt.")
     output: str = option("be-audit-score.png", "Picture of mask and maps.", short="-o")
     trajectory: bool = option(False, "Also sample the whole trajectory: image, BE mask, every window, masks by step.")
-    model: str = option(DEFAULT_MODEL, MODEL_HELP)
-    revision: str | None = option(None, "Revision of a hub model.")
     mask_token: str = option("eos", "Whose attention is the mask.", choices=("eos", "bos", "padding"))
-    mask_layers: tuple[str, ...] = option((), "Cross-attention layers of the mask; default the paper's two.")
+    mask_layers: tuple[str, ...] = option((), "Attention layers of the mask; default the paper's two.")
     num_noises: int = option(1, "Initial noises the prompt is scored with.", min=1)
     steps: int = option(50, "Sampling steps.", min=1)
     guidance_scale: float = option(7.5, "Classifier-free guidance scale.")
@@ -77,15 +75,17 @@ def score(config: ScoreConfig) -> dict[str, float]:
             prompts = model.encode([config.prompt] * config.num_noises)
             columns = sampler.sample(prompts, sampler.noises, every_step=True)
         every = {name: value.cpu().numpy() for name, value in columns.items()}
-        steps = every.pop("masks_t")[0]
+        steps = every.pop("masks_t")[0] if "masks_t" in every else None
         sampled = Trajectories.of(every)
         windows = {**sampled.windows(), "ld_score": sampled.ld_score}
         scores |= {name: float(values.mean()) for name, values in windows.items() if name != "magnitude"}
-        panels |= {"BE mask,\nfinal step": sampled.be_mask[0], "score-difference\nmap": sampled.score_map[0]}
+        panels |= {} if sampled.be_mask is None else {"BE mask,\nfinal step": sampled.be_mask[0]}
+        panels["score-difference\nmap"] = sampled.score_map[0]
         assert sampled.images is not None
         panels["image"] = sampled.images[0]  # drawn: the first noise
-        chosen = np.unique(np.linspace(0, config.steps - 1, STRIP).round().astype(int))
-        strip = {f"step {step + 1}": steps[step] for step in chosen}
+        if steps is not None:
+            chosen = np.unique(np.linspace(0, config.steps - 1, STRIP).round().astype(int))
+            strip = {f"step {step + 1}": steps[step] for step in chosen}
     draw(config.prompt, panels, strip, config.output)
     return scores
 

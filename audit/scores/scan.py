@@ -14,15 +14,15 @@ from audit.base.stopping import Stop
 from audit.base.storage import Folder
 from audit.captions import CaptionFile, CaptionPlan, describe_captions, plan_captions
 from audit.engines.rank import find_rank
-from audit.run.run import Fingerprint, ModelFacts, Run, check_output
-from audit.run.schema import DEFAULT_SCORE, DETECTORS, EXTRA_DETECTORS, SCORE_COLUMNS
+from audit.run.run import Fingerprint, Run, check_output
+from audit.run.schema import DEFAULT_SCORE, DETECTORS, EXTRA_DETECTORS, MASK_DETECTORS, SCORE_COLUMNS
 from audit.run.stage import REFINE, SCAN, Stage, run_stage, sum_counts
 from audit.scores.config import ScoringConfig
-from audit.scores.model import find_model_folder
+from audit.scores.model import absolute_paths, find_model_folder, model_facts, no_mask_reason
 from audit.scores.refine import RefineFingerprint, begin_refine, run_refine
 
 if TYPE_CHECKING:
-    from pipelines.loading import ModelFolder
+    from pipelines.folders import ModelFolder
 
 
 @dataclass(frozen=True)
@@ -145,18 +145,19 @@ def fingerprint_of(config: ScanConfig, model: ModelFolder, files: Sequence[Capti
         limit=config.limit,
         rows_per_shard=config.rows_per_shard,
         keep_cols=None if config.keep_cols is None else list(config.keep_cols),
-        model=ModelFacts(model.weights_sha256(), model.revision),
+        model=model_facts(model),
         scheduler=model.scheduler_config(),
         dtype=resolve_dtype(config.dtype, find_device(config.device)),
         steps=config.steps,
         guidance_scale=config.guidance_scale,
         seed=config.seed,
         num_noises=config.num_noises,
-        mask=config.mask,
+        mask="none" if no_mask_reason(model, config.mask_layers) else config.mask,
         mask_token=config.mask_token,
         mask_layers=list(config.mask_layers),
         store_masks=config.store_masks,
         extra_evaluation=config.extra_evaluation,
+        unit=model.unit(config.steps),
     )
 
 
@@ -168,20 +169,23 @@ def check_config(config: ScanConfig) -> ModelFolder:
     Raises:
         AuditError: naming the flag.
     """
-    from pipelines.loading import find_layers
-
     if config.mask == "final" and config.extra_evaluation:
         raise AuditError("--extra-evaluation: goes with --mask first")
     if config.refine and config.refine_by in EXTRA_DETECTORS and not config.extra_evaluation:
         raise AuditError(f"--refine-by {config.refine_by}: needs --extra-evaluation")
     model = find_model_folder(config)
-    trained = int(model.scheduler_config().get("num_train_timesteps", 1000))
+    trained = model.schedule().most_steps
     if config.steps > trained:
         raise AuditError(f"--steps {config.steps}: this model has {trained} timesteps")
-    known = find_layers(model) if config.mask_layers else []
+    known, _ = model.mask_layers() if config.mask_layers else ([], ())
     for name in config.mask_layers:
         if name not in known:
-            raise AuditError(f"--mask-layers {name}: the U-Net has no such cross-attention; it has {', '.join(known)}")
+            raise AuditError(f"--mask-layers {name}: the model has no such layer to read; it has {', '.join(known)}")
+    reason = no_mask_reason(model, config.mask_layers)
+    if reason and config.mask != "first":
+        raise AuditError(f"--mask {config.mask}: {reason}: leave it out, or name layers with --mask-layers")
+    if reason and config.refine and config.refine_by in MASK_DETECTORS:
+        raise AuditError(f"--refine-by {config.refine_by}: {reason}: give {DEFAULT_SCORE}")
     return model
 
 
@@ -218,6 +222,6 @@ def _find_or_plan(config: ScanConfig, folder: Folder) -> Run:
     check_output(folder)
     plan = plan_of(config, folder)
     # with absolute paths, so that it can be gone on with from elsewhere
-    name = os.path.abspath(config.model) if os.path.isdir(config.model) else config.model
-    recorded = {**asdict(config), "model": name, "captions": [file.path for file in plan.files]}
-    return Run.create(folder, recorded, fingerprint_of(config, model, plan.files), plan, name, config.revision)
+    recorded = {**asdict(config), **absolute_paths(config), "captions": [file.path for file in plan.files]}
+    fingerprint = fingerprint_of(config, model, plan.files)
+    return Run.create(folder, recorded, fingerprint, plan, recorded["model"], config.revision)

@@ -44,6 +44,8 @@ class ScanJob:
         self.scorer = open_scorer(run.fingerprint, model, batch_size)
         self.mask_type = mask_type(run.fingerprint.store_masks, *model.latent_shape[1:])
         self.mask_source = mask_source(run.fingerprint).describe()
+        if self.mask_source == "none":
+            self.mask_source = f"none: {model.no_mask}"
 
     def __call__(self, shard: int, on_rows: Callable[[int], None]) -> Commit:
         started = time.monotonic()

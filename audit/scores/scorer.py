@@ -134,12 +134,11 @@ def final_mask_columns(sampler: TrajectorySampler, captions: list[str], on_batch
     columns = {
         name: values.reshape(len(captions), count, *values.shape[1:]).mean(1) for name, values in singles.items()
     }
-    encoded = sampler.model.tokens(captions)
     return {
         **columns,
         "ld": columns["ld_first"],
-        "ld_std": found.ld_t[:, 0].reshape(len(captions), count).std(1),
-        "num_tokens": encoded.num_tokens.numpy(),
-        "truncated": encoded.truncated.numpy(),
+        "ld_std": found.windows()["ld_first"].reshape(len(captions), count).std(1),
+        "num_tokens": found.num_tokens[::count],
+        "truncated": found.truncated[::count],
         "refined": np.ones(len(captions), bool),
     }

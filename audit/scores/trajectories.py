@@ -112,7 +112,8 @@ class TrajectoryJob:
 
 def is_finite(trajectory: Trajectories) -> bool:
     """Whether the scores of every step are numbers."""
-    return math.isfinite(float(trajectory.magnitude_t.sum() + trajectory.ld_t.sum()))
+    scores = [each for each in (trajectory.magnitude_t, trajectory.ld_t) if each is not None]
+    return all(math.isfinite(float(each.sum())) for each in scores)
 
 
 def trajectory_table(items: pa.Table, sampled: Sequence[Trajectories | str]) -> pa.Table:
@@ -139,12 +140,14 @@ def trajectory_table(items: pa.Table, sampled: Sequence[Trajectories | str]) -> 
     fields = []
     for name, (kind, text) in TRAJECTORY_COLUMNS.items():
         if name in TRAJECTORY_MASKS:
-            values = [getattr(each, name)[0] for each in good]
+            values = [mask[0] for each in good if (mask := getattr(each, name)) is not None]
             shape = values[0].shape if values else (1, 1)
             kind = pa.fixed_shape_tensor(pa.float32(), shape)
-            arrays[name] = tensor_array(np.stack(values) if values else np.zeros((0, 1, 1)), kind, rows, count)
+            there = rows if values else rows[:0]  # a model without attention masks has none in any row
+            arrays[name] = tensor_array(np.stack(values) if values else np.zeros((0, 1, 1)), kind, there, count)
         elif name in ("magnitude_t", "ld_t"):
-            arrays[name] = pa.array([getattr(each, name)[0] for each in good], kind).take(take)
+            steps = [getattr(each, name) for each in good]
+            arrays[name] = pa.array([None if each is None else each[0] for each in steps], kind).take(take)
         elif name not in arrays:
             column = [row.get(name) for row in scalars]
             arrays[name] = pa.array(np.array(column, np.float32), kind, from_pandas=True).take(take)

@@ -17,7 +17,7 @@ from audit.captions import is_empty, plan_captions, read_shard
 from audit.index.build import DEFAULT_INDEX
 from audit.run.read import read_rows, read_scores
 from audit.run.run import DEFAULT_RUN, Run
-from audit.run.schema import DEFAULT_SCORE, MASKS, SCORES
+from audit.run.schema import DEFAULT_SCORE, MASK_DETECTORS, MASKS, SCORES, WINDOWS
 from audit.run.select import best_rows, distinct, with_images
 from audit.scores.calibrate import load_thresholds
 from audit.scores.config import DEVICE_HELP, ENGINES
@@ -90,6 +90,11 @@ def choose(run: Run, config: ConfirmConfig) -> tuple[TrajectoriesFingerprint, pa
     """
     by = config.by
     threshold = config.threshold
+    if run.fingerprint.mask == "none":
+        if config.match_mask != "energy":
+            raise AuditError(f"--match-mask {config.match_mask}: the run's model has no attention masks: give energy")
+        if by in (*MASK_DETECTORS, *(name for name in WINDOWS if name.startswith("ld"))):
+            raise AuditError(f"--by {by}: the run's model has no attention masks: give {DEFAULT_SCORE}")
     if config.thresholds is not None:
         if threshold is not None:
             raise AuditError("--threshold and --thresholds: give one of them")

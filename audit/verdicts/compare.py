@@ -189,7 +189,8 @@ def match_image(
     Args:
         image: [H, W, 3].
         image_index: which image of the caption.
-        masks: `be_mask`, `first_mask`, `energy_mask`, `score_map` at latent size [H, W].
+        masks: `be_mask`, `first_mask`, `energy_mask`, `score_map` at latent size [H, W]; a model without attention
+            masks has the last two.
         neighbours: what to compare with.
         own: id of the caption's own picture.
         references: the pictures.
@@ -197,7 +198,8 @@ def match_image(
     Returns:
         one dict a comparison, columns MEASURED_COLUMNS; what takes pixels is missing where there are none.
     """
-    masked = MaskedImage(image, np.stack([masks[name] for name in TRAJECTORY_MASKS]))
+    names = [name for name in TRAJECTORY_MASKS if name in masks]
+    masked = MaskedImage(image, np.stack([masks[name] for name in names]))
     matches = []
     for id, sscd, rank in neighbours:
         match: dict[str, Any] = {
@@ -211,13 +213,15 @@ def match_image(
         pixels = references.pixels(id)
         if pixels is not None:
             found = masked.compare(pixels)
-            distances = dict(zip(TRAJECTORY_MASKS, found.distances.tolist(), strict=True))
-            unlike = dict(zip(TRAJECTORY_MASKS, found.correlation_distances.tolist(), strict=True))
+            distances = dict(zip(names, found.distances.tolist(), strict=True))
+            unlike = dict(zip(names, found.correlation_distances.tolist(), strict=True))
             match["s"] = gate(found.plain, sscd)
-            match["ls"] = gate(distances["be_mask"] * float(masked.mean[0]), sscd)
-            match |= {column: gate(distances[mask], sscd) for column, mask in LS_MASKS.items()}
-            match |= {f"distance_{word}": distances[mask] for word, mask in MASKS.items()}
-            match |= {f"correlation_distance_{word}": unlike[mask] for word, mask in MASKS.items()}
+            if "be_mask" in distances:
+                match["ls"] = gate(distances["be_mask"] * float(masked.mean[names.index("be_mask")]), sscd)
+            match |= {column: gate(distances[mask], sscd) for column, mask in LS_MASKS.items() if mask in distances}
+            there = {word: mask for word, mask in MASKS.items() if mask in distances}
+            match |= {f"distance_{word}": distances[mask] for word, mask in there.items()}
+            match |= {f"correlation_distance_{word}": unlike[mask] for word, mask in there.items()}
         matches.append(match)
     return matches
 

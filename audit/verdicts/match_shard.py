@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -69,7 +68,9 @@ class MatchJob:
         items = self.stage.rows(shard)
         made = read_table(self.run.folder, self.trajectories.file(shard))
         made = made.filter(pc.is_null(made["error"]))
-        masks = {name: tensor_values(made[name]) if made.num_rows else np.zeros(0) for name in TRAJECTORY_MASKS}
+        masks = {
+            name: tensor_values(made[name]) for name in TRAJECTORY_MASKS if made.num_rows and not made[name].null_count
+        }
         row_ids, numbers = made["row_id"].to_pylist(), made["image_index"].to_pylist()
         matches: dict[int, list[dict[str, Any]]] = {row_id: [] for row_id in items["row_id"].to_pylist()}
         images = dict.fromkeys(matches, 0)

@@ -11,20 +11,28 @@ import pytest
 import torch
 
 from pipelines import load
-from pipelines.loading import DiffusionModel, Embeddings
+from pipelines.families import StableDiffusion
+from pipelines.model import DiffusionModel, Embeddings
+from pipelines.schedules import NoiseLevel
 
 
-class Watched(DiffusionModel):
+class Watched(StableDiffusion):
     """Counts latents; prompts of `poison` tokens fail, give NaN, or take more memory than there is."""
 
     latents = 0
     poison: tuple[int, ...] = ()
     kind = "raise"
 
-    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, embeddings: Embeddings) -> torch.Tensor:
+    def predict(
+        self,
+        latents: torch.Tensor,
+        level: NoiseLevel,
+        prompts: Embeddings,
+        guidance_scale: float | None = None,
+    ) -> torch.Tensor:
         Watched.latents += len(latents)
-        output = super().predict(latents, timestep, embeddings)
-        bad = torch.isin(embeddings.num_tokens, torch.tensor(self.poison)) & (embeddings.num_tokens > 0)
+        output = super().predict(latents, level, prompts, guidance_scale)
+        bad = torch.isin(prompts.num_tokens, torch.tensor(self.poison)) & (prompts.num_tokens > 0)
         if bad.any() and self.kind == "raise":
             raise ValueError("cannot be scored")
         output[bad.nonzero()[:, 0]] = torch.nan
@@ -36,8 +44,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
     """Jobs load this model instead."""
 
     def load_watched(*arguments: Any) -> DiffusionModel:
-        model = load(*arguments)
-        return Watched(model.pipeline, model.folder, model.device, model.dtype)
+        return load(*arguments).again(Watched)
 
     monkeypatch.setattr("pipelines.loading.load", load_watched)
     monkeypatch.setattr(Watched, "latents", 0)

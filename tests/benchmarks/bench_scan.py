@@ -33,16 +33,16 @@ CAPTIONS, ROUNDS, BATCH = 96, 3, 32
 @torch.inference_mode()
 def guidance_loop(model: DiffusionModel, captions: list[str], noise: torch.Tensor) -> np.ndarray:
     """LD as a loop over prompts computes it: both embeddings and both halves of guidance anew for every prompt."""
-    pipeline, timestep = model.pipeline, model.timesteps(50)[0]
+    pipeline, timestep = model.pipeline, model.levels(50)[0].timestep
     found = []
     for caption in captions:
         conditional, uncond, *_ = pipeline.encode_prompt(
             caption, device=model.device, num_images_per_prompt=1, do_classifier_free_guidance=True
         )
         both, latents = torch.cat([uncond, conditional]), torch.cat([noise, noise])
-        eos = model.tokens(["", caption]).eos_positions
-        with capture_attention(model.unet, paper_layers(model.unet), eos, model.latent_shape[1:]) as seen:
-            output = model.unet(latents, timestep, encoder_hidden_states=both, return_dict=False)[0]
+        eos = model.encode(["", caption]).eos_positions
+        with capture_attention(model.denoiser, paper_layers(model.denoiser), eos, model.latent_shape[1:]) as seen:
+            output = model.denoiser(latents, timestep, encoder_hidden_states=both, return_dict=False)[0]
         energy = formulas.energy_map(output[1:] - output[:1])
         found.append(float(formulas.ld(energy, seen.mask(model.latent_shape[1:])[1:])))
     return np.array(found)
@@ -76,7 +76,7 @@ def main() -> None:
         batched.append(len(captions) / seconds)
         seconds, expected = timed(lambda: guidance_loop(model, captions, noise))
         looped.append(len(captions) / seconds)
-        np.testing.assert_allclose(scores.ld, expected, rtol=1e-3)
+        np.testing.assert_allclose(scores.scores["ld"], expected, rtol=1e-3)
     fast, slow = statistics.median(batched), statistics.median(looped)
     where = f"{model.device.type}, {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, {platform.machine()}"
     print(f"first-step LD of {len(captions)} captions, testbed, one noise; medians of {ROUNDS} turns; {where}")

@@ -14,14 +14,14 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 
 from audit import testbed
 from audit.base.progress import Progress
 from audit.cli.demo import COPIED
 from pipelines import FirstStepScorer, TrajectorySampler, find_model, formulas, load
 from pipelines.attention import TOKENS, capture_attention, cross_attention_layers, paper_layers
-from pipelines.loading import DiffusionModel, Embeddings
+from pipelines.model import DiffusionModel, Embeddings
+from pipelines.schedules import NoiseLevel
 
 COMMON_TEMPLATES = 16  # template-000 to -015 are the common ones (audit/testbed/README.md)
 CHUNK = 16
@@ -67,17 +67,17 @@ class Passes:
         self.noise = self.model.noise_bank(1, 0)
         self.empty = self.model.encode_empty()
         self.size = self.model.latent_shape[1:]
-        self.layers = tuple(cross_attention_layers(self.model.unet))
-        self.paper = [self.layers.index(name) for name in paper_layers(self.model.unet)]
+        self.layers = tuple(cross_attention_layers(self.model.denoiser))
+        self.paper = [self.layers.index(name) for name in paper_layers(self.model.denoiser)]
 
     def first(self) -> Arrays:
         """First step: masks [N, token, layer, H, W], energy [N, H, W]."""
-        return self._kept("first", lambda captions: self._once(captions, self.model.timesteps(self.steps)[0]))
+        return self._kept("first", lambda captions: self._once(captions, self.model.levels(self.steps)[0]))
 
     def low(self) -> Arrays:
         """Pure noise at the third last timestep: masks alone are of use."""
         at = max(-3, -self.steps)
-        return self._kept("low", lambda captions: self._once(captions, self.model.timesteps(self.steps)[at]))
+        return self._kept("low", lambda captions: self._once(captions, self.model.levels(self.steps)[at]))
 
     def few(self, steps: int) -> Arrays:
         """Final step of a trajectory of few steps, as `--steps` sets the sampler: masks."""
@@ -104,37 +104,37 @@ class Passes:
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
     @torch.inference_mode()
-    def _once(self, captions: list[str], timestep: Tensor) -> Arrays:
+    def _once(self, captions: list[str], level: NoiseLevel) -> Arrays:
         prompts = self.model.encode(captions)
         latents = self.noise.expand(len(captions), -1, -1, -1)
         with self._capture(prompts) as masks:
-            conditional = self.model.predict(latents, timestep, prompts)
-        uncond = self.model.predict(self.noise, timestep, self.empty)
+            conditional = self.model.predict(latents, level, prompts)
+        uncond = self.model.predict(self.noise, level, self.empty)
         return {"masks": masks(), "energy": formulas.energy_map(conditional - uncond).numpy()}
 
     @torch.inference_mode()
     def _sample(self, captions: list[str], steps: int, whole: bool) -> Arrays:
         """DDIM with guidance, attention of every layer and token at the final step."""
         model, prompts, count = self.model, self.model.encode(captions), len(captions)
-        timesteps = model.timesteps(steps)
+        levels = model.levels(steps)
         latents = self.noise.repeat(count, 1, 1, 1)
         both = Embeddings.concatenate([self.empty.expand(count), prompts])
         energy, eos = [], []
         final: np.ndarray | None = None
-        for timestep in timesteps:
+        for level in levels:
             with ExitStack() as stack:
-                last = timestep == timesteps[-1]
+                last = level is levels[-1]
                 masks = stack.enter_context(self._capture(both)) if last else None
                 paper = tuple(self.layers[place] for place in self.paper)
-                eos_step = capture_attention(model.unet, paper if whole else (), both.eos_positions, self.size)
+                eos_step = capture_attention(model.denoiser, paper if whole else (), both.eos_positions, self.size)
                 seen = stack.enter_context(eos_step)
-                uncond, conditional = model.predict(torch.cat([latents, latents]), timestep, both).chunk(2)
+                uncond, conditional = model.predict(torch.cat([latents, latents]), level, both).chunk(2)
                 final = masks()[count:] if masks else None
             if whole:
                 eos.append(seen.mask(self.size)[count:].mean((1, 2)))
                 energy.append(formulas.energy_map(conditional - uncond))
             guided = uncond + GUIDANCE * (conditional - uncond)
-            latents = model.scheduler.step(guided, timestep, latents, eta=0.0, return_dict=False)[0]
+            latents = model.step(guided, level, latents)
         assert final is not None
         found: Arrays = {"masks": final}
         if whole:
@@ -149,7 +149,7 @@ class Passes:
         with ExitStack() as stack:
             seen = [
                 stack.enter_context(
-                    capture_attention(self.model.unet, self.layers, prompts.eos_positions, self.size, token)  # type: ignore[arg-type]
+                    capture_attention(self.model.denoiser, self.layers, prompts.eos_positions, self.size, token)  # type: ignore[arg-type]
                 )
                 for token in TOKENS
             ]

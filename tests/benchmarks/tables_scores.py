@@ -38,12 +38,12 @@ def sample_of(frame: pd.DataFrame, truth: str, kind: str) -> tuple[NDArray[np.bo
 def masks_by_name(passes: Passes, first: Arrays, whole: Arrays) -> dict[str, NDArray[np.float32]]:
     """The masks a run stores, [N, H, W]: be_mask, first_mask, energy_mask, score_map."""
     last = torch.from_numpy(whole["energy_t"][:, -1])
-    alpha = passes.model.alpha_bar(passes.model.timesteps(passes.steps)[-1])
+    noise = passes.model.levels(passes.steps)[-1].noise
     return {
         "be_mask": whole["masks"][:, EOS, passes.paper].astype(np.float32).mean(1),
         "first_mask": first["masks"][:, EOS, passes.paper].astype(np.float32).mean(1),
         "energy_mask": formulas.energy_mask(torch.from_numpy(first["energy"])).numpy(),
-        "score_map": formulas.score_difference_map(last, alpha).numpy(),
+        "score_map": formulas.score_difference_map(last, noise).numpy(),
     }
 
 

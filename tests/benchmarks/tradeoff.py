@@ -106,11 +106,11 @@ class Bench:
         if point.method == "rescaled attention":
             prompts = self.model.encode(self.captions)
             noises = self.sampler.noises.expand(len(self.captions), -1, -1, -1)
-            with rescaled_attention(self.model.unet, prompts.eos_positions, point.setting):
+            with rescaled_attention(self.model.denoiser, prompts.eos_positions, point.setting):
                 return self.sampler.sample(prompts, noises)["images"].numpy(), {}
         count = int(point.setting)
         if point.method == "random tokens":
-            return self.sampler(insert_random_tokens(self.captions, self.model.tokenizer, count)).images, {}
+            return self.sampler(insert_random_tokens(self.captions, self.model.pipeline.tokenizer, count)).images, {}
         return self.sampler(insert_random_numbers(self.captions, count)).images, {}
 
     def measure(self, images: Any) -> dict[str, list[float]]:

@@ -42,27 +42,27 @@ def test_counts_seeds_and_batches(sd1: DiffusionModel) -> None:
     assert [len(re.findall(r"\b\d+\b", caption)) for caption in found] == [4, 4]
     assert insert_random_numbers(["another", CAPTION], count=4, seed=1) == found[::-1]
     assert insert_random_numbers([CAPTION], count=4, seed=2) != found[:1]
-    tokens = insert_random_tokens([CAPTION, "another"], sd1.tokenizer, count=2, seed=1)
-    assert insert_random_tokens(["another"], sd1.tokenizer, count=2, seed=1) == tokens[1:]
+    tokens = insert_random_tokens([CAPTION, "another"], sd1.pipeline.tokenizer, count=2, seed=1)
+    assert insert_random_tokens(["another"], sd1.pipeline.tokenizer, count=2, seed=1) == tokens[1:]
     assert insert_random_numbers([CAPTION], count=0) == [CAPTION]
 
 
 def test_tokens_come_from_the_whole_vocabulary_without_the_special_ones(sd1: DiffusionModel) -> None:
     captions = [f"caption-{n}" for n in range(400)]
-    found = insert_random_tokens(captions, sd1.tokenizer, count=1)
+    found = insert_random_tokens(captions, sd1.pipeline.tokenizer, count=1)
     inserted = [
         text.removeprefix(f"{caption} ") if text.startswith(caption) else text.removesuffix(f" {caption}")
         for text, caption in zip(found, captions, strict=True)
     ]
-    words = {sd1.tokenizer.decode([number]) for number in range(len(sd1.tokenizer))}
-    special = {sd1.tokenizer.decode([number]) for number in sd1.tokenizer.all_special_ids}
+    words = {sd1.pipeline.tokenizer.decode([number]) for number in range(len(sd1.pipeline.tokenizer))}
+    special = {sd1.pipeline.tokenizer.decode([number]) for number in sd1.pipeline.tokenizer.all_special_ids}
     assert set(inserted) <= words - special
     assert len(set(inserted)) > 250
 
 
 def by_hand(model: DiffusionModel, name: str, x: torch.Tensor, text: torch.Tensor, kept: list[int], factor: float):
     """One layer's output, row by row and head by head, from the definition."""
-    layer = model.unet.get_submodule(name)
+    layer = model.denoiser.get_submodule(name)
     out = []
     for row in range(len(x)):
         q, k, v = layer.to_q(x[row]), layer.to_k(text[row, : kept[row]]), layer.to_v(text[row, : kept[row]])
@@ -84,15 +84,15 @@ def test_rescaled_attention_is_the_definition_in_every_layer(sd1: DiffusionModel
     both = prompts.concatenate([sd1.encode_empty().expand(2), prompts])
     latents = sd1.noise_bank(2, 0)
     kept = [int(eos) + keep_eos for eos in prompts.eos_positions] * 2
-    layers, seen = cross_attention_layers(sd1.unet), {}
+    layers, seen = cross_attention_layers(sd1.denoiser), {}
     handles = [
-        sd1.unet.get_submodule(name).register_forward_hook(
+        sd1.denoiser.get_submodule(name).register_forward_hook(
             lambda _, args, options, output, name=name: seen.update({name: (args[0], output)}), with_kwargs=True
         )
         for name in layers
     ]
-    with torch.no_grad(), rescaled_attention(sd1.unet, prompts.eos_positions, 1.25, keep_eos):
-        sd1.predict(torch.cat([latents, latents]), sd1.timesteps(4)[0], both)
+    with torch.no_grad(), rescaled_attention(sd1.denoiser, prompts.eos_positions, 1.25, keep_eos):
+        sd1.predict(torch.cat([latents, latents]), sd1.levels(4)[0], both)
     for handle in handles:
         handle.remove()
     assert len(seen) == len(layers) > 4
@@ -107,7 +107,7 @@ def test_masked_tokens_do_nothing_and_the_model_is_left_as_it_was(sd1: Diffusion
     hidden = prompts.hidden.clone()
     hidden[:, int(prompts.eos_positions[0]) + 1 :] += 3.0
     before = sampler.sample(prompts, latents)
-    with rescaled_attention(sd1.unet, prompts.eos_positions):
+    with rescaled_attention(sd1.denoiser, prompts.eos_positions):
         rescaled = sampler.sample(prompts, latents)
         padding_changed = sampler.sample(replace(prompts, hidden=hidden), latents)
     after = sampler.sample(prompts, latents)
@@ -115,8 +115,8 @@ def test_masked_tokens_do_nothing_and_the_model_is_left_as_it_was(sd1: Diffusion
     assert not torch.equal(before["magnitude_t"], rescaled["magnitude_t"])
     assert torch.equal(before["magnitude_t"], after["magnitude_t"])
     # nothing to mask and a factor of one: the model's own attention
-    last = torch.full_like(prompts.eos_positions, sd1.max_tokens - 1)
-    with rescaled_attention(sd1.unet, last, bos_factor=1.0):
+    last = torch.full_like(prompts.eos_positions, prompts.hidden.shape[1] - 1)
+    with rescaled_attention(sd1.denoiser, last, bos_factor=1.0):
         same = sampler.sample(prompts, latents)
     torch.testing.assert_close(same["magnitude_t"], before["magnitude_t"], rtol=1e-4, atol=1e-5)
 
@@ -124,7 +124,7 @@ def test_masked_tokens_do_nothing_and_the_model_is_left_as_it_was(sd1: Diffusion
 def test_a_call_for_other_prompts_is_refused(sd1: DiffusionModel) -> None:
     prompts = sd1.encode(["cat"])
     with (
-        rescaled_attention(sd1.unet, sd1.encode(["a", "b"]).eos_positions),
+        rescaled_attention(sd1.denoiser, sd1.encode(["a", "b"]).eos_positions),
         pytest.raises(ValueError, match="1 rows in rescaled_attention of 2 prompts"),
     ):
-        sd1.predict(sd1.noise_bank(1, 0), sd1.timesteps(4)[0], prompts)
+        sd1.predict(sd1.noise_bank(1, 0), sd1.levels(4)[0], prompts)

@@ -12,7 +12,7 @@ import torch
 
 from pipelines import DiffusionModel, FirstStepScorer, FirstStepScores, MaskSource, find_model, load
 from pipelines.attention import cross_attention_layers
-from pipelines.loading import Embeddings
+from pipelines.families import StableDiffusion
 from tests.reference import Reference
 
 KINDS = ("sd1", "sd2", "sdxl", "testbed")
@@ -77,7 +77,7 @@ def test_masks_of_other_layers(
     model_folders: dict[str, Path], open_model: Callable[[str], DiffusionModel], kind: str
 ) -> None:
     model = open_model(kind)
-    layers = (cross_attention_layers(model.unet)[-1], cross_attention_layers(model.unet)[2])
+    layers = (cross_attention_layers(model.denoiser)[-1], cross_attention_layers(model.denoiser)[2])
     found = FirstStepScorer(model, MaskSource(layers=layers), extra_evaluation=True)(CAPTIONS)
     reference = Reference(model_folders[kind])
     assert_equal(found, [reference.score(caption, layers=list(layers)) for caption in CAPTIONS])
@@ -117,7 +117,7 @@ def test_evaluations_are_one_a_caption_and_noise(open_model: Callable[[str], Dif
         nonlocal latents
         latents += len(args[0])
 
-    handle = model.unet.register_forward_pre_hook(count)
+    handle = model.denoiser.register_forward_pre_hook(count)
     scorer = FirstStepScorer(model, num_noises=3, extra_evaluation=extra, batch_size=4)
     assert latents == scorer.evaluations == 3 * (1 + extra)  # the empty prompt, once a noise
     scorer(CAPTIONS)
@@ -126,20 +126,20 @@ def test_evaluations_are_one_a_caption_and_noise(open_model: Callable[[str], Dif
     assert latents == scorer.evaluations == 3 * (1 + extra) * (1 + 5)
 
 
-class SmallMemory(DiffusionModel):
+class SmallMemory(StableDiffusion):
     """A device on which no more than `limit` latents fit at a time."""
 
     limit = 3
 
-    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, embeddings: Embeddings) -> torch.Tensor:
+    def predict(self, latents: torch.Tensor, *arguments: Any) -> torch.Tensor:
         if len(latents) > self.limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return super().predict(latents, timestep, embeddings)
+        return super().predict(latents, *arguments)
 
 
 def test_out_of_memory_halves_the_batch_for_good(open_model: Callable[[str], DiffusionModel]) -> None:
     model = open_model("sd1")
-    small = SmallMemory(model.pipeline, model.folder, model.device, model.dtype)
+    small = model.again(SmallMemory)
     scorer, batches = FirstStepScorer(small, batch_size=16), []
     captions = [f"picture {i}" for i in range(10)]
     found = scorer(captions, batches.append)

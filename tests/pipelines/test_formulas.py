@@ -75,7 +75,7 @@ def test_a_small_difference_of_v_survives_half_precision() -> None:
 
 
 def test_score_difference_map() -> None:
-    assert formulas.score_difference_map(ENERGY, torch.tensor(0.75))[0, 0, 0].item() == pytest.approx(100)
+    assert formulas.score_difference_map(ENERGY, noise=0.5)[0, 0, 0].item() == pytest.approx(100)
 
 
 def test_attention_probabilities() -> None:

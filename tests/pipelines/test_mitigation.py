@@ -55,10 +55,10 @@ def some_masks(model: DiffusionModel, count: int, seed: int = 5) -> torch.Tensor
 
 def difference(model: DiffusionModel, captions: list[str], noises: torch.Tensor) -> np.ndarray:
     """d at the first step, from two plain evaluations."""
-    timestep = model.timesteps(STEPS)[0]
+    level = model.levels(STEPS)[0]
     with torch.inference_mode():
         outputs = [
-            model.to_noise(model.predict(noises, timestep, embeddings), noises, timestep)
+            model.predict(noises, level, embeddings)
             for embeddings in (model.encode(captions), model.encode_empty().expand(len(captions)))
         ]
     return (outputs[0] - outputs[1]).numpy().astype(np.float64)
@@ -68,19 +68,16 @@ def difference(model: DiffusionModel, captions: list[str], noises: torch.Tensor)
 @pytest.mark.parametrize("loss", ["ld", "magnitude"])
 def test_gradient_equals_finite_differences(folders: dict[str, Path], kind: str, loss: Any) -> None:
     model = tiny(folders, kind)
-    model.unet.double()
+    model.denoiser.double()
     mitigator = Mitigator(model, loss, steps=STEPS)
     noises, masks = model.noise_bank(2, 0).double(), some_masks(model, 2)
     prompts = model.encode(CAPTIONS[:2])
-    doubled = {"hidden": prompts.hidden.clone().double(), "pooled": None}
-    if prompts.pooled is not None:
-        doubled["pooled"] = prompts.pooled.clone().double()
-    prompts = replace(prompts, **doubled)
+    conditions = {name: value.clone().double() for name, value in prompts.conditions.items()}
+    prompts = replace(prompts, hidden=prompts.hidden.clone().double(), conditions=conditions)
     # a constant near the predictions, so that the loss is small and its float32 rounding with it
     with torch.no_grad():
         middle = prompts.hidden.mean(1, keepdim=True).expand_as(prompts.hidden)
-        output = model.predict(noises, mitigator.timestep, replace(prompts, hidden=middle))
-        uncond = model.to_noise(output, noises, mitigator.timestep)
+        uncond = model.predict(noises, mitigator.level, replace(prompts, hidden=middle))
 
     def value(hidden: torch.Tensor) -> torch.Tensor:
         return mitigator.loss(replace(prompts, hidden=hidden), noises, uncond, masks)
@@ -137,13 +134,13 @@ def test_an_update_is_adamw_by_hand_and_spares_the_start_token(sd1: DiffusionMod
     mitigator = Mitigator(sd1, "ld", 0.0, steps=STEPS, learning_rate=rate, weight_decay=decay, iterations=2)
     prompts = sd1.encode(CAPTIONS[:1])
     hidden = prompts.hidden.clone()
-    timestep = sd1.timesteps(STEPS)[0]
+    level = sd1.levels(STEPS)[0]
     with torch.no_grad():
-        uncond = sd1.predict(noises, timestep, sd1.encode_empty())
+        uncond = sd1.predict(noises, level, sd1.encode_empty())
     first = second = torch.zeros_like(hidden[:, 1:])
     for t in (1, 2):  # Loshchilov & Hutter 2019, algorithm 2, with the decay times the rate as PyTorch has it
         leaf = hidden.clone().requires_grad_()
-        d = sd1.predict(noises, timestep, replace(prompts, hidden=leaf)) - uncond
+        d = sd1.predict(noises, level, replace(prompts, hidden=leaf)) - uncond
         (d * masks[:, None]).norm().div(masks.mean()).backward()
         g = leaf.grad[:, 1:]
         first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g * g
@@ -202,10 +199,10 @@ def test_it_is_deterministic(sd1: DiffusionModel) -> None:
 
 def test_gradient_checkpointing_changes_memory_alone_and_the_unet_is_left_as_it_was(folders: dict[str, Path]) -> None:
     model = tiny(folders, "sd1")
-    model.unet.requires_grad_(True)  # as from_pretrained leaves it
+    model.denoiser.requires_grad_(True)  # as from_pretrained leaves it
     noises = model.noise_bank(1, 0)
     calls, results = [], []
-    layer = model.unet.get_submodule(paper_layers(model.unet)[0])
+    layer = model.denoiser.get_submodule(paper_layers(model.denoiser)[0])
     handle = layer.register_forward_pre_hook(lambda *_: calls.append(len(results)))
     for on in (False, True):
         mitigator = Mitigator(model, "ld", 0.0, steps=STEPS, iterations=2, gradient_checkpointing=on)
@@ -214,8 +211,8 @@ def test_gradient_checkpointing_changes_memory_alone_and_the_unet_is_left_as_it_
     plain, saving = results
     assert calls.count(1) == calls.count(0) + 2  # computed again in both backward passes
     np.testing.assert_allclose(saving.loss_history, plain.loss_history, rtol=1e-4)
-    assert all(p.requires_grad and p.grad is None for p in model.unet.parameters())
-    assert not model.unet.is_gradient_checkpointing
+    assert all(p.requires_grad and p.grad is None for p in model.denoiser.parameters())
+    assert not model.denoiser.is_gradient_checkpointing
 
 
 def test_sdxl_moves_the_text_embedding_alone(folders: dict[str, Path]) -> None:
@@ -223,8 +220,7 @@ def test_sdxl_moves_the_text_embedding_alone(folders: dict[str, Path]) -> None:
     prompts, noises = model.encode(CAPTIONS[:1]), model.noise_bank(1, 0)
     found = Mitigator(model, "ld", 0.0, steps=STEPS, iterations=5, learning_rate=0.02)(prompts, noises)
     assert found.last_loss < found.first_loss
-    assert prompts.pooled is not None and found.embeddings.pooled is not None
-    assert torch.equal(found.embeddings.pooled, prompts.pooled)
+    assert torch.equal(found.embeddings.conditions["text_embeds"], prompts.conditions["text_embeds"])
 
 
 def test_half_precision_gets_as_far_as_single_precision(folders: dict[str, Path]) -> None:
@@ -236,6 +232,17 @@ def test_half_precision_gets_as_far_as_single_precision(folders: dict[str, Path]
         assert found.embeddings.hidden.dtype == model.dtype
         losses.append(found.loss_history[0])
     np.testing.assert_allclose(losses[1], losses[0], rtol=0.05)
+
+
+def test_a_loss_scale_that_overflows_backs_off(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(folders, "sd1", "float16")
+    given = CAPTIONS[:2], model.noise_bank(2, 0), some_masks(model, 2)
+    options: dict[str, Any] = {"target": 0.0, "steps": STEPS, "iterations": 3, "learning_rate": 0.02}
+    expected = Mitigator(model, "ld", **options)(*given)
+    monkeypatch.setattr("pipelines.mitigation.HALF_SCALE", 2.0**30)  # every first gradient is infinite
+    found = Mitigator(model, "ld", **options)(*given)
+    assert found.iterations_used.tolist() == [3, 3]
+    np.testing.assert_allclose(found.loss_history, expected.loss_history, rtol=0.05)
 
 
 def test_a_mask_of_zeros_and_the_empty_prompt_are_left_alone(sd1: DiffusionModel) -> None:
@@ -255,7 +262,7 @@ def test_mistakes_are_named(sd1: DiffusionModel) -> None:
     with pytest.raises(ValueError, match="2 prompts but 1 noises"):
         Mitigator(sd1)(CAPTIONS[:2], sd1.noise_bank(1, 0))
     with pytest.raises(ModelError, match="DDPMPipeline cannot be mitigated"):
-        MitigatedPipeline(diffusers.DDPMPipeline(sd1.unet, sd1.scheduler), 1.0, 1.0)
+        MitigatedPipeline(diffusers.DDPMPipeline(sd1.denoiser, sd1.schedule.scheduler), 1.0, 1.0)
 
 
 def pipeline(folder: Path, **options: Any) -> Any:
@@ -318,11 +325,14 @@ def test_pipeline_with_its_own_latents_a_size_and_no_guidance(folders: dict[str,
 
 def test_capture_layers_stay_the_papers(sd1: DiffusionModel) -> None:
     """The mask `first` of mitigation is the paper's two layers at the first step, by the capture itself."""
-    noises, timestep = sd1.noise_bank(1, 0), sd1.timesteps(STEPS)[0]
+    noises, level = sd1.noise_bank(1, 0), sd1.levels(STEPS)[0]
     prompts = sd1.encode(CAPTIONS[:1])
     size = sd1.latent_shape[1:]
-    with torch.no_grad(), capture_attention(sd1.unet, paper_layers(sd1.unet), prompts.eos_positions, size) as seen:
-        sd1.predict(noises, timestep, prompts)
+    with (
+        torch.no_grad(),
+        capture_attention(sd1.denoiser, paper_layers(sd1.denoiser), prompts.eos_positions, size) as seen,
+    ):
+        sd1.predict(noises, level, prompts)
     given = Mitigator(sd1, steps=STEPS, target=0.0, iterations=1)(CAPTIONS[:1], noises, seen.mask(size))
     own = Mitigator(sd1, steps=STEPS, target=0.0, iterations=1)(CAPTIONS[:1], noises)
     np.testing.assert_allclose(own.loss_history, given.loss_history, rtol=1e-5)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipelines import DiffusionModel, FirstStepScorer, MaskSource, TrajectorySampler, find_model, load
-from pipelines.loading import Embeddings
+from pipelines.families import StableDiffusion
 from tests.reference import Reference
 
 KINDS = ("sd1", "sd2", "sdxl", "testbed")
@@ -52,17 +52,15 @@ def test_ld_from_energy_maps_is_the_direct_formula(model_folders: dict[str, Path
     model = open_model(model_folders[kind])
     differences: list[torch.Tensor] = []
 
-    class Watched(DiffusionModel):
-        def to_noise(self, output: Any, latents: Any, timestep: Any) -> Any:
-            differences.append(super().to_noise(output, latents, timestep))
+    class Watched(type(model)):  # type: ignore[misc]
+        def difference(self, *arguments: Any) -> Any:
+            differences.append(super().difference(*arguments))
             return differences[-1]
 
-    watched = Watched(model.pipeline, model.folder, model.device, model.dtype)
-    found = TrajectorySampler(watched, steps=STEPS)(CAPTIONS, decode=False)
+    found = TrajectorySampler(model.again(Watched), steps=STEPS)(CAPTIONS, decode=False)
     masks = torch.from_numpy(found.be_mask)
     for step in range(STEPS):
-        uncond, conditional = differences[2 * step], differences[2 * step + 1]
-        d = conditional - uncond
+        d = differences[step]
         for row, mask in enumerate(masks):
             direct = float((d[row] * mask).norm() / mask.mean())
             assert found.ld_t[row, step] == pytest.approx(direct, rel=1e-5)
@@ -127,18 +125,18 @@ def test_one_step_is_first_and_last(model_folders: dict[str, Path]) -> None:
     assert found.ld_t.shape == (2, 1) and np.isfinite(found.windows()["ld_10"]).all()
 
 
-class SmallMemory(DiffusionModel):
+class SmallMemory(StableDiffusion):
     """A device on which no more than four latents fit at a time: two trajectories with their unconditional halves."""
 
-    def predict(self, latents: torch.Tensor, timestep: torch.Tensor, embeddings: Embeddings) -> torch.Tensor:
+    def predict(self, latents: torch.Tensor, *arguments: Any) -> torch.Tensor:
         if len(latents) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return super().predict(latents, timestep, embeddings)
+        return super().predict(latents, *arguments)
 
 
 def test_out_of_memory_halves_the_batch(model_folders: dict[str, Path]) -> None:
     model = open_model(model_folders["sd1"])
-    small = SmallMemory(model.pipeline, model.folder, model.device, model.dtype)
+    small = model.again(SmallMemory)
     captions, counted = [f"picture {i}" for i in range(5)], list[int]()
     found = TrajectorySampler(small, steps=3, batch_size=8)(captions, on_batch=counted.append)
     expected = TrajectorySampler(model, steps=3)(captions)

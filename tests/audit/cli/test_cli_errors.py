@@ -188,12 +188,12 @@ CASES: dict[str, tuple[Callable[[Path, str], list[object]], str]] = {
     "no such device": (flag("--device", "cuda:99"), "--device cuda:99: this machine has"),
     "no such layer": (
         flag("--mask", "first", "--mask-layers", "up_blocks.9.attn2"),
-        "--mask-layers up_blocks.9.attn2: the U-Net has no such cross-attention; it has down_blocks.0",
+        "--mask-layers up_blocks.9.attn2: the model has no such layer to read; it has down_blocks.0",
     ),
     "column it has not": (flag("--keep-cols", "height"), "--keep-cols height: no input has one column of that name"),
     "no U-Net": (without("unet"), "the folder has no unet/; download the model again"),
-    "SD3": (architecture("StableDiffusion3Pipeline"), "StableDiffusion3Pipeline is not supported: it is a transformer"),
-    "FLUX": (architecture("FluxPipeline"), "FluxPipeline is not supported: it is a transformer"),
+    "SD3": (architecture("StableDiffusion3Pipeline"), "the folder has no transformer/; download the model again"),
+    "FLUX": (architecture("FluxPipeline"), "FluxPipeline is not supported: its denoiser takes packed"),
     "no such model": (flag("--model", "./nothing"), "--model ./nothing: no such folder; give a diffusers folder"),
 }
 

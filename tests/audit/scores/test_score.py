@@ -50,7 +50,7 @@ def test_several_noises_are_means_in_every_line(model: str, tmp_path: Path) -> N
     ("flags", "says"),
     [
         (["--prompt", "  "], "--prompt: is empty"),
-        (["--prompt", "cat", "--mask-layers", "no.such"], "no cross-attention layer 'no.such'; it has down_blocks.0"),
+        (["--prompt", "cat", "--mask-layers", "no.such"], "no.such: the model has no such attention layer to read"),
         (["--prompt", "cat", "--device", "cuda:9"], "this machine has"),
         (["--prompt", "cat", "-o", "/no/such/folder/x.png"], "cannot be written"),
     ],

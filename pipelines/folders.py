@@ -1,0 +1,351 @@
+"""A model as it lies on disk: which family reads it, which of its files are loaded, and what is wrong with it.
+
+Only small files are read here, no weights: what a folder's configurations tell is said before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+import logging
+import os
+import re
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipelines.errors import ModelError
+from pipelines.families import find_family, supported
+from pipelines.files import Weights, file_sha256, find_weights, read_json
+from pipelines.model import DiffusionModel, Part
+from pipelines.schedules import Schedule, Unit, open_scheduler
+
+VOCABULARY = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json", "spiece.model"),
+    *("special_tokens_map.json", "tokenizer.model"),
+)
+"""Files a tokenizer is read from."""
+REFUSED = {
+    "FluxPipeline": "its denoiser takes packed latents with positions of text and image, which no family here gives",
+    "QwenImagePipeline": "its prompts are put into a template and its guidance is renormalised, as no family here does",
+    "KolorsPipeline": "its text encoder is ChatGLM, with which no family here encodes",
+    "SanaPipeline": "its text encoder is Gemma, with an instruction before the prompt, as no family here encodes",
+    "IFPipeline": "it draws pixels with dynamic thresholding, as no family here samples",
+    "HunyuanDiTPipeline": "its denoiser takes two texts and the picture's style, which no family here gives",
+    "KandinskyV22CombinedPipeline": "its U-Net is told an embedding of a picture that a prior drew, not the prompt",
+}
+"""Why pipelines that people ask for are not read."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model on disk that `load` can read.
+
+    Attributes:
+        path: diffusers folder; of a single checkpoint the folder of its configuration. name: what the user asked for.
+        revision: the hub's commit, or None for a local folder. family: that reads it. index: its model_index.json.
+        checkpoint: single file with all weights, or None.
+        loras: files merged into the weights, with their scales. inversions: files of learned tokens, with their tokens.
+        notes: what was decided without being asked, one line each.
+    """
+
+    path: Path
+    name: str
+    revision: str | None
+    family: type[DiffusionModel]
+    index: Mapping[str, Any]
+    checkpoint: Path | None = None
+    loras: tuple[tuple[Path, float], ...] = ()
+    inversions: tuple[tuple[Path, str], ...] = ()
+    prediction_type: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def parts(self) -> dict[str, Part]:
+        """Parts this folder has: optional ones that its index leaves out are not there."""
+        found = {}
+        for name, part in self.family.parts.items():
+            named = self.index.get(name)
+            if not (part.optional and (not named or named[1] is None)):
+                found[name] = part
+        return found
+
+    def config(self, part: str) -> dict[str, Any]:
+        """A part's configuration, what it leaves out filled in by its class."""
+        return read_config(self.path, part, self.family.parts[part], self.name)
+
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """Configurations of all parts with weights."""
+        return {name: self.config(name) for name in self.parts() if not name.startswith("tokenizer")}
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """The scheduler's configuration as the folder has it, without diffusers' private keys."""
+        config = read_json(self.path, "scheduler/scheduler_config.json", self.name)
+        if self.prediction_type is not None:
+            config["prediction_type"] = self.prediction_type
+        return {key: value for key, value in sorted(config.items()) if key != "_diffusers_version"}
+
+    def open_scheduler(self) -> Any:
+        """diffusers' scheduler of this folder. Raises ModelError: one the family is not read with."""
+        config = self.scheduler_config()
+        with naming(self.name):
+            return open_scheduler(str(config.get("_class_name")), config, self.family.schedules)
+
+    def schedule(self) -> Schedule:
+        """Noise levels and units, from configurations alone. Raises ModelError as `open_scheduler`."""
+        with naming(self.name):
+            return self.family.open_schedule(self.open_scheduler(), self.config(self.family.denoiser_part))
+
+    def unit(self, steps: int) -> Unit:
+        """What the scores of so many sampling steps are differences of."""
+        return self.schedule().unit(steps)
+
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the latents, from the configuration alone."""
+        return self.family.latent_shape_of(self.config(self.family.denoiser_part))
+
+    def weights(self, part: str) -> Weights:
+        """The weight files of a part. Raises ModelError: none there, or shards that are missing."""
+        return find_weights(self.path, part, self.family.parts[part].library, self.name)
+
+    def mask_layers(self) -> tuple[list[str], tuple[str, ...]]:
+        """Attention layers that can be read, and those read by default; no weights are read."""
+        import torch
+
+        kind = model_class(self.family.parts[self.family.denoiser_part])
+        with torch.device("meta"), naming(self.name):
+            denoiser = from_config(kind, read_json(self.path, f"{self.family.denoiser_part}/config.json", self.name))
+            return self.family.layers(denoiser), self.family.default_layers(denoiser)
+
+    def loaded_files(self) -> list[Path]:
+        """Every file that is read by `load`, and no other: what a fingerprint hashes."""
+        files = [self.path / "model_index.json", self.path / "scheduler" / "scheduler_config.json"]
+        for name in self.parts():
+            if name.startswith("tokenizer"):
+                files += [self.path / name / file for file in VOCABULARY if (self.path / name / file).is_file()]
+            else:
+                files.append(self.path / name / "config.json")
+                files += self.weights(name).files if self.checkpoint is None else ()
+        return files
+
+    def weights_sha256(self) -> str:
+        """One hash over every file that is loaded; LoRA and textual inversion files have their own (`adapters`)."""
+        total = hashlib.sha256()
+        for file in self.loaded_files():
+            total.update(f"{file.relative_to(self.path)} {self._file_hash(file)}\n".encode())
+        if self.checkpoint is not None:
+            total.update(f"checkpoint {file_sha256(self.checkpoint)}\n".encode())
+        return total.hexdigest()
+
+    def adapters(self) -> dict[str, list[str]]:
+        """Hashes of what is added to the weights: `lora` (sha256:scale) and `textual_inversion` (sha256:token)."""
+        return {
+            "lora": [f"{file_sha256(path)}:{scale:g}" for path, scale in self.loras],
+            "textual_inversion": [f"{file_sha256(path)}:{token}" for path, token in self.inversions],
+        }
+
+    def _file_hash(self, file: Path) -> str:
+        """sha256 of a file; of model_index.json only what is read of it counts."""
+        if file.name != "model_index.json":
+            return file_sha256(file)
+        read = {name: value for name, value in self.index.items() if isinstance(value, bool)}
+        return hashlib.sha256(json.dumps([self.family.pipeline_class, read], sort_keys=True).encode()).hexdigest()
+
+
+def find_model(
+    name: str,
+    revision: str | None = None,
+    model_config: str | None = None,
+    loras: tuple[str, ...] = (),
+    inversions: tuple[str, ...] = (),
+) -> ModelFolder:
+    """Find a model: a local folder as it is, a hub id through diffusers' own download and cache, or a checkpoint file.
+
+    Args:
+        name: diffusers folder, hub id, or a .safetensors file with all weights. revision: of a hub id.
+        model_config: with a file: diffusers folder of the same architecture, for its configuration and tokenizers.
+        loras: FILE or FILE:SCALE. inversions: FILE:TOKEN.
+
+    Raises:
+        ModelError: no such model, an architecture no family reads, files that are missing, or configurations that do
+            not fit together: one line that names the fact.
+    """
+    path, checkpoint = _locate(name, revision, model_config)
+    if not (path / "model_index.json").is_file():
+        raise ModelError(f"{name}: no model_index.json in it; give the folder of a diffusers pipeline")
+    index = read_json(path, "model_index.json", name)
+    architecture = str(index.get("_class_name"))
+    family = find_family(architecture)
+    if family is None:
+        reason = REFUSED.get(architecture, "no family of be-audit reads it")
+        raise ModelError(f"{name}: {architecture} is not supported: {reason}; supported are {', '.join(supported())}")
+    commit = path.name if re.fullmatch(r"[0-9a-f]{40}", path.name) else None
+    found = ModelFolder(
+        path=path,
+        name=name,
+        revision=commit if checkpoint is None else None,
+        family=family,
+        index=index,
+        checkpoint=checkpoint,
+        loras=tuple(_lora(text) for text in loras),
+        inversions=tuple(_inversion(text) for text in inversions),
+        prediction_type=None if checkpoint is None else _prediction_type(checkpoint),
+    )
+    _check(found)
+    return found
+
+
+def _check(folder: ModelFolder) -> None:
+    """Say what is wrong with a folder, or what was decided for it."""
+    for name, part in folder.parts().items():
+        if not (folder.path / name).is_dir() or not any((folder.path / name).iterdir()):
+            raise ModelError(f"{folder.name}: the folder has no {name}/; download the model again")
+        named = folder.index.get(name)
+        kind = named[1] if isinstance(named, list) and len(named) == 2 else None
+        if kind is not None and kind not in part.classes:
+            raise ModelError(
+                f"{folder.name}: its {name} is a {kind}, and {folder.family.pipeline_class} is read with "
+                f"{' or '.join(part.classes)}"
+            )
+    if not (folder.path / "scheduler").is_dir():
+        raise ModelError(f"{folder.name}: the folder has no scheduler/; download the model again")
+    with naming(folder.name):
+        folder.family.check(folder.configs(), folder.index)
+    folder.schedule()
+    if folder.checkpoint is None:
+        variants = {
+            name: found.variant
+            for name in folder.parts()
+            if not name.startswith("tokenizer") and (found := folder.weights(name)).variant is not None
+        }
+        if variants:
+            folder.notes.append(
+                f"{folder.name}: {', '.join(variants)} have no plain weights: loaded from "
+                f"{', '.join(sorted({f'.{variant}.' for variant in variants.values()}))} files"
+            )
+    else:
+        source = "the file's metadata" if folder.prediction_type else f"{folder.path}"
+        said = folder.scheduler_config().get("prediction_type", "epsilon")
+        folder.notes.append(f"{folder.name}: prediction type {said}, from {source}")
+
+
+def _locate(name: str, revision: str | None, model_config: str | None) -> tuple[Path, Path | None]:
+    """The folder, and the checkpoint file where the model is one."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ModelError(f"{name}: is a file; give a .safetensors checkpoint, a diffusers folder or a hub id")
+        if model_config is None:
+            raise ModelError(
+                f"{name}: is a single checkpoint; add --model-config FOLDER, a diffusers folder of the same "
+                "architecture, for its configuration and tokenizers"
+            )
+        if not Path(model_config).is_dir():
+            raise ModelError(f"{model_config}: no such folder", "model_config")
+        return Path(model_config), path
+    if model_config is not None:
+        raise ModelError(f"{model_config}: goes with a single .safetensors checkpoint as the model", "model_config")
+    if not path.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise ModelError(f"{name}: no such folder; give a diffusers folder or a hub id like owner/name")
+        path = _download(name, revision)
+    return path, None
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not the user's concern
+    try:
+        # the index first: an unsupported architecture is refused before gigabytes are fetched
+        index = Path(hf_hub_download(name, "model_index.json", revision=revision))
+        if find_family(str(json.loads(index.read_text()).get("_class_name"))) is None:
+            return index.parent
+        if os.environ.get("HF_HUB_OFFLINE"):
+            return Path(snapshot_download(name, revision=revision, local_files_only=True))
+        try:
+            return Path(DiffusionPipeline.download(name, revision=revision))
+        except (OSError, ValueError):  # no plain weights: the half-precision ones are what there is
+            return Path(DiffusionPipeline.download(name, revision=revision, variant="fp16"))
+    except Exception as error:  # the hub client raises a dozen unrelated types for "cannot be had"
+        at = f" at revision {revision}" if revision else ""
+        reason = textwrap.shorten(str(error).strip().split("\n\n")[0] or type(error).__name__, 400)
+        raise ModelError(f"{name}: no such folder, and the hub does not give it{at}: {reason}") from error
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    """FILE or FILE:SCALE."""
+    path, scale = text, 1.0
+    if not Path(text).expanduser().is_file() and ":" in text:
+        path, number = text.rsplit(":", 1)
+        try:
+            scale = float(number)
+        except ValueError as error:
+            raise ModelError(f"{text}: {number!r} is no scale; give FILE or FILE:SCALE", "lora") from error
+    if not Path(path).expanduser().is_file():
+        raise ModelError(f"{path}: no such file", "lora")
+    return Path(path).expanduser(), scale
+
+
+def _inversion(text: str) -> tuple[Path, str]:
+    """FILE:TOKEN."""
+    path, _, token = text.rpartition(":")
+    if not path or not token:
+        raise ModelError(f"{text}: give FILE:TOKEN, the token that captions have", "textual_inversion")
+    if not Path(path).expanduser().is_file():
+        raise ModelError(f"{path}: no such file", "textual_inversion")
+    return Path(path).expanduser(), token
+
+
+def _prediction_type(checkpoint: Path) -> str | None:
+    """What a checkpoint says its output is, by its metadata (modelspec) or a tensor `v_pred`; None if it does not."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(checkpoint), framework="pt") as file:
+            said = (file.metadata() or {}).get("modelspec.prediction_type", "")
+            marked = "v_pred" in file.keys()  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{checkpoint}: cannot be read: {error}") from error
+    return "v_prediction" if said.startswith("v") or marked else "epsilon" if said.startswith("eps") else None
+
+
+def model_class(part: Part) -> Any:
+    """The class a part is loaded as."""
+    return getattr(importlib.import_module(part.library), part.classes[0])
+
+
+def from_config(kind: Any, config: Mapping[str, Any]) -> Any:
+    """A diffusers model of a configuration. Raises ModelError: values its class does not take."""
+    try:
+        return kind.from_config(dict(config))
+    except (ValueError, TypeError, RuntimeError, KeyError, IndexError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"its configuration is not taken by {kind.__name__}: {first}") from error
+
+
+def read_config(folder: Path, part: str, kind: Part, name: str) -> dict[str, Any]:
+    """A part's configuration through its class: what the file leaves out is the class's default."""
+    given = read_json(folder, f"{part}/config.json", name)
+    found = model_class(kind)
+    if kind.library == "transformers":
+        return {**found.config_class().to_dict(), **given}
+    signature = inspect.signature(found.__init__).parameters.values()
+    defaults = {each.name: each.default for each in signature if each.default is not inspect.Parameter.empty}
+    return {**defaults, **given}
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put a model's name before what a ModelError says, where it is not there yet."""
+    try:
+        yield
+    except ModelError as error:
+        if error.about != "model" or str(error).startswith(name):
+            raise
+        raise ModelError(f"{name}: {error}") from error

@@ -1,0 +1,274 @@
+"""Noise levels, deterministic steps and units of a model's own schedule; one class a kind of diffusion.
+
+x_t = a x_0 + s eps at a level of signal a and noise s. A raw output is affine in the clean latents x_0 it believes in,
+so the difference of two outputs at the same x_t is q (x_0' - x_0) with q = d(output) / d(x_0). Differences are taken
+first and brought to a unit then: converting both outputs and subtracting cancels at high noise.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipelines.errors import ModelError
+
+Unit = Literal["epsilon", "velocity"]
+"""What scores are differences of: noise predictions, or velocities where the first level has no signal (a = 0), since
+the noise prediction does not depend on the prompt there by definition."""
+
+
+class NoiseLevel(NamedTuple):
+    """One sampling step: what the denoiser is told, a and s of x_t = a x_0 + s eps, and those where the step ends."""
+
+    timestep: Tensor
+    signal: float
+    noise: float
+    next_signal: float
+    next_noise: float
+
+
+class Schedule(ABC):
+    """How a model was trained to remove noise, and how it is sampled without randomness.
+
+    Attributes:
+        scheduler: diffusers' scheduler that samples as `step` does. noise_scale: standard deviation of x_T.
+        sigma_max: s / a of the noisiest level of training; None where it is infinite.
+        most_steps: the largest number of sampling steps.
+    """
+
+    classes: ClassVar[tuple[str, ...]]
+    scheduler: Any
+    noise_scale: float
+    sigma_max: float | None
+    most_steps: int
+
+    @abstractmethod
+    def levels(self, steps: int, device: torch.device) -> list[NoiseLevel]:
+        """The levels of a sampling, noisiest first."""
+
+    @abstractmethod
+    def predictions(self, output: Tensor, latents: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        """Clean latents x_0 and noise eps that a raw output believes in, float32."""
+
+    @abstractmethod
+    def slope(self, level: NoiseLevel) -> float:
+        """q = d(output) / d(x_0) at fixed x_t."""
+
+    def scale_input(self, latents: Tensor, level: NoiseLevel) -> Tensor:
+        """Latents as the denoiser takes them."""
+        return latents
+
+    def step(self, output: Tensor, level: NoiseLevel, latents: Tensor) -> Tensor:
+        """The deterministic step to the next level, a' x_0 + s' eps: DDIM with eta 0, Euler for the others."""
+        clean, noise = self.predictions(output, latents, level)
+        return (level.next_signal * clean + level.next_noise * noise).to(latents.dtype)
+
+    def unit(self, steps: int) -> Unit:
+        """Unit of scores: noise predictions where the first level has signal, else velocities."""
+        return "epsilon" if self.levels(steps, torch.device("cpu"))[0].signal > 0 else "velocity"
+
+    def factor(self, level: NoiseLevel, unit: Unit) -> float:
+        """What the difference of two raw outputs is multiplied by to be in `unit`.
+
+        d(eps) / d(x_0) = -a / s. Velocity is eps - x_0 where a + s = 1 (flow matching) and a eps - s x_0 where
+        a^2 + s^2 = 1 (v-prediction): -1 / s in both.
+        """
+        wanted = -level.signal / level.noise if unit == "epsilon" else -1 / level.noise
+        return wanted / self.slope(level)
+
+    @abstractmethod
+    def in_unit(self, output: Tensor, latents: Tensor, level: NoiseLevel, unit: Unit) -> Tensor:
+        """One raw output in `unit`, [B, C, H, W]: for what depends on a prediction itself, not on a difference."""
+
+
+class VariancePreserving(Schedule):
+    """a^2 + s^2 = 1, betas of a DDPM; sampled by DDIM with eta 0 (Song et al. 2021), as any of its samplers could be.
+
+    Args:
+        scheduler: any of `classes`; its betas, spacing and prediction type are taken over, its solver is not.
+        thresholding: keep dynamic thresholding (models of pixels need it); off for latents.
+    """
+
+    classes = (
+        *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler"),
+        *("EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "DPMSolverMultistepScheduler"),
+        *("DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "KDPM2DiscreteScheduler", "UniPCMultistepScheduler"),
+        *("KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler", "LCMScheduler", "TCDScheduler"),
+    )
+    beta_schedules = ("linear", "scaled_linear", "squaredcos_cap_v2")
+    refused: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "use_flow_sigmas": (True,),
+        "timestep_type": ("continuous",),
+    }
+
+    def __init__(self, scheduler: Any, thresholding: bool = False) -> None:
+        from diffusers import DDIMScheduler
+
+        config = scheduler.config
+        schedule, prediction = config.get("beta_schedule"), config.get("prediction_type", "epsilon")
+        if config.get("trained_betas") is None and schedule not in self.beta_schedules:
+            raise ModelError(
+                f"its scheduler's beta_schedule is {schedule!r}; read are {', '.join(self.beta_schedules)}"
+            )
+        if prediction not in ("epsilon", "v_prediction"):
+            raise ModelError(f"its scheduler's prediction type is {prediction!r}; read are epsilon and v_prediction")
+        for field, values in self.refused.items():
+            if config.get(field) in values:
+                raise ModelError(
+                    f"its scheduler sets {field} to {config.get(field)!r}: that is no schedule of betas, and none of "
+                    "those this family was published with"
+                )
+        options = {} if thresholding else {"thresholding": False}
+        self.scheduler = DDIMScheduler.from_config(config, clip_sample=False, **options)
+        self.noise_scale = float(self.scheduler.init_noise_sigma)
+        self.most_steps = int(self.scheduler.config.num_train_timesteps)
+        self.v_prediction = prediction == "v_prediction"
+        last = float(self.scheduler.alphas_cumprod[-1])
+        self.sigma_max = ((1 - last) / last) ** 0.5 if last > 0 else None
+        if last == 0 and not self.v_prediction:
+            raise ModelError(
+                "its schedule ends without signal (rescale_betas_zero_snr) but it predicts noise, which says nothing "
+                "of the prompt there: set prediction_type to v_prediction if it was trained so"
+            )
+
+    def levels(self, steps: int, device: torch.device) -> list[NoiseLevel]:
+        scheduler = self.scheduler
+        scheduler.set_timesteps(steps, device=device)
+        before = scheduler.config.num_train_timesteps // steps
+        levels = []
+        for timestep in scheduler.timesteps:
+            bar = float(scheduler.alphas_cumprod[int(timestep)])
+            last = int(timestep) - before
+            after = float(scheduler.alphas_cumprod[last] if last >= 0 else scheduler.final_alpha_cumprod)
+            levels.append(NoiseLevel(timestep, bar**0.5, (1 - bar) ** 0.5, after**0.5, (1 - after) ** 0.5))
+        return levels
+
+    def predictions(self, output: Tensor, latents: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        out, x, a, s = output.float(), latents.float(), level.signal, level.noise
+        if self.v_prediction:
+            return a * x - s * out, a * out + s * x
+        return (x - s * out) / a, out
+
+    def step(self, output: Tensor, level: NoiseLevel, latents: Tensor) -> Tensor:
+        return self.scheduler.step(output, level.timestep, latents, eta=0.0, return_dict=False)[0]
+
+    def slope(self, level: NoiseLevel) -> float:
+        return -1 / level.noise if self.v_prediction else -level.signal / level.noise
+
+    def in_unit(self, output: Tensor, latents: Tensor, level: NoiseLevel, unit: Unit) -> Tensor:
+        if self.v_prediction == (unit == "velocity"):
+            return output
+        if unit == "velocity":
+            raise ValueError("a noise prediction has no velocity at a level without signal")
+        return self.predictions(output, latents, level)[1]
+
+
+class Edm(Schedule):
+    """Karras et al. 2022: x = x_0 + sigma eps, D = c_skip x + c_out F(c_in x, ln(sigma) / 4); Playground v2.5."""
+
+    classes = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+
+    def __init__(self, scheduler: Any) -> None:
+        from diffusers import EDMEulerScheduler
+
+        self.scheduler = EDMEulerScheduler.from_config(scheduler.config)
+        config = self.scheduler.config
+        if config.prediction_type not in ("epsilon", "v_prediction"):
+            raise ModelError(f"its scheduler's prediction type is {config.prediction_type!r}")
+        self.noise_scale = float(self.scheduler.init_noise_sigma)
+        self.sigma_max, self.data = float(config.sigma_max), float(config.sigma_data)
+        self.most_steps = int(config.num_train_timesteps)
+        self.sign = 1.0 if config.prediction_type == "epsilon" else -1.0
+
+    def levels(self, steps: int, device: torch.device) -> list[NoiseLevel]:
+        self.scheduler.set_timesteps(steps, device=device)
+        sigmas = self.scheduler.sigmas.tolist()
+        places = zip(self.scheduler.timesteps, sigmas[:-1], sigmas[1:], strict=True)
+        return [NoiseLevel(timestep, 1.0, sigma, 1.0, after) for timestep, sigma, after in places]
+
+    def scale_input(self, latents: Tensor, level: NoiseLevel) -> Tensor:
+        return latents / (level.noise**2 + self.data**2) ** 0.5
+
+    def slope(self, level: NoiseLevel) -> float:
+        return self.sign * (level.noise**2 + self.data**2) ** 0.5 / (level.noise * self.data)
+
+    def predictions(self, output: Tensor, latents: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        x, skip = latents.float(), self.data**2 / (level.noise**2 + self.data**2)
+        clean = skip * x + output.float() / self.slope(level)
+        return clean, (x - clean) / level.noise
+
+    def in_unit(self, output: Tensor, latents: Tensor, level: NoiseLevel, unit: Unit) -> Tensor:
+        if unit == "velocity":
+            raise ValueError("this schedule has signal at every level: its unit is epsilon")
+        return self.predictions(output, latents, level)[1]
+
+
+class FlowMatching(Schedule):
+    """Rectified flow (Lipman et al. 2023; Esser et al. 2024): x = (1 - s) x_0 + s eps, output v = eps - x_0; Euler.
+
+    Args:
+        scheduler: FlowMatchEulerDiscreteScheduler. mu: of dynamic shifting, where the scheduler has it switched on.
+    """
+
+    classes = ("FlowMatchEulerDiscreteScheduler",)
+    refused: ClassVar[tuple[str, ...]] = ("stochastic_sampling", "invert_sigmas")
+
+    def __init__(self, scheduler: Any, mu: float | None = None) -> None:
+        for field in self.refused:
+            if scheduler.config.get(field):
+                raise ModelError(f"its scheduler sets {field}: that is not the flow this family was published with")
+        self.scheduler, self.noise_scale, self.sigma_max = scheduler, 1.0, None
+        self.most_steps = int(scheduler.config.num_train_timesteps)
+        self.mu = mu if scheduler.config.get("use_dynamic_shifting") else None
+
+    def levels(self, steps: int, device: torch.device) -> list[NoiseLevel]:
+        options = {} if self.mu is None else {"mu": self.mu}
+        self.scheduler.set_timesteps(steps, device=device, **options)
+        sigmas = self.scheduler.sigmas.tolist()
+        places = zip(self.scheduler.timesteps, sigmas[:-1], sigmas[1:], strict=True)
+        return [NoiseLevel(timestep, 1 - sigma, sigma, 1 - after, after) for timestep, sigma, after in places]
+
+    def slope(self, level: NoiseLevel) -> float:
+        return -1 / level.noise
+
+    def predictions(self, output: Tensor, latents: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
+        v, x = output.float(), latents.float()
+        return x - level.noise * v, x + level.signal * v
+
+    def in_unit(self, output: Tensor, latents: Tensor, level: NoiseLevel, unit: Unit) -> Tensor:
+        return output if unit == "velocity" else self.predictions(output, latents, level)[1]
+
+
+def open_scheduler(class_name: str, config: Mapping[str, Any], allowed: tuple[type[Schedule], ...]) -> Any:
+    """diffusers' scheduler of a configuration, what it leaves out filled in by its class.
+
+    Raises:
+        ModelError: a class that none of the `allowed` schedules reads, or values it does not take.
+    """
+    import diffusers
+
+    known = [name for kind in allowed for name in kind.classes]
+    if class_name not in known:
+        raise ModelError(
+            f"its scheduler is {class_name}, whose noise levels this family is not read with; read are "
+            f"{', '.join(sorted(known))}"
+        )
+    try:
+        return getattr(diffusers, class_name).from_config(dict(config))
+    except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
+        raise ModelError(f"its scheduler's configuration is not taken by {class_name}: {error}") from error
+
+
+def schedule_of(scheduler: Any, allowed: tuple[type[Schedule], ...], **options: Any) -> Schedule:
+    """The schedule of a diffusers scheduler; `options` go to its class. Raises ModelError as `open_scheduler`."""
+    name = type(scheduler).__name__
+    for kind in allowed:
+        if name in kind.classes:
+            found: Any = kind
+            return found(scheduler, **options)
+    open_scheduler(name, {}, allowed)  # says what is read
+    raise AssertionError(name)

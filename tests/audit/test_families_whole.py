@@ -1,0 +1,115 @@
+"""be-audit runs whole on models without a readable mask: scan, calibrate, index, confirm, report, mitigate, score."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from audit.run.read import read_scores, read_stage
+from audit.run.run import Run
+from tests.command import be_audit
+from tests.conftest import some_captions
+from tests.tiny import save_model
+
+KINDS = {"pixart": ("epsilon", "T5's end token"), "sd3": ("velocity", "no mask of joint attention")}
+STEPS = ("--steps", 3, "--device", "cpu")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def work(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """NAME/model, NAME/captions.parquet, NAME/index of 24 random pictures with those captions."""
+    folder = tmp_path_factory.mktemp("whole") / request.param
+    save_model(request.param, folder / "model")
+    rng = np.random.default_rng(0)
+    rows = []
+    for caption in some_captions(24):
+        buffer = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(buffer, "PNG")
+        rows.append({"TEXT": caption, "image": buffer.getvalue()})
+    pq.write_table(pa.Table.from_pylist(rows), folder / "pictures.parquet")
+    pq.write_table(pa.table({"TEXT": some_captions(8)}), folder / "captions.parquet")
+    done = be_audit("index", "build", folder / "pictures.parquet", "-o", folder / "index", "--sscd", "testbed")
+    assert done.code == 0, done
+    done = be_audit("scan", folder / "captions.parquet", "-o", folder / "run", "--model", folder / "model", *STEPS)
+    assert done.code == 0, done
+    return folder
+
+
+def test_ld_is_null_and_says_why(work: Path) -> None:
+    unit, reason = KINDS[work.name]
+    run = Run.open(str(work / "run"))
+    assert (run.fingerprint.unit, run.fingerprint.mask) == (unit, "none")
+    rows = read_scores(run, None).to_pylist()
+    assert len(rows) == 8 and {row["status"] for row in rows} == {"ok"}
+    for row in rows:
+        assert row["ld"] is None and row["ld_std"] is None
+        assert row["mask_source"].startswith(f"none: {reason}")
+        assert (row["webster"] is None) == (unit == "velocity")
+        assert row["magnitude"] > 0 and row["ld_energy"] > 0
+
+
+def test_the_rest_of_the_audit(work: Path) -> None:
+    run = work / "run"
+    done = be_audit("confirm", run, "--index", work / "index", "--top-k", 3, "--ls-threshold", 1e9, "--device", "cpu")
+    assert done.code == 0 and "3 local" in done.out, done
+    rows = read_stage(Run.open(str(run)), "confirm").to_pylist()
+    assert all(row["best"]["ls"] is None and row["best"]["ls_energy"] < 0 for row in rows)
+    made = read_stage(Run.open(str(run)), "trajectories")
+    assert made["be_mask"].null_count == made["ld_t"].null_count == 3 and made["energy_mask"].null_count == 0
+    done = be_audit("mitigate", run, "--device", "cpu", "--iterations", 2, "--target", 0)
+    assert done.code == 0 and "3 images: 3 mitigated" in done.out, done
+    moved = read_stage(Run.open(str(run)), "mitigate").to_pylist()
+    assert all(row["loss_after"] < row["loss_before"] and row["ld_before"] is None for row in moved)
+    done = be_audit("report", run, "-o", work / "report", "--format", "html,parquet")
+    assert done.code == 0 and (work / "report" / "index.html").exists(), done
+    assert be_audit("verify", run, "--deep").code == 0
+    assert be_audit("status", run).code == 0
+
+
+def test_what_it_has_not_is_refused_by_name(work: Path) -> None:
+    captions, model = work / "captions.parquet", ("--model", work / "model", *STEPS)
+    _, reason = KINDS[work.name]
+    for flags in (("--mask", "final"), ("--refine", 0.5, "--refine-by", "ld")):
+        done = be_audit("scan", captions, "-o", work / "other", *model, *flags)
+        assert done.code == 2 and reason in done.err and len(done.err.splitlines()) == 1, done
+    for flags in (("--match-mask", "final"), ("--by", "ld")):
+        done = be_audit("confirm", work / "run", "--index", work / "index", "--replace", *flags)
+        assert done.code == 2 and "no attention masks" in done.err, done
+    assert not (work / "other").exists()
+
+
+def test_named_layers_give_an_experimental_mask(work: Path) -> None:
+    layer = "transformer_blocks.0.attn2" if work.name == "pixart" else "transformer_blocks.0.attn"
+    done = be_audit(
+        *("scan", work / "captions.parquet", "-o", work / "layers", "--model", work / "model", *STEPS),
+        *("--mask-layers", layer, "--limit", 2),
+    )
+    assert done.code == 0, done
+    rows = read_scores(Run.open(str(work / "layers")), None).to_pylist()
+    assert all(row["ld"] > 0 and row["mask_source"] == f"first:eos:{layer}" for row in rows)
+
+
+def test_one_prompt(work: Path, tmp_path: Path) -> None:
+    flags = ("--prompt", "a red house", "--model", work / "model", *STEPS)
+    done = be_audit("score", *flags, "--trajectory", "-o", tmp_path / "score.png")
+    assert done.code == 0 and "ld_energy" in done.out and (tmp_path / "score.png").exists(), done
+    done = be_audit("mitigate", *flags, "--iterations", 1, "-o", tmp_path / "mitigate.png")
+    assert done.code == 0 and (tmp_path / "mitigate.png").exists(), done
+
+
+def test_thresholds_of_another_unit_are_refused(work: Path, tmp_path: Path) -> None:
+    done = be_audit("calibrate", work / "run", "-o", tmp_path / "t.json", "--fpr", 0.5)
+    assert done.code == 0, done
+    facts = json.loads((tmp_path / "t.json").read_text())
+    assert facts["model"]["unit"] == KINDS[work.name][0]
+    facts["model"]["unit"] = {"epsilon": "velocity", "velocity": "epsilon"}[facts["model"]["unit"]]
+    (tmp_path / "t.json").write_text(json.dumps(facts))
+    done = be_audit("confirm", work / "run", "--index", work / "index", "--thresholds", tmp_path / "t.json")
+    assert done.code == 2 and "unit: " in done.err, done
