@@ -31,6 +31,7 @@ from audit.index.facts import (
     FORMAT,
     IDS,
     INFO,
+    PARTS,
     STAGE,
     VECTORS,
     DescriptorFacts,
@@ -114,7 +115,7 @@ def build_index(config: IndexConfig, stop: Stop | None = None) -> IndexSummary:
         ann.make(config.type, descriptor.dim)  # a mistyped one is said before any picture is read
     folder = Folder(config.output)
     fingerprint = plan(folder, sources, descriptor, config)
-    ledger = Ledger(folder, STAGE, fingerprint)
+    ledger = Ledger(folder, STAGE, fingerprint, PARTS)
     work = [(source, part) for source in sources for part in source.parts(config.rows_per_part)]
     if not work:
         raise AuditError(f"{', '.join(config.images)}: holds no rows")
@@ -255,8 +256,10 @@ def _gather(folder: Folder, done: dict[int, Commit], total: int, dim: int, scrat
 
 def read_part(folder: Folder, number: int, columns: list[str]) -> pa.Table:
     """Some columns of a part; on a local disk the others are not even read."""
-    path = folder.path(f"parts/{shard_name(number)}.arrow")
-    source = pa.memory_map(path) if folder.local else pa.BufferReader(folder.read(f"parts/{shard_name(number)}.arrow"))
+    path = folder.path(f"{PARTS}/{shard_name(number)}.arrow")
+    source = (
+        pa.memory_map(path) if folder.local else pa.BufferReader(folder.read(f"{PARTS}/{shard_name(number)}.arrow"))
+    )
     names = pa.ipc.open_file(source).schema.names
     options = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in columns])
     return pa.ipc.open_file(source, options=options).read_all().select(columns)

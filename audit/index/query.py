@@ -27,6 +27,7 @@ from audit.index.facts import (
     FAISS,
     IDS,
     INFO,
+    PARTS,
     STAGE,
     VECTORS,
     DescriptorFacts,
@@ -181,7 +182,7 @@ class Index:
             deep: read and hash everything; without it a flipped bit is not seen.
             repair: take back what is damaged, so that the next `be-audit index build` makes just that again.
         """
-        ledger = Ledger(self.folder, STAGE, self.fingerprint)
+        ledger = Ledger(self.folder, STAGE, self.fingerprint, PARTS)
         problems = []
         for part in range(self.info.parts):
             commit = ledger.read(part)

@@ -73,6 +73,7 @@ class MitigateSummary:
         verdicts: name -> (before, after), against the same training pictures.
         means: of ld, magnitude, sscd, alignment (before, after), over the triggered images; alignment only with a CLIP.
         failed: rows with an error. quarantined: shards given up. unconfirmed: shards confirm has not done.
+        missing: images to mitigate that are not there.
         committed_now: shards done by this call.
     """
 
@@ -88,13 +89,14 @@ class MitigateSummary:
     failed: int
     quarantined: list[int]
     unconfirmed: int
+    missing: int
     committed_now: int
     seconds: float
 
     @property
     def exit_code(self) -> int:
-        """0 complete, 3 with failed rows or shards."""
-        return 3 if self.failed or self.quarantined or self.unconfirmed else 0
+        """0 complete, 3 with failed rows or shards, or with images that are not there."""
+        return 3 if self.failed or self.quarantined or self.unconfirmed or self.missing else 0
 
     def lines(self) -> list[str]:
         """For people."""
@@ -112,6 +114,8 @@ class MitigateSummary:
             lines.append("Text alignment was not measured: give a CLIPModel folder with --clip.")
         if self.failed:
             lines.append(f"{self.failed} images failed: see the column error of mitigated/")
+        if self.missing:
+            lines.append(f"{self.missing} images are missing: give the command again; why: be-audit status {self.run}")
         if self.unconfirmed:
             lines.append(f"{self.unconfirmed} shards are not confirmed and were left out: be-audit status {self.run}")
         return lines
@@ -136,6 +140,7 @@ def mitigate(config: MitigateConfig, stop: Stop | None = None) -> MitigateSummar
         target=begun.target,
         quarantined=outcome.quarantined,
         unconfirmed=unconfirmed,
+        missing=stage.items.num_rows - counted["images"],
         committed_now=len(outcome.committed),
         seconds=time.monotonic() - started,
         **counted,
@@ -146,6 +151,17 @@ def resume(run: Run, stop: Stop | None = None) -> None:
     """Go on with a run's mitigation as it was begun (`verify --repair`)."""
     config = Stage.open(run, MITIGATE).config(MitigateConfig)
     mitigate(replace(config, run=run.url, replace=False), stop)
+
+
+def check_same(run: Run) -> None:
+    """Raise AuditError where the index or the CLIP of a run's mitigation is not the one it was begun with."""
+    stage = Stage.open(run, MITIGATE)
+    config, begun = stage.config(MitigateConfig), stage.fingerprint(MitigateFingerprint)
+    confirmed = Stage.open(run, CONFIRM)
+    if Index.open(config.index or "").fingerprint != confirmed.fingerprint(ConfirmFingerprint).index:
+        raise AuditError(f"--index {config.index}: not the index confirm used; nothing was touched")
+    if begun.clip is not None and (config.clip is None or _folder_digest(config.clip) != begun.clip):
+        raise AuditError(f"--clip {config.clip}: not the CLIP model the mitigation was begun with; nothing was touched")
 
 
 def _begin(run: Run, config: MitigateConfig) -> tuple[Stage, int]:

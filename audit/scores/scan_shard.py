@@ -67,7 +67,7 @@ class ScanJob:
             "duplicate": int((duplicate_of >= 0).sum()),
         }
         seconds = {"read": read - started, "score": finished - read, "wall": time.monotonic() - started}
-        return self.ledger.commit(shard, self.stage.file(shard), table, counts, seconds)
+        return self.ledger.commit(shard, table, counts, seconds)
 
     def _table(
         self,

@@ -64,9 +64,8 @@ class Null:
 
 @dataclass(frozen=True)
 class NullFacts:
-    """A Null as it is stored: infinite bounds are null. `confirm`: digest of the stage whose verdicts rest on it."""
+    """A Null as it is stored, sealed with the stage whose verdicts rest on it: infinite bounds are null."""
 
-    confirm: str
     threshold: float | None
     low: float | None
     high: float | None
@@ -77,13 +76,13 @@ class NullFacts:
     distances: list[float]
 
     @classmethod
-    def of(cls, null: Null, confirm: str) -> NullFacts:
+    def of(cls, null: Null) -> NullFacts:
         threshold, low, high = (
             float(value) if math.isfinite(value) else None for value in (null.threshold, null.low, null.high)
         )
         distances = [float(value) for value in null.distances]
         rates, counts = (null.fpr, null.per_image), (null.pictures, null.near_duplicates)
-        return cls(confirm, threshold, low, high, *rates, *counts, distances)
+        return cls(threshold, low, high, *rates, *counts, distances)
 
     def null(self) -> Null:
         """The Null that was stored."""

@@ -32,7 +32,7 @@ from audit.verdicts.null import local_null
 
 DEFAULT_TOP_K = 100
 SHARD_IMAGES = 32  # trajectories a shard: what a kill can lose
-NULL_FILE = "stages/null.json"
+NULL_FILE = "null.json"  # beside the rows of confirm
 
 
 @dataclass(frozen=True)
@@ -203,12 +203,26 @@ def resume(run: Run, stop: Stop | None = None) -> None:
 
 
 def read_null(run: Run) -> NullFacts | None:
-    """The local threshold a run's verdicts rest on; None before there are any. Raises AuditError: it is damaged."""
-    try:
-        data = run.folder.read(NULL_FILE)
-    except FileNotFoundError:
-        return None
-    return read_facts(NullFacts, data, run.folder.path(NULL_FILE))
+    """The local threshold a run's verdicts rest on; None before there are any. Raises Damaged: not what was written."""
+    stage = Stage.find(run, CONFIRM)
+    return None if stage is None else _null_of(stage)
+
+
+def _null_of(stage: Stage) -> NullFacts:
+    return read_facts(NullFacts, stage.sealed(NULL_FILE), stage.run.folder.path(stage.place(NULL_FILE)))
+
+
+def check_same(run: Run) -> None:
+    """Raise AuditError where the index of a run's confirm is not the one it was begun with."""
+    stage = Stage.find(run, CONFIRM)
+    if stage is None:
+        return
+    config, begun = stage.config(ConfirmConfig), stage.fingerprint(ConfirmFingerprint)
+    index = Index.open(config.index)
+    if index.fingerprint != begun.index:
+        raise AuditError(f"--index {config.index}: not the index confirm used; nothing was touched")
+    if index.load_descriptor(config.sscd, config.device).sha256 != begun.descriptor:
+        raise AuditError("--sscd: not the descriptor confirm used; nothing was touched")
 
 
 def _recorded(config: ConfirmConfig) -> ConfirmConfig:
@@ -252,14 +266,13 @@ def _begin_verdicts(
     config: ConfirmConfig,
 ) -> tuple[Stage, Null]:
     """Begin the stage of verdicts, or find it, with the threshold it was begun with."""
-    begun, stored = Stage.find(run, CONFIRM), read_null(run)
-    known = stored if begun is not None and stored is not None and stored.confirm == begun.facts.digest else None
-    if known is None or begun is None or begun.differs(fingerprint):
-        null = _find_null(run, trajectories, index, config)
-        stage = Stage.begin(run, CONFIRM, fingerprint, items, _recorded(config), config.replace)
-        run.folder.write(NULL_FILE, to_json(NullFacts.of(null, stage.facts.digest)))
-        return stage, null
-    return begun, known.null()
+    begun = Stage.find(run, CONFIRM)
+    if begun is not None and not begun.differs(fingerprint) and not begun.problems():
+        return begun, _null_of(begun).null()
+    null = _find_null(run, trajectories, index, config)
+    beside = {NULL_FILE: to_json(NullFacts.of(null))}
+    stage = Stage.begin(run, CONFIRM, fingerprint, items, _recorded(config), config.replace, beside)
+    return stage, _null_of(stage).null()
 
 
 def _find_null(run: Run, trajectories: Stage, index: Index, config: ConfirmConfig) -> Null:

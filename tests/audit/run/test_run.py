@@ -228,7 +228,7 @@ def items(captions: list[str]) -> pa.Table:
 def test_a_stage_begun_differently_is_refused_or_replaced(config: ScanConfig) -> None:
     run = Run.open(config.output)
     stage = Stage.begin(run, CONFIRM, TopK(3), items(["a", "b"]))
-    stage.ledger.commit(0, stage.file(0), pa.table({"x": [1, 2]}))
+    stage.ledger.commit(0, pa.table({"x": [1, 2]}))
     assert stage.complete
     again = Stage.begin(run, CONFIRM, TopK(3), items(["other"]))
     assert again.items["caption"].to_pylist() == ["a", "b"] and again.complete

@@ -103,11 +103,11 @@ def test_masks_at_pixel_size_are_bilinear() -> None:
 def test_p_value_is_never_zero() -> None:
     null = Null(np.array([1.0, 2.0, 3.0]), 1, 1, 1, 0.05, 0.05, 3, 0)
     assert [null.p_value(d) for d in (0.5, 1.0, 2.5, 9)] == [1 / 4, 2 / 4, 3 / 4, 1]
-    stored = to_json(NullFacts.of(null, "digest"))
+    stored = to_json(NullFacts.of(null))
     assert read_facts(NullFacts, stored, "null.json").null().p_value(2.5) == 3 / 4
     nothing = Null.given(-np.inf, 0.1)
     assert nothing.p_value(1.0) is None
-    assert read_facts(NullFacts, to_json(NullFacts.of(nothing, "digest")), "null.json").null().threshold == -np.inf
+    assert read_facts(NullFacts, to_json(NullFacts.of(nothing)), "null.json").null().threshold == -np.inf
 
 
 def test_a_verdict_rests_on_a_picture_that_could_be_read() -> None:
