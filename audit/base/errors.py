@@ -31,4 +31,4 @@ class Broken(Exception):
 
 def ends_the_job(error: Exception) -> bool:
     """Whether an error is the job's (bad input, a stop) and not that of the one shard it came from."""
-    return isinstance(error, (AuditError, Drained)) and not isinstance(error, StorageError)
+    return isinstance(error, (AuditError, Drained)) and not isinstance(error, (StorageError, Damaged))

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+import pyarrow as pa
 
-from audit.base.errors import AuditError, Broken, Drained
+from audit.base.errors import AuditError, Broken, Damaged, Drained
 from audit.base.options import config_of, given_beside, options_from
 from audit.base.stopping import stop_on_signals
 from audit.cli.demo import DemoConfig
@@ -51,6 +52,13 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except AuditError as error:
             click.echo(f"Error: {error}", err=True)
+            ctx.exit(3 if isinstance(error, Damaged) else 2)
+        except (
+            pa.ArrowException,
+            MemoryError,
+            RecursionError,
+        ) as error:  # a file or a machine that is not as it should
+            click.echo(f"Error: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", err=True)
             ctx.exit(2)
         except Broken as error:
             click.echo(f"Error: {error}", err=True)
@@ -232,10 +240,11 @@ def mitigate(ctx: click.Context, **values: Any) -> None:
 
 @cli.command()
 @options_from(ReportConfig)
-def report(**values: Any) -> None:
+@click.pass_context
+def report(ctx: click.Context, **values: Any) -> None:
     """Write the HTML report, tables, and the rows to drop.
 
-    Works on a run in progress too, and says so on its first screen.
+    Works on a run in progress too, says so on its first screen, and then exits 3.
     """
 
     done = write_report(config_of(ReportConfig, values))
@@ -244,6 +253,7 @@ def report(**values: Any) -> None:
     for line in done.unfinished:
         click.echo(f"not finished: {line}", err=True)
     click.echo(f"Report: {done.html or done.output}")
+    ctx.exit(3 if done.unfinished else 0)
 
 
 @cli.command()

@@ -18,7 +18,7 @@ from audit.base.options import option
 from audit.base.stopping import Stop
 from audit.index import Index
 from audit.mitigation.config import MovingConfig, find_clip, trigger_column
-from audit.run.read import dataset, read_scores, read_stage
+from audit.run.read import dataset, read_scores, read_stage, take_rows
 from audit.run.run import DEFAULT_RUN, Run
 from audit.run.schema import COPIES, MITIGATED_COLUMNS, VERDICTS
 from audit.run.select import distinct, with_images
@@ -43,6 +43,11 @@ class MitigateConfig(MovingConfig):
         0.05, "A shard with a larger share of failed images is not committed.", min=0.0, max=1.0
     )
     max_shard_retries: int = option(3, "Tries of a shard before it is given up.", min=1)
+    batch_timeout: float = option(
+        3600.0,
+        "Seconds without a finished batch after which a worker process is killed and replaced; 0 never.",
+        min=0.0,
+    )
     replace: bool = option(False, "Discard an earlier mitigation that was begun differently.")
 
 
@@ -171,7 +176,7 @@ def _begin(run: Run, config: MitigateConfig) -> tuple[Stage, int]:
     if confirmed is None or trajectories is None or found is None:
         raise AuditError(f"{run.url}: nothing is confirmed yet: give `be-audit confirm {run.url}` first")
     # 1. which rows
-    table = found.to_table(columns=["row_id", "caption", "verdict", "candidate_rank"])
+    table = take_rows(run, found, ["row_id", "caption", "verdict", "candidate_rank"])
     table = table.filter(pc.is_in(table["verdict"], pa.array(COPIES)))
     if not table.num_rows:
         raise AuditError(f"{run.url}: confirm found no copies: nothing to mitigate")

@@ -61,6 +61,11 @@ class ConfirmConfig:
         0.05, "A shard with a larger share of failed images is not committed.", min=0.0, max=1.0
     )
     max_shard_retries: int = option(3, "Tries of a shard before it is given up.", min=1)
+    batch_timeout: float = option(
+        3600.0,
+        "Seconds without a finished batch after which a worker process is killed and replaced; 0 never.",
+        min=0.0,
+    )
     replace: bool = option(False, "Discard an earlier confirm that was begun differently.")
 
 
