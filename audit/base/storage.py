@@ -221,7 +221,10 @@ class Folder:
         path = Path(target)
         temporary = str(path.with_name(f".{path.name}.{this_host()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"))
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except FileExistsError as error:
+                raise NotADirectoryError(20, "a file is where a folder should be") from error
             with open(temporary, "wb") as file:
                 if isinstance(data, Path):
                     with data.open("rb") as reader:

@@ -17,6 +17,7 @@ from audit.base.options import config_of, given_beside, options_from
 from audit.base.stopping import stop_on_signals
 from audit.cli.demo import DemoConfig
 from audit.cli.demo import demo as run_demo
+from audit.cli.doctor import doctor
 from audit.evaluation.config import EvaluateConfig
 from audit.evaluation.evaluate import evaluate as run_evaluate
 from audit.index import DEFAULT_INDEX, IndexConfig, build_index, search_image, verify_index
@@ -333,6 +334,19 @@ def verify(ctx: click.Context, run: str, deep: bool, repair: bool) -> None:
         click.echo(line, err=True)
     click.echo(found.summary)
     ctx.exit(0 if found.whole else 3)
+
+
+@cli.command("doctor")
+@click.option(
+    "-o", "--output", default=DEFAULT_RUN, envvar="BE_AUDIT_RUN", show_default=True, help="Where runs will go."
+)
+@click.pass_context
+def run_doctor(ctx: click.Context, output: str) -> None:
+    """Say what this machine has and lacks for an audit: versions, devices, memory, disk, models, extras."""
+
+    lines, whole = doctor(output)
+    click.echo("\n".join(lines))
+    ctx.exit(0 if whole else 3)
 
 
 @cli.command()

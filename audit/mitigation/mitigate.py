@@ -38,7 +38,7 @@ class MitigateConfig(MovingConfig):
     thresholds: str | None = option(None, "Trigger: the threshold in this file (be-audit calibrate).")
     top_k: int | None = option(None, "Mitigate this many captions, global copies first; default all copies.", min=1)
     engine: str = option("local", "Where shards run.", choices=ENGINES)
-    workers: int = option(0, "Worker processes; 0 is one a GPU.", min=0)
+    workers: int = option(0, "Worker processes; 0 is one a GPU.", min=0, max=1024)
     max_error_rate: float = option(
         0.05, "A shard with a larger share of failed images is not committed.", min=0.0, max=1.0
     )

@@ -328,13 +328,16 @@ def _stage_digest(fingerprint: dict[str, Any], generation: str) -> str:
     return digest({**fingerprint, "generation": generation})
 
 
-def run_stage(stage: Stage, todo: Sequence[int], config: EngineConfig, stop: Stop | None) -> Outcome:
+def run_stage(
+    stage: Stage, todo: Sequence[int], config: EngineConfig, stop: Stop | None, opener: str | None = None
+) -> Outcome:
     """Run shards of a stage on the engine the configuration names.
 
     Shards given up earlier are tried again: whoever types the command again wants that.
 
     Args:
         stage: as it was begun. todo: shards to do, in order. config: engine, device and limits. stop: asks to stop.
+        opener: of the job, instead of the stage's own.
 
     Raises:
         AuditError: bad input. Drained: `stop` asked to. Broken: every worker failed shard after shard.
@@ -350,7 +353,7 @@ def run_stage(stage: Stage, todo: Sequence[int], config: EngineConfig, stop: Sto
     total = before + sum(rows[shard] for shard in todo)
     with Progress(total, stage.kind.unit, stage.kind.name, before) as progress:
         retries = Retries(stage.ledger, todo, config.max_shard_retries, progress)
-        outcome = run_shards(stage.kind.opener, stage.run.url, config, retries, progress, stop or Stop())
+        outcome = run_shards(opener or stage.kind.opener, stage.run.url, config, retries, progress, stop or Stop())
     stage.still()
     return outcome
 

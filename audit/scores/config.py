@@ -34,7 +34,7 @@ class ScoringConfig:
     mask_layers: tuple[str, ...] = option(
         (), "Cross-attention layers of the mask of ld, comma-separated; default the paper's two."
     )
-    num_noises: int = option(1, "Initial noises every caption is scored with.", min=1)
+    num_noises: int = option(1, "Initial noises every caption is scored with.", min=1, max=4096)
     steps: int = option(50, "Sampling steps.", min=1)
     guidance_scale: float = option(7.5, "Classifier-free guidance scale.")
     seed: int = option(0, "Seed of the noise bank.", min=0, max=2**63 - 1)
@@ -46,7 +46,7 @@ class ScoringConfig:
     rows_per_shard: int = option(1024, "Rows of a shard: what a kill can lose.", min=1)
     extra_evaluation: bool = option(False, "One more U-Net evaluation a caption, for the anisotropy score.")
     engine: str = option("local", "Where shards run.", choices=ENGINES)
-    workers: int = option(0, "Worker processes; 0 is one a GPU.", min=0)
+    workers: int = option(0, "Worker processes; 0 is one a GPU.", min=0, max=1024)
     max_error_rate: float = option(
         0.05, "A shard with a larger share of failed rows (and more than one) is not committed.", min=0.0, max=1.0
     )

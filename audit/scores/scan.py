@@ -22,6 +22,7 @@ from audit.run.stage import REFINE, SCAN, Stage, run_stage, sum_counts
 from audit.scores.config import ScoringConfig
 from audit.scores.model import find_model_folder
 from audit.scores.refine import RefineFingerprint, begin_refine, run_refine
+from audit.scores.self_check import LONG
 
 if TYPE_CHECKING:
     from pipelines.loading import ModelFolder
@@ -44,6 +45,9 @@ class ScanConfig(ScoringConfig):
         None, "This machine's place among --world-size; without both, Slurm's are found by themselves, else 0.", min=0
     )
     world_size: int | None = option(None, "Machines that share the run; default 1.", min=1)
+    self_check: bool = option(
+        True, "Before a scan of more than 10,000 rows, compare one batch with the plain formulas on every device."
+    )
     dry_run: bool = option(False, "Plan, time one batch, print the estimate, write nothing.")
 
 
@@ -98,7 +102,10 @@ def scan(config: ScanConfig, stop: Stop | None = None) -> ScanSummary:
     stage = Stage.open(run, SCAN)
     before = stage.done()
     mine = stage.shards[rank::world]
-    outcome = run_stage(stage, [shard for shard in mine if shard not in before], config, stop)
+    todo = [shard for shard in mine if shard not in before]
+    long = sum(stage.rows_by_shard[shard] for shard in todo) > LONG
+    opener = "audit.scores.scan_shard:open_checked_job" if config.self_check and long else None
+    outcome = run_stage(stage, todo, config, stop, opener)
     done = stage.done()
     complete = len(done) == len(stage.shards)
     counts, quarantined, refined = sum_counts(done.values()), outcome.quarantined, 0
