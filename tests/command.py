@@ -53,6 +53,10 @@ def _main(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     from audit.cli.commands import cli
 
     torch.set_num_threads(1)
+    if "FAULT" in environment:
+        from tests.faults.inject import install
+
+        install()
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
     cli(arguments)

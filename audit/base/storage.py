@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from audit.base.errors import AuditError, StorageError
 
@@ -264,6 +265,12 @@ def _is_refused_condition(error: BaseException) -> bool:
     """Whether a store has refused a conditional put because the key is there (412; 409 while another is under way)."""
     text = f"{type(error).__name__} {error} {error.__cause__}"
     return any(word in text for word in ("PreconditionFailed", "ConditionalRequestConflict", "pre-conditions", "412"))
+
+
+def check_kept(folder: Folder) -> None:
+    """Raise AuditError for a place that is forgotten when the command ends."""
+    if isinstance(folder.fs, MemoryFileSystem):
+        raise AuditError(f"{folder.url}: is forgotten when the command ends: name a folder or a store that keeps it")
 
 
 def _alive(pid: int) -> bool:

@@ -49,8 +49,9 @@ def claimed(folder: Folder, fingerprint: Fingerprint, stop: Stop | None = None) 
     number = _claim(folder, fingerprint, stop)
     try:
         run = Run.find(folder)
-        if run is None and number > 1:
-            for name in PLANNED:
+        if run is None:
+            folder.sweep()
+            for name in PLANNED if number > 1 else ():
                 folder.remove(name)
         with _beating(folder, number, fingerprint) if run is None else contextlib.nullcontext():
             yield run

@@ -11,13 +11,11 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from fsspec.implementations.memory import MemoryFileSystem
-
 from audit.base.errors import AuditError
 from audit.base.facts import read_facts, to_json
 from audit.base.fingerprint import diff_lines, digest
 from audit.base.seal import Seal
-from audit.base.storage import Folder
+from audit.base.storage import Folder, check_kept
 from audit.captions import CaptionPlan
 
 FORMAT = 3
@@ -246,8 +244,7 @@ def check_output(folder: Folder) -> None:
 
 def check_writable(folder: Folder) -> None:
     """Raise AuditError where nothing can be written or kept, before work is spent on what should go there."""
-    if isinstance(folder.fs, MemoryFileSystem):
-        raise AuditError(f"{folder.url}: is forgotten when the command ends: name a folder or a store that keeps it")
+    check_kept(folder)
     name = f".writable.{uuid.uuid4().hex[:8]}"  # others may be looking at the same time
     folder.write(name, b"")
     folder.remove(name)

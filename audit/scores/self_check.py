@@ -1,4 +1,4 @@
-"""Before a long scan: one batch on the user's own model and device against the plain formulas; refused when they differ.
+"""Before a long scan: one batch on the user's own model and device against the plain formulas.
 
 The plain side makes two separate U-Net calls a prompt, one latent at a time, through the model's own attention
 processors, with nothing cached or captured; `magnitude` is the norm of the difference.
@@ -37,8 +37,8 @@ def check_scorer(run: Run, model: DiffusionModel, scorer: Scorer) -> None:
     if not error <= allowed:
         told = ", ".join(f"{one:.6g} for {other:.6g}" for one, other in zip(fast, plain, strict=True))
         raise AuditError(
-            f"--self-check: magnitudes of {len(CAPTIONS)} captions on {model.device} in {run.fingerprint.dtype} are off "
-            f"by {error:.2g} where {allowed:g} is allowed ({told}): try --dtype float32 or --device cpu; "
+            f"--self-check: magnitudes of {len(CAPTIONS)} captions on {model.device} in {run.fingerprint.dtype} are "
+            f"off by {error:.2g} where {allowed:g} is allowed ({told}): try --dtype float32 or --device cpu; "
             "--no-self-check scans all the same"
         )
 
