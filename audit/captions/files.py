@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from audit.base.errors import AuditError
-from audit.base.storage import list_tree
+from audit.base.storage import check_name, list_tree
 from audit.captions.streams import BATCH_ROWS, HUB_NAME, first_line, load_dataset, open_input, reading, text_columns
 
 CAPTION_COLUMNS = ("TEXT", "caption", "text", "prompt", "captions")
@@ -95,7 +95,9 @@ def find_captions(inputs: Sequence[str | os.PathLike[str]]) -> list[Source]:
     Raises:
         AuditError: an input that does not exist, holds no captions, or has an unsupported extension.
     """
-    found = {source.path: source for text in inputs for source in _expand(os.fspath(text))}
+    found = {source.path: source for text in inputs for source in _expand(check_name(os.fspath(text)))}
+    for path in found:
+        check_name(path)
     if not found:
         raise AuditError("no caption files given: pass files, folders, globs or data set names")
     return [found[path] for path in sorted(found)]

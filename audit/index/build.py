@@ -21,7 +21,7 @@ from audit.base.fingerprint import diff_lines, digest, file_sha256
 from audit.base.options import option
 from audit.base.progress import Progress
 from audit.base.stopping import Stop
-from audit.base.storage import Folder, check_kept
+from audit.base.storage import Folder
 from audit.index import ann
 from audit.index.descriptors import find_descriptor, open_descriptor
 from audit.index.embed import described, embed_part
@@ -108,7 +108,6 @@ def build_index(config: IndexConfig, stop: Stop | None = None) -> IndexSummary:
     if config.rows_per_part < 1 or config.batch_size < 1:
         raise AuditError("--rows-per-part and --batch-size must be at least 1")
     folder = Folder(config.output)
-    check_kept(folder)
     columns = Columns(config.image_col, config.url_col, config.caption_col, config.key_col)
     sources = find_sources(config.images, columns)
     weights = find_descriptor(config.sscd)

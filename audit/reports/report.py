@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from audit.base.errors import AuditError
 from audit.base.options import option
-from audit.base.storage import Folder, check_kept, join
+from audit.base.storage import Folder, join
 from audit.reports.export import EXPORTS, write_exports
 from audit.reports.facts import report_facts
 from audit.reports.flagged import default_score, find_flagged
@@ -103,7 +103,6 @@ def _check_output(folder: Folder) -> None:
     Raises:
         AuditError: it is a file, or has other things in it.
     """
-    check_kept(folder)
     if folder.local and folder.fs.isfile(folder.root):
         raise AuditError(f"-o {folder.url}: is a file; give a folder")
     folder.sweep()  # of a report that was killed
