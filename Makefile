@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?= -n 2 --dist worksteal --durations=25
+MINUTES ?= 60
 
-.PHONY: help setup demo quick test check bench tables screenshot clean
+.PHONY: help setup demo quick test check bench tables screenshot torture clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -60,6 +61,9 @@ tables: $(VENV)/.test setup ## the paper's tables on the testbed, written to doc
 
 screenshot: $(VENV)/.test demo ## the pictures of the report in docs/images
 	$(BIN)/python -m tests.benchmarks.screenshot be-audit-demo/report
+
+torture: $(VENV)/.test setup ## faults at random over all stages for MINUTES=60; prints the table of docs/reliability.md
+	$(BIN)/python -m tests.faults.torture --minutes $(MINUTES)
 
 clean: ## remove the environment and what the demo made
 	rm -rf $(VENV) build be-audit-demo be-audit-demo-index

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -48,11 +49,22 @@ def start(*arguments: object, log: Path, environment: Mapping[str, str] | None =
 
 def _main(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     os.environ.update(environment)
+    try:
+        _run(arguments, log, environment)
+    except KeyboardInterrupt:  # before the command listens, as the console script has it
+        sys.exit(130)
+
+
+def _run(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     import torch
 
     from audit.cli.commands import cli
 
     torch.set_num_threads(1)
+    if "FAULT" in environment:
+        from tests.faults.inject import install
+
+        install()
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
     cli(arguments)

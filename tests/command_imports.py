@@ -8,3 +8,4 @@ import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion  # noqa: F
 import transformers.models.clip.modeling_clip  # noqa: F401
 
 import pipelines  # noqa: F401
+import tests.faults.inject  # noqa: F401

@@ -34,6 +34,7 @@ class Neighbours:
     """What these verdicts depend on."""
 
     neighbours: int
+    trajectories: str
 
 
 HOSTILE = (
@@ -128,7 +129,7 @@ def make_run(
     for shard in range(len(plan) if shards is None else shards):
         table = _scores(run, shard, values, set(failed))
         counts = {name: table["status"].to_pylist().count(name) for name in ("ok", "error")}
-        stage.ledger.commit(shard, stage.file(shard), table, counts, {"score": 1.5, "wall": 2.0})
+        stage.ledger.commit(shard, table, counts, {"score": 1.5, "wall": 2.0})
     return run
 
 
@@ -163,7 +164,13 @@ def _scores(run: Run, shard: int, values: np.ndarray, failed: set[int]) -> pa.Ta
 
 
 def add_confirm(
-    run: Run, verdicts: Sequence[str], *, num_images: int = 1, decided: bool = True, side: int = SIDE
+    run: Run,
+    verdicts: Sequence[str],
+    *,
+    num_images: int = 1,
+    decided: bool = True,
+    side: int = SIDE,
+    null: Null | None = None,
 ) -> None:
     """Confirm the best-scored captions with these verdicts, in the order of their score.
 
@@ -177,9 +184,9 @@ def add_confirm(
     config = ConfirmConfig(num_images=num_images, neighbours=2, index="pictures-index")
     trajectories = Stage.begin(run, TRAJECTORIES, Images(num_images), items, config)
     first = items.filter(pa.array(items["image_index"].to_numpy() == 0))
-    confirm = Stage.begin(run, CONFIRM, Neighbours(2), first, config)
-    null = Null.of(PICTURES, np.linspace(0.3, 0.9, 400), 0.01)
-    run.folder.write(NULL_FILE, to_json(NullFacts.of(null, confirm.facts.digest)))
+    null = null or Null.of(PICTURES, np.linspace(0.3, 0.9, 400), 0.01)
+    beside = {NULL_FILE: to_json(NullFacts.of(null))}
+    confirm = Stage.begin(run, CONFIRM, Neighbours(2, trajectories.facts.digest), first, config, beside=beside)
     pictures: list[bytes] = []
     rows = []
     for at, (item, verdict) in enumerate(zip(chosen.to_pylist(), verdicts, strict=True)):
@@ -208,9 +215,9 @@ def add_confirm(
             }
         )
     table = _trajectories(items, pictures)
-    trajectories.ledger.commit(0, trajectories.file(0), table, {"ok": table.num_rows}, {"wall": 3.0})
+    trajectories.ledger.commit(0, table, {"ok": table.num_rows}, {"wall": 3.0})
     if decided:
-        confirm.ledger.commit(0, confirm.file(0), confirmed_table(rows), {}, {"wall": 1.0})
+        confirm.ledger.commit(0, confirmed_table(rows), {}, {"wall": 1.0})
 
 
 def _match(at: int, image_index: int, rank: int, verdict: str) -> dict[str, Any]:
@@ -261,4 +268,4 @@ def add_refine(run: Run, fraction: float) -> None:
     for shard in stage.shards:
         items = stage.rows(shard)
         table = _trajectories(items, [None] * items.num_rows)
-        stage.ledger.commit(shard, stage.file(shard), table, {"ok": table.num_rows}, {"wall": 1.0})
+        stage.ledger.commit(shard, table, {"ok": table.num_rows}, {"wall": 1.0})

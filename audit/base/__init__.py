@@ -5,9 +5,11 @@ options.py      command-line flags made from configuration classes
 facts.py        our own JSON files, read and checked as dataclasses
 fingerprint.py  digests, and the difference between two fingerprints in words
 storage.py      a folder anywhere fsspec reaches
+seal.py         size and hash of files that results rest on
 commits.py      the commit protocol: what makes a shard done
 identity.py     which columns name a picture or a caption
 progress.py     a bar on a terminal, lines elsewhere
 stopping.py     SIGTERM and Ctrl-C
+log.py          what every worker does, as JSON lines
 text.py         durations, sizes and tables for people
 """

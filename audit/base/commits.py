@@ -9,14 +9,16 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from typing import Any
 
 import pyarrow as pa
 
+from audit.base.errors import AuditError, Damaged, StorageError
+from audit.base.facts import read_facts
 from audit.base.storage import Folder
 
 FORMAT = 1
@@ -31,10 +33,26 @@ def table_bytes(table: pa.Table) -> bytes:
 
 
 def read_table(folder: Folder, name: str, columns: list[str] | None = None) -> pa.Table:
-    """Read an Arrow IPC file of a stage, all columns or some."""
-    with folder.open(name) as file:
-        table = pa.ipc.open_file(pa.BufferReader(file.read())).read_all()
-    return table if columns is None else table.select(columns)
+    """Read an Arrow IPC file of a stage, all columns or some.
+
+    Raises:
+        Damaged: it is not there, or not whole.
+    """
+    with damaged(folder.path(name)):
+        table = pa.ipc.open_file(pa.BufferReader(folder.read(name))).read_all()
+        return table if columns is None else table.select(columns)
+
+
+@contextmanager
+def damaged(path: str, way_out: str = "be-audit verify --repair does it again") -> Iterator[None]:
+    """Turn what a missing or broken file of ours makes its reader raise into one line that names it."""
+    try:
+        yield
+    except AuditError:
+        raise
+    except (pa.ArrowException, OSError, KeyError, ValueError, IndexError, TypeError, OverflowError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise Damaged(f"{path}: damaged: {reason}: {way_out}") from error
 
 
 def shard_name(shard: int) -> str:
@@ -42,9 +60,18 @@ def shard_name(shard: int) -> str:
     return f"{shard // 1000:03d}/{shard:05d}"
 
 
-def worker_facts() -> dict[str, Any]:
+@dataclass(frozen=True)
+class Worker:
     """Who did it: host, pid and scheduler rank."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "rank": int(os.environ.get("BE_AUDIT_RANK", "0"))}
+
+    host: str = ""
+    pid: int = 0
+    rank: int = 0
+
+    @classmethod
+    def this(cls) -> Worker:
+        """This process."""
+        return cls(socket.gethostname(), os.getpid(), int(os.environ.get("BE_AUDIT_RANK", "0")))
 
 
 @dataclass(frozen=True)
@@ -66,30 +93,66 @@ class Commit:
     fingerprint: str
     counts: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-    worker: dict[str, Any] = field(default_factory=dict)
+    worker: Worker = field(default_factory=Worker)
     finished: str = ""
     format: int = FORMAT
+
+
+def _still() -> None:
+    """The check of a ledger whose stage nobody discards."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A try of a shard that failed: why, who, when (ISO 8601)."""
+
+    error: str
+    worker: Worker
+    time: str
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """What lies in _attempts/STAGE/00000.json."""
+
+    tries: list[Attempt]
 
 
 class Ledger:
     """The commits of one stage below one folder (`_commits/STAGE/00000.json`, `_attempts/STAGE/00000.json`).
 
     Args:
-        folder: the run or index folder.
-        stage: the stage's name.
-        fingerprint: commits made under another fingerprint do not count.
+        folder: the run or index folder. stage: the stage's name. fingerprint: commits under another do not count.
+        files: folder of its results: the commit of shard n names FILES/000/0000n.arrow and no other file.
+        generation: where a stage may be discarded and begun anew, a folder of its own for commits, attempts and files.
+        still: raises AuditError once another process has discarded the stage; asked before every commit.
     """
 
-    def __init__(self, folder: Folder, stage: str, fingerprint: str) -> None:
-        self.folder, self.stage, self.fingerprint = folder, stage, fingerprint
+    def __init__(
+        self,
+        folder: Folder,
+        stage: str,
+        fingerprint: str,
+        files: str,
+        generation: str = "",
+        still: Callable[[], None] = _still,
+    ) -> None:
+        self.folder, self.stage, self.fingerprint, self.still = folder, stage, fingerprint, still
+        below = f"/{generation}" if generation else ""
+        self.files, self._commits = f"{files}{below}", f"_commits/{stage}{below}"
+        self._tries = f"_attempts/{stage}{below}"
 
     def name(self, shard: int) -> str:
-        return f"_commits/{self.stage}/{shard:05d}.json"
+        """Where the commit of a shard lies."""
+        return f"{self._commits}/{shard:05d}.json"
+
+    def file(self, shard: int) -> str:
+        """Where the results of a shard lie."""
+        return f"{self.files}/{shard_name(shard)}.arrow"
 
     def commit(
         self,
         shard: int,
-        file: str,
         table: pa.Table,
         counts: dict[str, int] | None = None,
         seconds: dict[str, float] | None = None,
@@ -98,8 +161,10 @@ class Ledger:
 
         Raises:
             OSError: what was read back is not what was written.
+            AuditError: the stage was discarded meanwhile.
         """
-        data = table_bytes(table)
+        self.still()
+        data, file = table_bytes(table), self.file(shard)
         sha256 = hashlib.sha256(data).hexdigest()
         self.folder.write(file, data)
         back = self.folder.read(file)
@@ -115,27 +180,33 @@ class Ledger:
             fingerprint=self.fingerprint,
             counts=counts or {},
             seconds={key: round(value, 4) for key, value in (seconds or {}).items()},
-            worker=worker_facts(),
+            worker=Worker.this(),
             finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
         self.folder.write(self.name(shard), json.dumps(asdict(made), indent=1).encode())
         return made
 
     def read(self, shard: int) -> Commit | None:
-        """The shard's commit, or None when there is none that parses and carries this fingerprint."""
+        """The shard's commit, or None when there is none that parses, is of this stage, and names this shard's file."""
         try:
-            content = json.loads(self.folder.read(self.name(shard)))
-            made = Commit(**content)
-        except (FileNotFoundError, ValueError, TypeError):
+            made = read_facts(Commit, self.folder.read(self.name(shard)), self.name(shard))
+            _check_time(made.finished)
+            _check_numbers(made.rows, made.bytes, made.worker.pid, made.worker.rank)
+            _check_numbers(*made.counts.values(), *made.seconds.values())
+        except (FileNotFoundError, ValueError, OverflowError):
             return None
-        if (made.stage, made.shard, made.fingerprint) != (self.stage, shard, self.fingerprint):
+        except AuditError as error:
+            if isinstance(error, StorageError):  # the store fails: nothing is known
+                raise
+            return None
+        mine = (self.stage, shard, self.fingerprint, self.file(shard))
+        if (made.stage, made.shard, made.fingerprint, made.file) != mine:
             return None
         return made
 
     def shards(self) -> list[int]:
         """Shards that have a commit file, readable or not."""
-        names = self.folder.list(f"_commits/{self.stage}")
-        return sorted(int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit())
+        return _numbers(self.folder.list(self._commits))
 
     def done(self, shards: Iterable[int] | None = None) -> dict[int, Commit]:
         """Every valid commit whose file is there with the right size (contents are checked by `problem`)."""
@@ -160,7 +231,10 @@ class Ledger:
             data = self.folder.read(made.file)
             if hashlib.sha256(data).hexdigest() != made.sha256:
                 return f"{made.file}: contents do not match the commit's sha256"
-            rows = pa.ipc.open_file(pa.BufferReader(data)).read_all().num_rows
+            try:
+                rows = pa.ipc.open_file(pa.BufferReader(data)).read_all().num_rows
+            except (pa.ArrowException, OSError) as error:
+                return f"{made.file}: cannot be read: {str(error).splitlines()[0]}"
             if rows != made.rows:
                 return f"{made.file}: {rows} rows where the commit says {made.rows}"
         return None
@@ -172,24 +246,53 @@ class Ledger:
 
     def forget_attempts(self, shard: int) -> None:
         """Let a shard be tried as if it never had been."""
-        self.folder.remove(f"_attempts/{self.stage}/{shard:05d}.json")
+        self.folder.remove(self._attempts(shard))
 
     def tried(self) -> set[int]:
         """Shards with a failed try on record."""
-        names = self.folder.list(f"_attempts/{self.stage}")
-        return {int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdigit()}
+        return set(_numbers(self.folder.list(self._tries)))
 
-    def attempts(self, shard: int) -> list[dict[str, Any]]:
-        """Failed tries of a shard, oldest first."""
+    def attempts(self, shard: int) -> list[Attempt]:
+        """Failed tries of a shard, oldest first; [] where their file is damaged: nothing rests on it."""
         try:
-            return list(json.loads(self.folder.read(f"_attempts/{self.stage}/{shard:05d}.json")))
-        except (FileNotFoundError, ValueError):
+            data = self.folder.read(self._attempts(shard))
+            tries = read_facts(Attempts, b'{"tries": ' + data + b"}", self._attempts(shard)).tries
+            for each in tries:
+                _check_time(each.time)
+                _check_numbers(each.worker.pid, each.worker.rank)
+            return tries
+        except (FileNotFoundError, ValueError, OverflowError):
+            return []
+        except StorageError:
+            raise
+        except AuditError:
             return []
 
     def record_attempt(self, shard: int, error: str) -> int:
         """Note a failed try; returns how many there are now."""
-        tries = self.attempts(shard)
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        tries.append({"error": error, "worker": worker_facts(), "time": now})
-        self.folder.write(f"_attempts/{self.stage}/{shard:05d}.json", json.dumps(tries, indent=1).encode())
+        tries = [*self.attempts(shard), Attempt(error, Worker.this(), now)]
+        data = json.dumps([asdict(each) for each in tries], indent=1).encode()
+        self.folder.write(self._attempts(shard), data)
         return len(tries)
+
+    def _attempts(self, shard: int) -> str:
+        return f"{self._tries}/{shard:05d}.json"
+
+
+def _check_time(text: str) -> None:
+    """Raise ValueError where it is no ISO 8601 time with a zone, of a year that a clock can show."""
+    if not 1970 <= datetime.fromisoformat(text).astimezone(timezone.utc).year < 3000:
+        raise ValueError(text)
+
+
+def _check_numbers(*numbers: float) -> None:
+    """Raise ValueError for what no count and no time can be."""
+    if not all(0 <= number < 1 << 62 for number in numbers):
+        raise ValueError(str(numbers))
+
+
+def _numbers(names: Iterable[str]) -> list[int]:
+    """Shards of names like 00042.json."""
+    stems = (name[:-5] for name in names if name.endswith(".json"))
+    return sorted(int(stem) for stem in stems if stem.isascii() and stem.isdigit() and len(stem) < 10)

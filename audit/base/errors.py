@@ -14,6 +14,10 @@ class StorageError(AuditError):
     """A file that cannot be written or opened now. A shard that meets it is tried again: stores have bad moments."""
 
 
+class Damaged(AuditError):
+    """A file of ours that is not what was written: named, never believed; the commands exit 3, and verify repairs."""
+
+
 class Drained(Exception):
     """The job was asked to stop (SIGTERM, first Ctrl-C): the shard in hand is dropped, the command exits 75."""
 
@@ -27,4 +31,4 @@ class Broken(Exception):
 
 def ends_the_job(error: Exception) -> bool:
     """Whether an error is the job's (bad input, a stop) and not that of the one shard it came from."""
-    return isinstance(error, (AuditError, Drained)) and not isinstance(error, StorageError)
+    return isinstance(error, (AuditError, Drained)) and not isinstance(error, (StorageError, Damaged))

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 
 Config = TypeVar("Config")
+LARGEST = 2**31 - 1  # of an integer flag that names no other: what tables and libraries can count to
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -97,15 +98,18 @@ def _parameter(place: dataclasses.Field[Any], hint: Any) -> Any:
     if "short" in meta:
         names.insert(0, meta["short"])
     shared: dict[str, Any] = {"help": meta.get("help", ""), "envvar": meta.get("envvar"), "default": default}
+    if kind is bool and default is True:
+        return click.option(f"{names[-2]}/--no-{names[-2][2:]}", place.name, show_default=True, **shared)
     if kind is bool:
         return click.option(*names, is_flag=True, **shared)
     if "choices" in meta:
         shared["type"] = click.Choice(list(meta["choices"]))
     elif kind is tuple:
         shared["type"] = CommaList()
+    elif kind is int:
+        shared["type"] = click.IntRange(meta.get("min", -LARGEST), meta.get("max", LARGEST))
     elif "min" in meta or "max" in meta:
-        range_type: Any = click.IntRange if kind is int else FiniteRange
-        shared["type"] = range_type(meta.get("min"), meta.get("max"))
+        shared["type"] = FiniteRange(meta.get("min"), meta.get("max"))
     else:
         shared["type"] = Finite() if kind is float else kind
     return click.option(*names, show_envvar=True, show_default=default not in (None, (), ""), **shared)

@@ -1,8 +1,16 @@
-"""SIGTERM and Ctrl-C: the first asks the job to stop after dropping the shard in hand, the second stops at once."""
+"""SIGTERM and Ctrl-C: the first asks the job to stop after dropping the shard in hand, the second stops at once.
+
+Both act whatever the job is doing. Python runs its handlers between two of its own instructions, and a call that hangs
+in a driver or a store has none: so a thread hears of every signal through a pipe, and where the second one has not
+ended the process after GRACE seconds, the thread does.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -11,12 +19,20 @@ from types import FrameType
 
 from audit.base.errors import Drained
 
+GRACE = 5.0  # seconds after the second signal
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 class Stop:
-    """Whether somebody asked the job to stop."""
+    """Whether somebody asked the job to stop.
+
+    Attributes:
+        requested: he did. children: owned processes, killed where this one has to end at once.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self.children: set[subprocess.Popen[bytes]] = set()
 
     def check(self) -> None:
         """Raises Drained when a stop was asked for."""
@@ -39,11 +55,44 @@ def stop_on_signals() -> Iterator[Stop]:
         if stop.requested:
             raise KeyboardInterrupt
         stop.requested = True
-        print("Stopping after the batch in hand; once more stops at once.", file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):  # a closed terminal is no reason not to stop
+            print("Stopping after the batch in hand; once more stops at once.", file=sys.stderr)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    with _end_at_the_second(stop):
+        before = {number: signal.signal(number, handle) for number in SIGNALS}
+        try:
+            yield stop
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _end_at_the_second(stop: Stop) -> Iterator[None]:
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    over = threading.Event()
+
+    def listen() -> None:
+        count = 0
+        while count < 2:
+            data = os.read(heard, 64)
+            if not data:
+                return
+            count += sum(number in SIGNALS for number in data)
+        if not over.wait(GRACE):
+            for child in list(stop.children):
+                child.kill()
+            os._exit(130)
+
+    thread = threading.Thread(target=listen, daemon=True, name="signals")
+    before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    thread.start()
     try:
-        yield stop
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        over.set()
+        signal.set_wakeup_fd(before)
+        os.close(told)  # ends the thread
+        thread.join()
+        os.close(heard)

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from audit.base.errors import AuditError, StorageError
 
 
-def _host() -> str:
+def this_host() -> str:
     """Where a process number means something: the host, and its container, which may share the host's name."""
     try:
         return f"{socket.gethostname()}-{os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         return socket.gethostname()
+
+
+def lives_here(host: str, pid: int) -> bool | None:
+    """Whether a process that wrote down `this_host()` and its number lives; None where another host knows."""
+    return _alive(pid) if host == this_host() else None
 
 
 def join(*parts: str) -> str:
@@ -49,21 +58,54 @@ def list_tree(fs: Any, root: str) -> dict[str, int]:
     return dict(sorted(files.items()))
 
 
+def check_name(text: str) -> str:
+    """The path or URL itself. Raises AuditError where its name is not UTF-8: no table and no page could say it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        shown = text.encode(errors="surrogateescape").decode(errors="replace")
+        raise AuditError(f"{shown}: the name is not UTF-8: rename it") from error
+    return text
+
+
+@contextlib.contextmanager
+def _asking(path: str, what: str) -> Iterator[None]:
+    """Bring what a driver raises to FileNotFoundError or a StorageError of one line: each driver has its own types."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(path) from error
+    except (AuditError, MemoryError):
+        raise
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be {what}: {error.strerror or _first_line(error)}") from error
+    except Exception as error:
+        raise StorageError(f"{path}: cannot be {what}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
 class Folder:
     """One folder by path or URL (local, s3://, gs://, memory://); names are relative to it, with forward slashes.
 
     Args:
         url: the folder; it need not exist.
 
+    Every method that reads raises FileNotFoundError for what is not there and StorageError for a store that fails.
+
     Raises:
-        AuditError: a URL scheme fsspec has no driver for.
+        AuditError: a URL scheme fsspec has no driver for, a chained URL (`x::y`), or a name that is not UTF-8.
     """
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
-        text = os.fspath(url)
+        text = check_name(os.fspath(url))
+        if "::" in text:
+            raise AuditError(f"{text}: chained URLs (`::`) cannot be written to: name a plain path or URL")
         try:
             fs, root = fsspec.core.url_to_fs(text)
-        except (ImportError, ValueError) as error:
+        except (ImportError, ValueError, OSError) as error:
             raise AuditError(f"{text}: cannot open this kind of location: {error}") from error
         self.fs: Any = fs
         self.root: str = root.rstrip("/") or "/"
@@ -78,36 +120,39 @@ class Folder:
         return join(self.root, name) if name else self.root
 
     def exists(self, name: str = "") -> bool:
-        return bool(self.fs.exists(self.path(name)))
+        with _asking(self.path(name), "read"):
+            return bool(self.fs.exists(self.path(name)))
 
     def size(self, name: str) -> int:
-        """Bytes in `name`. Raises FileNotFoundError."""
-        return int(self.fs.size(self.path(name)))
+        """Bytes in `name`."""
+        with _asking(self.path(name), "read"):
+            return int(self.fs.size(self.path(name)))
 
     def open(self, name: str) -> IO[bytes]:
         """Open for reading, seekable."""
-        return self.fs.open(self.path(name), "rb")
+        with _asking(self.path(name), "opened"):
+            return self.fs.open(self.path(name), "rb")
 
     def read(self, name: str) -> bytes:
-        """The whole file. Raises FileNotFoundError."""
-        return bytes(self.fs.cat_file(self.path(name)))
+        """The whole file."""
+        with _asking(self.path(name), "read"):
+            return bytes(self.fs.cat_file(self.path(name)))
 
     def list(self, name: str = "") -> list[str]:
         """Names directly below a subfolder, sorted; [] when it does not exist."""
-        self.fs.invalidate_cache()
         try:
-            found = self.fs.ls(self.path(name), detail=False)
-        except (FileNotFoundError, NotADirectoryError):
+            with _asking(self.path(name), "listed"):
+                self.fs.invalidate_cache()
+                found = self.fs.ls(self.path(name), detail=False)
+        except FileNotFoundError:
             return []
         return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
 
     def remove(self, name: str) -> None:
-        """Remove a file or a subtree; no error when it is not there. Raises AuditError where it may not be removed."""
-        try:
+        """Remove a file or a subtree; no error when it is not there."""
+        with contextlib.suppress(FileNotFoundError), _asking(self.path(name), "removed"):
             if self.fs.exists(self.path(name)):
                 self.fs.rm(self.path(name), recursive=True)
-        except OSError as error:
-            raise AuditError(f"{self.path(name)}: cannot be removed: {error.strerror or error}") from error
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file that appears whole or not at all.
@@ -118,66 +163,114 @@ class Folder:
         Raises:
             StorageError: the folder cannot be written.
         """
-        target = self.path(name)
-        if not self.local:
-            try:
-                self.fs.pipe_file(target, data)
-            except Exception as error:  # every driver has its own types
-                raise StorageError(f"{target}: cannot be written: {error}") from error
-            self.fs.invalidate_cache()
-            return
-        temporary = self._temporary(target)
+        if self.local:
+            self._publish(name, data, os.replace)
+        else:
+            self._upload(name, data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a file that is not there yet, as `write`; False where it is. Of two who try at once, one succeeds.
+
+        Locally a hard link of the temporary sibling, on object stores a conditional put.
+
+        Raises:
+            StorageError: the folder cannot be written, or its driver cannot write on condition.
+        """
         try:
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            self._publish(temporary, target)
-        except OSError as error:
-            with contextlib.suppress(OSError):  # it may lie below what is no folder
-                os.unlink(temporary)
-            raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from error
+            if self.local:
+                self._publish(name, data, _link)
+            else:
+                self._upload(name, data, mode="create")
+        except FileExistsError:
+            return False
+        return True
 
     def put(self, name: str, source: str | os.PathLike[str]) -> None:
         """Publish a large local file under `name`, as `write` does with bytes; `source` is left in place."""
-        target = self.path(name)
-        if not self.local:
-            self.fs.put_file(os.fspath(source), target)
-            self.fs.invalidate_cache()
+        if self.local:
+            self._publish(name, Path(source), os.replace)
             return
-        temporary = self._temporary(target)
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
-        with open(source, "rb") as reader, open(temporary, "wb") as file:
-            while chunk := reader.read(1 << 24):
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        self._publish(temporary, target)
+        with _asking(self.path(name), "written"):
+            self.fs.put_file(os.fspath(source), self.path(name))
+        self.fs.invalidate_cache()
 
     def sweep(self) -> None:
         """Remove temporary files that dead processes of this host left behind."""
         if not self.local or not self.exists():
             return
-        host = _host()
+        host = this_host()
         for file in Path(self.root).rglob(f".*.{host}.*.tmp"):
-            pid = file.name.rsplit(".", 2)[-2]
+            pid = file.name.rsplit(".", 3)[-3]
             if pid.isdigit() and not _alive(int(pid)):
                 file.unlink(missing_ok=True)
 
-    @staticmethod
-    def _temporary(target: str) -> str:
-        path = Path(target)
-        return str(path.with_name(f".{path.name}.{_host()}.{os.getpid()}.tmp"))
-
-    @staticmethod
-    def _publish(temporary: str, target: str) -> None:
-        os.replace(temporary, target)
-        folder = os.open(os.path.dirname(target), os.O_RDONLY)
+    def _upload(self, name: str, data: bytes, **mode: str) -> None:
+        target = self.path(name)
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+            self.fs.pipe_file(target, data, **mode)
+        except FileExistsError:
+            raise
+        except Exception as error:  # every driver has its own types
+            if mode and _is_refused_condition(error):
+                raise FileExistsError(target) from error
+            raise StorageError(f"{target}: cannot be written: {_first_line(error)}") from error
+        self.fs.invalidate_cache()
+
+    def _publish(self, name: str, data: bytes | Path, publish: Callable[[str, str], None]) -> None:
+        """Write a temporary sibling whole, then give it its name."""
+        target = self.path(name)
+        path = Path(target)
+        temporary = str(path.with_name(f".{path.name}.{this_host()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"))
+        try:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except FileExistsError as error:
+                raise NotADirectoryError(20, "a file is where a folder should be") from error
+            with open(temporary, "wb") as file:
+                if isinstance(data, Path):
+                    with data.open("rb") as reader:
+                        shutil.copyfileobj(reader, file, 1 << 24)
+                else:
+                    file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            publish(temporary, target)
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # it may lie below what is no folder
+                os.unlink(temporary)
+            if not isinstance(error, OSError) or isinstance(error, FileExistsError):
+                raise
+            raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+def _link(temporary: str, target: str) -> None:
+    """Give a file its name unless the name is taken; where a file system has no hard links, by an exclusive create."""
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(temporary, target)
+        return
+    os.unlink(temporary)
+
+
+def _is_refused_condition(error: BaseException) -> bool:
+    """Whether a store has refused a conditional put because the key is there (412; 409 while another is under way)."""
+    text = f"{type(error).__name__} {error} {error.__cause__}"
+    return any(word in text for word in ("PreconditionFailed", "ConditionalRequestConflict", "pre-conditions", "412"))
+
+
+def check_kept(folder: Folder) -> None:
+    """Raise AuditError for a place that is forgotten when the command ends."""
+    if isinstance(folder.fs, MemoryFileSystem):
+        raise AuditError(f"{folder.url}: is forgotten when the command ends: name a folder or a store that keeps it")
 
 
 def _alive(pid: int) -> bool:

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
+from audit.base.errors import AuditError, Damaged
 from audit.base.storage import Folder
 from audit.captions.files import CAPTION_COLUMNS, CaptionFile, find_captions
-from audit.captions.plan import CaptionPlan, describe_captions, plan_captions
+from audit.captions.plan import CaptionPlan, captions_digest, describe_captions, plan_captions
 from audit.captions.rows import Rows, is_empty, text
 
 __all__ = [
@@ -42,7 +43,7 @@ def read_shard(plan: CaptionPlan, shard: int, staging: Folder, columns: Sequence
         columns: some of `plan.keep_cols`; None for all.
 
     Raises:
-        AuditError: the file is not the one that was planned.
+        AuditError: the file, or its captions, are not those that were planned. Damaged: a staged copy is not.
         OSError, pyarrow.ArrowException: it cannot be read.
     """
     fields = [plan.keep_schema.field(name) for name in (plan.keep_cols if columns is None else columns)]
@@ -50,6 +51,13 @@ def read_shard(plan: CaptionPlan, shard: int, staging: Folder, columns: Sequence
     rows = _open(plan.files[row["file_index"]], staging.url, tuple(field.name for field in fields))
     table = rows.read(row["row_start"], row["row_count"])
     arrays = [text(table.column(0))]
+    if captions_digest(arrays[0]) != row["captions_xxh3"]:
+        file, end = plan.files[row["file_index"]], row["row_start"] + row["row_count"]
+        if file.staged:
+            raise Damaged(
+                f"{staging.path(file.staged)}: damaged: be-audit verify {staging.url} --repair makes it again"
+            )
+        raise AuditError(f"{file.path}: changed since it was planned: rows {row['row_start']} to {end - 1} are others")
     for place in fields:
         if place.name not in table.schema.names[1:]:
             arrays.append(pa.nulls(table.num_rows, place.type))

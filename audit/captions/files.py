@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from audit.base.errors import AuditError
-from audit.base.storage import list_tree
+from audit.base.storage import check_name, list_tree
 from audit.captions.streams import BATCH_ROWS, HUB_NAME, first_line, load_dataset, open_input, reading, text_columns
 
 CAPTION_COLUMNS = ("TEXT", "caption", "text", "prompt", "captions")
@@ -38,7 +38,8 @@ FORMATS = {
     ".csv.gz": "csv",
 }
 _JSON = (".json", ".json.gz")
-_OURS = ("plan.arrow", "index_info.json", "report.json")  # in the folder of a run, an index, a report
+# In the folder of a run, of one that is being planned, of an index, of one that is being built, of a report.
+_OURS = ("plan.arrow", "_claims/1.json", "index_info.json", "_commits/embed/00000.json", "report.json")
 _WHOLE = 8 << 20  # files up to this size are hashed whole: the ones people edit by hand
 
 
@@ -94,7 +95,9 @@ def find_captions(inputs: Sequence[str | os.PathLike[str]]) -> list[Source]:
     Raises:
         AuditError: an input that does not exist, holds no captions, or has an unsupported extension.
     """
-    found = {source.path: source for text in inputs for source in _expand(os.fspath(text))}
+    found = {source.path: source for text in inputs for source in _expand(check_name(os.fspath(text)))}
+    for path in found:
+        check_name(path)
     if not found:
         raise AuditError("no caption files given: pass files, folders, globs or data set names")
     return [found[path] for path in sorted(found)]
@@ -215,7 +218,7 @@ def describe(
                 schema = pa.ipc.open_stream(file).schema
             else:
                 schema = pa.schema([(name, pa.string()) for name in text_columns(path, file, source.format)])
-            sha256 = _digest(file, size, whole=streamed)
+            sha256 = content_digest(file, size, whole=streamed)
     column = find_caption_column(path, schema, caption_col, flag)
     return CaptionFile(path, source.format, rows, size, sha256, column), schema, streamed
 
@@ -290,7 +293,8 @@ def _arrow_facts(path: str, file: IO[bytes]) -> tuple[int, pa.Schema]:
         raise AuditError(f"{path}: the Arrow file is cut short or damaged: {first_line(error)}") from error
 
 
-def _digest(file: IO[bytes], size: int, whole: bool) -> str:
+def content_digest(file: IO[bytes], size: int, whole: bool) -> str:
+    """What identifies a file's content: see `CaptionFile.footer_sha256`."""
     digest = hashlib.sha256()
     if whole or size <= _WHOLE:
         file.seek(0)

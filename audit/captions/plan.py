@@ -19,13 +19,15 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from audit.base.commits import damaged
 from audit.base.errors import AuditError
 from audit.base.identity import is_identity
 from audit.base.progress import Progress
+from audit.base.seal import Seal, read_sealed
 from audit.base.storage import Folder
 from audit.captions.files import CaptionFile, describe, find_captions, is_text
 from audit.captions.rows import BATCH_ROWS, Rows, find_column, is_empty, text
-from audit.captions.streams import first_line, reading, stream
+from audit.captions.streams import reading, stream
 
 SHARDS = pa.schema(
     [
@@ -34,6 +36,8 @@ SHARDS = pa.schema(
         ("file_index", pa.int32()),
         ("row_start", pa.int64()),
         ("row_count", pa.int32()),
+        ("captions_xxh3", pa.uint64()),  # of the captions' hashes: a shard's rows are known again when they are read
+        ("duplicates_xxh3", pa.uint64()),  # of the shard's batch of duplicates.arrow
     ]
 )
 DUPLICATES = pa.schema([("row_id", pa.int64()), ("duplicate_of", pa.int64())])
@@ -59,6 +63,7 @@ class CaptionPlan:
     num_empty: int
     _first: np.ndarray | None = field(default=None, repr=False)  # uint64 [num_rows], until the plan is saved
     _folder: Folder | None = field(default=None, repr=False)
+    _staged: dict[str, Seal] = field(default_factory=dict, repr=False)
 
     @property
     def keep_cols(self) -> list[str]:
@@ -76,8 +81,11 @@ class CaptionPlan:
         if self._first is not None:
             return self._duplicates_of(shard)
         assert self._folder is not None
-        with reading(self._folder.path("duplicates.arrow")):
+        again = f"be-audit verify {self._folder.url} --repair makes it again"
+        with damaged(self._folder.path("duplicates.arrow"), again):
             batch = _duplicate_batches(self._folder.url).get_batch(shard)
+            if _digest_of(batch["row_id"], batch["duplicate_of"]) != self.shards["duplicates_xxh3"][shard].as_py():
+                raise ValueError(f"batch {shard} is not what was planned")
         count = self.shards["row_count"][shard].as_py()
         found = np.full(count, -1, np.int64)
         found[batch["row_id"].to_numpy() & 0xFFFFFFFF] = batch["duplicate_of"].to_numpy()
@@ -94,8 +102,13 @@ class CaptionPlan:
         of = np.searchsorted(self._starts, first, side="right") - 1
         return np.where(first == np.arange(start, stop), -1, (of << 32) | (first - self._starts[of]))
 
-    def save(self, folder: Folder) -> None:
-        """Write `duplicates.arrow` (batch i holds shard i's duplicates) and then `plan.arrow` into a run folder."""
+    def save(self, folder: Folder) -> dict[str, Seal]:
+        """Write `duplicates.arrow` (batch i holds shard i's duplicates) and then `plan.arrow` into a run folder.
+
+        Returns:
+            the seals of both and of the staged inputs, by name.
+        """
+        digests = []
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary, "duplicates.arrow")
             with pa.ipc.new_file(path, DUPLICATES) as writer:
@@ -103,9 +116,13 @@ class CaptionPlan:
                     of = self.duplicates(shard)
                     rows = np.flatnonzero(of >= 0)
                     ids = [pa.array((shard << 32) | rows, pa.int64()), pa.array(of[rows], pa.int64())]
+                    digests.append(_digest_of(*ids))
                     writer.write_batch(pa.record_batch(ids, schema=DUPLICATES))
+            sealed = {**self._staged, "duplicates.arrow": Seal.of(path)}
             folder.put("duplicates.arrow", path)
         _duplicate_batches.cache_clear()  # the folder may have held another run before
+        place = SHARDS.get_field_index("duplicates_xxh3")
+        self.shards = self.shards.set_column(place, SHARDS.field(place), [pa.array(digests, pa.uint64())])
         facts = {
             "files": [file.to_dict() for file in self.files],
             "keep_schema": self.keep_schema.serialize().to_pybytes().hex(),
@@ -114,28 +131,47 @@ class CaptionPlan:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, SHARDS.with_metadata({"captions": json.dumps(facts)})) as writer:
             writer.write_table(self.shards)
-        folder.write("plan.arrow", sink.getvalue().to_pybytes())
+        data = sink.getvalue().to_pybytes()
+        folder.write("plan.arrow", data)
+        return {**sealed, "plan.arrow": Seal.of(data)}
 
     @classmethod
-    def load(cls, folder: Folder) -> CaptionPlan:
-        """Read `plan.arrow`; the duplicates of a shard are read when asked for.
+    def load(cls, folder: Folder, seal: Seal | None = None) -> CaptionPlan:
+        """Read `plan.arrow`; the duplicates of a shard are read, and checked, when asked for.
 
         Raises:
-            AuditError: there is no plan, or it cannot be read.
+            Damaged: it is not there, not what was sealed, or cannot be read.
         """
-        try:
-            shards = pa.ipc.open_file(pa.BufferReader(folder.read("plan.arrow"))).read_all()
+        data = read_sealed(folder, "plan.arrow", seal)
+        with damaged(folder.path("plan.arrow")):
+            shards = pa.ipc.open_file(pa.BufferReader(data)).read_all()
             facts = json.loads(shards.schema.metadata[b"captions"])
-        except FileNotFoundError as error:
-            raise AuditError(
-                f"{folder.url}: no plan.arrow here: not a run folder, or its planning did not end"
-            ) from error
-        except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError) as error:
-            raise AuditError(f"{folder.path('plan.arrow')}: cannot be read: {first_line(error)}") from error
-        files = [CaptionFile.from_dict(fields) for fields in facts["files"]]
-        keep = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(facts["keep_schema"])))
-        rows, unique, empty = facts["counts"]
+            files = [CaptionFile.from_dict(fields) for fields in facts["files"]]
+            keep = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(facts["keep_schema"])))
+            rows, unique, empty = facts["counts"]
         return cls(files, shards.replace_schema_metadata(None), keep, rows, unique, empty, _folder=folder)
+
+
+def _digest_of(*columns: pa.Array) -> int:
+    """xxh3 of the values of int64 columns."""
+    total = xxhash.xxh3_64()
+    for column in columns:
+        total.update(column.to_numpy(zero_copy_only=False).tobytes())
+    return int(total.intdigest())
+
+
+def captions_digest(captions: pa.Array) -> int:
+    """xxh3 of the xxh3 of every caption (0 for an empty one): what a plan knows of a shard's rows."""
+    return int(xxhash.xxh3_64_intdigest(_caption_hashes(captions).tobytes()))
+
+
+def _caption_hashes(captions: pa.Array) -> np.ndarray:
+    """xxh3 of each caption, uint64 [n]; 0 for an empty one."""
+    hashes = np.zeros(len(captions), np.uint64)
+    values = captions.cast(pa.binary()).to_pylist()
+    for row in np.flatnonzero(~is_empty(captions)).tolist():
+        hashes[row] = xxhash.xxh3_64_intdigest(values[row]) or 1
+    return hashes
 
 
 @functools.lru_cache(maxsize=2)
@@ -146,25 +182,16 @@ def _duplicate_batches(url: str) -> Any:
 # --- planning ---------------------------------------------------------------------------------------------------
 
 
-def describe_captions(
-    inputs: Sequence[str], *, caption_col: str | None = None, known: Sequence[CaptionFile] = ()
-) -> list[CaptionFile]:
-    """The inputs as a plan records them, without reading their rows: equal to `plan.files` when nothing has changed.
+def describe_captions(inputs: Sequence[str], *, caption_col: str | None = None) -> list[CaptionFile]:
+    """The inputs as they are now, without reading their rows (-1 where only that would tell) or staging them.
 
     Args:
-        inputs: see `find_captions`.
-        caption_col: the caption column; found by itself when None.
-        known: files of an existing plan, which know the rows and the staged copy of a source that is the same.
+        inputs: see `find_captions`. caption_col: the caption column; found by itself when None.
 
     Raises:
         AuditError: bad input, as `plan_captions`.
     """
-    described = _describe_all(inputs, caption_col)
-    return [_recall(file, known) if streamed else file for file, _, streamed in described]
-
-
-def _recall(file: CaptionFile, known: Sequence[CaptionFile]) -> CaptionFile:
-    return next((old for old in known if replace(old, rows=file.rows, staged=None) == file), file)
+    return [file for file, _, _ in _describe_all(inputs, caption_col)]
 
 
 def _describe_all(inputs: Sequence[str], caption_col: str | None) -> list[tuple[CaptionFile, pa.Schema, bool]]:
@@ -207,9 +234,10 @@ def plan_captions(
     described = _describe_all(inputs, caption_col)
     keep = _keep_schema([(file, schema) for file, schema, _ in described], keep_cols, reserved)
     files, taken, left = [], [], limit
+    sealed: dict[str, Seal] = {}
     for index, (file, schema, streamed) in enumerate(described):
         if streamed:
-            file = _stage(file, f"input/{index:05d}.arrow", schema, keep, left, staging)
+            file = _stage(file, f"input/{index:05d}.arrow", schema, keep, left, staging, sealed)
         rows = file.rows if left is None else min(file.rows, left)
         left = None if left is None else left - rows
         files.append(file)
@@ -219,9 +247,10 @@ def plan_captions(
             f"{files[0].path}: no rows" + (f", nor in the other {len(files) - 1} files" if files[1:] else "")
         )
     first, empty = _hashes(files, taken, staging)
+    shards = _shards(files, taken, rows_per_shard, first)
     _resolve_first(first)
     distinct = sum(int((block == np.arange(at, at + len(block))).sum()) for at, block in _blocks(first)) - empty
-    return CaptionPlan(files, _shards(files, taken, rows_per_shard), keep, sum(taken), distinct, empty, _first=first)
+    return CaptionPlan(files, shards, keep, sum(taken), distinct, empty, _first=first, _staged=sealed)
 
 
 def _keep_schema(
@@ -277,7 +306,13 @@ def _common_type(name: str, found: list[tuple[str, pa.DataType]]) -> pa.DataType
 
 
 def _stage(
-    file: CaptionFile, name: str, schema: pa.Schema, keep: pa.Schema, left: int | None, staging: Folder
+    file: CaptionFile,
+    name: str,
+    schema: pa.Schema,
+    keep: pa.Schema,
+    left: int | None,
+    staging: Folder,
+    sealed: dict[str, Seal],
 ) -> CaptionFile:
     """Copy the columns a run needs of a source without random access, at most `left` rows, as an Arrow IPC file."""
     if left == 0:
@@ -298,17 +333,24 @@ def _stage(
         if writer is None:
             return replace(file, rows=0)
         writer.close()
+        sealed[name] = Seal.of(path)
         staging.put(name, path)
     return replace(file, rows=rows, staged=name)
 
 
-def _shards(files: list[CaptionFile], taken: list[int], rows_per_shard: int) -> pa.Table:
+def _shards(files: list[CaptionFile], taken: list[int], rows_per_shard: int, hashes: np.ndarray) -> pa.Table:
     starts = [np.arange(0, rows, rows_per_shard, dtype=np.int64) for rows in taken]
     index = np.repeat(np.arange(len(files)), [len(part) for part in starts])
     start = np.concatenate(starts)
     count = np.minimum(np.asarray(taken)[index] - start, rows_per_shard)
     paths = pa.array([file.path for file in files], pa.string()).take(pa.array(index))
-    return pa.table([np.arange(len(index)), paths, index, start, count], names=SHARDS.names).cast(SHARDS)
+    ends = np.cumsum(count)
+    digests = [
+        xxhash.xxh3_64_intdigest(hashes[end - rows : end].tobytes()) for end, rows in zip(ends, count, strict=True)
+    ]
+    columns = [np.arange(len(index)), paths, index, start, count, pa.array(digests, pa.uint64())]
+    unsaved = pa.array(np.zeros(len(index), np.uint64))  # the duplicates are known when the plan is saved
+    return pa.table([*columns, unsaved], names=SHARDS.names).cast(SHARDS)
 
 
 # --- duplicates -------------------------------------------------------------------------------------------------
@@ -321,12 +363,8 @@ def _hashes(files: list[CaptionFile], taken: list[int], staging: Folder) -> tupl
     bar = Progress(len(hashes), "captions", "planning") if len(hashes) > _CHUNK else None
     with bar or nullcontext():
         for captions in _all_captions(files, taken, staging):
-            blank = is_empty(captions)
-            values = captions.cast(pa.binary()).to_pylist()
-            for row, (value, skip) in enumerate(zip(values, blank.tolist(), strict=True), at):
-                if not skip:
-                    hashes[row] = xxhash.xxh3_64_intdigest(value) or 1
-            empty += int(blank.sum())
+            found = hashes[at : at + len(captions)] = _caption_hashes(captions)
+            empty += int((found == 0).sum())
             at += len(captions)
             if bar:
                 bar.add(len(captions))

@@ -17,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from audit.base.errors import AuditError
 from audit.base.storage import join
-from audit.captions.files import CaptionFile
+from audit.captions.files import CaptionFile, content_digest
 from audit.captions.streams import BATCH_ROWS, open_input
 
 
@@ -57,7 +57,7 @@ class Rows:
         columns: columns to read beside the caption; those the file has not are left out.
 
     Raises:
-        AuditError: the file has another size than it was planned with, or cannot be opened.
+        AuditError: the file is not the one that was planned, or cannot be opened.
     """
 
     def __init__(self, file: CaptionFile, staging: str, columns: tuple[str, ...]) -> None:
@@ -66,8 +66,10 @@ class Rows:
         self._parquet = file.format == "parquet"
         with open_input(self._path) as source:
             size = source.seek(0, 2)
-        if not file.staged and size != file.size:
-            raise AuditError(f"{file.path}: changed since it was planned: {size} bytes where it had {file.size}")
+            if not file.staged and size != file.size:
+                raise AuditError(f"{file.path}: changed since it was planned: {size} bytes where it had {file.size}")
+            if not file.staged and content_digest(source, size, whole=False) != file.footer_sha256:
+                raise AuditError(f"{file.path}: changed since it was planned: another file of the same size")
         caption = "caption" if file.staged else file.caption_col
         schema = pq.read_schema(open_input(self._path)) if self._parquet else self._ipc().schema
         places = [(name, find_column(schema, name)) for name in columns]

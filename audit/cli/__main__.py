@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> None:
     """Run the be-audit command and exit with its code."""
+    _open_standard_streams()
     try:
         from audit.cli.commands import cli
 
         cli()
     except KeyboardInterrupt:
         sys.exit(130)
+    except (ImportError, MemoryError, OSError) as error:  # a library that cannot be loaded: memory, a broken install
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        sys.stderr.write(f"Error: be-audit cannot start: {first}: be-audit needs about 4 GB of address space\n")
+        sys.exit(2)
+
+
+def _open_standard_streams() -> None:
+    """Give a closed stdin, stdout or stderr a null device, or the next file opened would get their lines."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number
+    sys.stdin = sys.stdin or open(0)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
 
 
 if __name__ == "__main__":

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import click
+import pyarrow as pa
 
-from audit.base.errors import AuditError, Broken, Drained
+from audit.base.errors import AuditError, Broken, Damaged, Drained
 from audit.base.options import config_of, given_beside, options_from
 from audit.base.stopping import stop_on_signals
+from audit.base.storage import Folder, check_kept
 from audit.cli.demo import DemoConfig
 from audit.cli.demo import demo as run_demo
+from audit.cli.doctor import doctor
 from audit.evaluation.config import EvaluateConfig
 from audit.evaluation.evaluate import evaluate as run_evaluate
 from audit.index import DEFAULT_INDEX, IndexConfig, build_index, search_image, verify_index
@@ -50,22 +53,32 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except AuditError as error:
-            click.echo(f"Error: {error}", err=True)
-            ctx.exit(2)
+            self._end(ctx, str(error), 3 if isinstance(error, Damaged) else 2)
         except Broken as error:
-            click.echo(f"Error: {error}", err=True)
-            ctx.exit(3)
+            self._end(ctx, str(error), 3)
         except Drained:
             click.echo("Stopped: the shard in hand was dropped; the same command goes on from here.", err=True)
             ctx.exit(75)
         except BrokenPipeError:
             raise  # `| head` has seen enough: click ends quietly
+        except (pa.ArrowException, EOFError, MemoryError, RecursionError) as error:  # a file or machine in no state
+            self._end(ctx, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}", 2)
         except OSError as error:  # a full disk or a closed terminal while printing; files have their own lines
-            click.echo(f"Error: {error}", err=True)
-            ctx.exit(2)
+            self._end(ctx, str(error), 2)
+        except RuntimeError as error:
+            if "start new thread" not in str(error):
+                raise
+            self._end(ctx, f"{error}: too little memory, or too many processes", 2)
         except (KeyboardInterrupt, click.Abort):
             click.echo("Interrupted.", err=True)
             ctx.exit(130)
+
+    @staticmethod
+    def _end(ctx: click.Context, text: str, code: int) -> None:
+        """Say an error, whatever is quoted in it cut to what a terminal shows, and exit."""
+        lines = [line if len(line) <= 600 else f"{line[:400]} ... {line[-150:]}" for line in text.splitlines()]
+        click.echo("Error: " + "\n".join(lines), err=True)
+        ctx.exit(code)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # in the order of the work, not of the alphabet
@@ -159,6 +172,7 @@ def index_build(ctx: click.Context, **values: Any) -> None:
     IMAGES are folders, .tar shards of img2dataset, parquet, saved or hub data sets, or embeddings already computed.
     """
 
+    check_kept(Folder(values["output"]))
     with stop_on_signals() as stop:
         done = build_index(config_of(IndexConfig, values), stop)
     used = done.info.descriptor
@@ -232,18 +246,22 @@ def mitigate(ctx: click.Context, **values: Any) -> None:
 
 @cli.command()
 @options_from(ReportConfig)
-def report(**values: Any) -> None:
+@click.pass_context
+def report(ctx: click.Context, **values: Any) -> None:
     """Write the HTML report, tables, and the rows to drop.
 
-    Works on a run in progress too, and says so on its first screen.
+    Works on a run in progress too, says so on its first screen, and then exits 3.
     """
 
+    if values["output"] is not None:
+        check_kept(Folder(values["output"]))
     done = write_report(config_of(ReportConfig, values))
     counts = ", ".join(f"{count:,} {name}" for name, count in done.verdicts.items() if count)
     click.echo(f"{done.listed:,} flagged captions, {done.templates:,} findings" + (f": {counts}." if counts else "."))
     for line in done.unfinished:
         click.echo(f"not finished: {line}", err=True)
     click.echo(f"Report: {done.html or done.output}")
+    ctx.exit(3 if done.unfinished else 0)
 
 
 @cli.command()
@@ -323,6 +341,19 @@ def verify(ctx: click.Context, run: str, deep: bool, repair: bool) -> None:
         click.echo(line, err=True)
     click.echo(found.summary)
     ctx.exit(0 if found.whole else 3)
+
+
+@cli.command("doctor")
+@click.option(
+    "-o", "--output", default=DEFAULT_RUN, envvar="BE_AUDIT_RUN", show_default=True, help="Where runs will go."
+)
+@click.pass_context
+def run_doctor(ctx: click.Context, output: str) -> None:
+    """Say what this machine has and lacks for an audit: versions, devices, memory, disk, models, extras."""
+
+    lines, whole = doctor(output)
+    click.echo("\n".join(lines))
+    ctx.exit(0 if whole else 3)
 
 
 @cli.command()

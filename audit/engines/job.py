@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from audit.base.commits import Commit, Ledger
+from audit.base.log import worker_log
 
 
 class Job(Protocol):
@@ -58,4 +59,23 @@ class JobSpec:
 
 def compute(job: Job, shard: int, on_rows: Callable[[int], None]) -> Commit:
     """The shard's commit: that of another process which did it meanwhile, else of the work done now."""
-    return job.ledger.done([shard]).get(shard) or job(shard, on_rows)
+    made = job.ledger.done([shard]).get(shard)
+    if made is not None:
+        return made
+    log, where = worker_log(job.ledger.folder), {"stage": job.ledger.stage, "shard": shard}
+    finished = 0
+
+    def on_batch(rows: int) -> None:
+        nonlocal finished
+        finished += rows
+        log.batch(**where, rows=finished)
+        on_rows(rows)
+
+    log.event("begin", **where)
+    try:
+        made = job(shard, on_batch)
+    except BaseException as error:
+        log.event("failed", **where, error=f"{type(error).__name__}: {error}"[:2000])
+        raise
+    log.event("done", **where, rows=made.rows, seconds=made.seconds)
+    return made

@@ -27,6 +27,8 @@ class EngineConfig(Protocol):
     @property
     def max_error_rate(self) -> float: ...
     @property
+    def batch_timeout(self) -> float: ...
+    @property
     def max_shard_retries(self) -> int: ...
 
 
@@ -53,6 +55,7 @@ def run_shards(
         retries,
         progress,
         stop,
+        config.batch_timeout,
     )
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import IO, Any
 
-from audit.base.errors import AuditError, ends_the_job
+from audit.base.errors import AuditError, Damaged, ends_the_job
 from audit.base.progress import Progress
 from audit.base.stopping import Stop
 from audit.engines.job import Job, JobSpec, compute
 from audit.engines.retries import Outcome, Retries
 
 DEATHS = 3  # workers that may die one after the other while they load
+BEAT = 2.0  # seconds between two signs of life of a worker
+SILENCE, LOADING = 60.0, 600.0  # seconds without one after which it is killed; while it loads a model
+PARTING = 10.0  # seconds that workers have to end when a job does
 
 
 def run_here(job: Job, retries: Retries, progress: Progress, stop: Stop) -> Outcome:
@@ -53,17 +58,24 @@ def run_here(job: Job, retries: Retries, progress: Progress, stop: Stop) -> Outc
 
 
 def run_processes(
-    command: Callable[[int], list[str]], workers: int, retries: Retries, progress: Progress, stop: Stop
+    command: Callable[[int], list[str]],
+    workers: int,
+    retries: Retries,
+    progress: Progress,
+    stop: Stop,
+    batch_timeout: float = 0.0,
 ) -> Outcome:
     """Run shards in worker processes, each given the next shard when it is free.
 
     A worker speaks JSON lines: {"ready": true} when its model is loaded, {"rows": n} as it goes,
-    then {"done": shard, "rows": n} or {"failed": shard, "error": e}.
-    One that dies (killed, out of memory, a crash of the driver) has its shard counted as failed and is replaced.
+    then {"done": shard, "rows": n} or {"failed": shard, "error": e}; and {"alive": true} every few seconds.
+    One that dies (killed, out of memory, a crash of the driver) has its shard counted as failed and is replaced. So is
+    one that was stopped or hangs: without a sign of life, or without a finished batch, for too long, it is killed.
 
     Args:
         command: worker number -> argv of a process that reads shard numbers from stdin.
         workers: how many. retries: the shards.
+        batch_timeout: seconds without a finished batch after which a worker is killed; 0 never.
 
     Raises:
         Drained: a stop was asked for; the shards in hand are dropped.
@@ -76,12 +88,13 @@ def run_processes(
 
     def start(number: int) -> None:
         pool[number] = _Worker(number, command(number))
+        stop.children.add(pool[number].process)
         selector.register(pool[number].output, selectors.EVENT_READ, number)
         feed(pool[number])
 
     def feed(worker: _Worker) -> None:
         worker.shard = retries.take()
-        worker.counted = 0
+        worker.counted, worker.moved = 0, time.monotonic()
         worker.send(worker.shard)
 
     def failed(worker: _Worker, shard: int, error: str) -> None:
@@ -90,6 +103,8 @@ def run_processes(
 
     def hear(worker: _Worker, said: dict[str, Any]) -> None:
         nonlocal never_ready
+        if "alive" not in said:
+            worker.moved = worker.heard
         if "ready" in said:
             worker.ready, never_ready = True, 0
         elif "done" in said:
@@ -114,8 +129,9 @@ def run_processes(
         worker = pool.pop(number)
         selector.unregister(worker.output)
         code = worker.end()
-        if code == 2:
-            raise AuditError(worker.error or "a worker could not begin")
+        stop.children.discard(worker.process)
+        if code == 2 or (code == 3 and worker.error):
+            raise (Damaged if code == 3 else AuditError)(worker.error or "a worker could not begin")
         if worker.shard is None:
             return
         done = retries.ledger.done([worker.shard])
@@ -123,11 +139,12 @@ def run_processes(
             progress.add(done[worker.shard].rows - worker.counted)
             retries.done(number, worker.shard)
         elif worker.ready:
-            failed(worker, worker.shard, f"worker died with exit code {code}")
+            failed(worker, worker.shard, worker.killed or f"worker died with exit code {code}")
         else:
             retries.put_back(worker.shard)
             never_ready += 1
-            progress.note(f"a worker died with exit code {code} before its model was loaded")
+            why = worker.killed or f"a worker died with exit code {code}"
+            progress.note(f"{why}, before its model was loaded")
             if never_ready >= max(DEATHS, workers):
                 raise AuditError(f"{never_ready} workers in a row died while loading: try fewer --workers")
 
@@ -146,13 +163,29 @@ def run_processes(
                     bury(key.data)
                 for said in messages or ():
                     hear(pool[key.data], said)
+            for worker in pool.values():
+                worker.kill_if_stuck(batch_timeout)
     finally:
         selector.close()
-        for worker in pool.values():
-            worker.process.terminate()
-        for worker in pool.values():
-            worker.end()
+        _end_all(list(pool.values()))
+        stop.children.difference_update(worker.process for worker in pool.values())
     return retries.outcome
+
+
+def _end_all(workers: list[_Worker]) -> None:
+    """Ask workers to end, and kill those that do not: nothing is lost with the shard one has in hand."""
+    try:
+        for worker in workers:
+            worker.process.terminate()
+            worker.send(None)
+        until = time.monotonic() + PARTING
+        for worker in workers:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(max(until - time.monotonic(), 0.0))
+    finally:  # also where a second Ctrl-C does not want to wait
+        for worker in workers:
+            worker.process.kill()
+            worker.end()
 
 
 class _Worker:
@@ -160,7 +193,8 @@ class _Worker:
 
     def __init__(self, number: int, argv: list[str]) -> None:
         self.number, self.shard = number, None  # type: int, int | None
-        self.counted, self.ready, self.error, self.rest = 0, False, "", b""
+        self.counted, self.ready, self.error, self.rest, self.killed = 0, False, "", b"", ""
+        self.heard = self.moved = time.monotonic()  # the last sign of life; the last one of progress
         # a session of its own: Ctrl-C reaches the parent alone, which then ends its workers
         self.process = subprocess.Popen(
             argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
@@ -171,6 +205,8 @@ class _Worker:
     def send(self, shard: int | None) -> None:
         """Hand over a shard; None lets the worker end."""
         assert self.process.stdin is not None
+        if self.process.stdin.closed:
+            return
         try:
             if shard is None:
                 self.process.stdin.close()
@@ -184,8 +220,21 @@ class _Worker:
         data = os.read(self.output.fileno(), 1 << 16)
         if not data:
             return None
+        self.heard = time.monotonic()
         *lines, self.rest = (self.rest + data).split(b"\n")
-        return [json.loads(line) for line in lines]
+        return [said for line in lines if isinstance(said := json.loads(line), dict)]
+
+    def kill_if_stuck(self, batch_timeout: float) -> None:
+        """Kill a worker that gives no sign of life, or finishes no batch, for too long: listen() then says it ended."""
+        now, limit = time.monotonic(), SILENCE if self.ready else LOADING
+        if self.shard is None or self.killed:
+            return
+        if now - self.heard > limit:
+            self.killed = f"worker gave no sign of life for {limit:.0f} s (stopped, or hung) and was killed"
+        elif batch_timeout and self.ready and now - self.moved > batch_timeout:
+            self.killed = f"worker finished no batch in {batch_timeout:.0f} s (--batch-timeout) and was killed"
+        if self.killed:
+            self.process.kill()
 
     def end(self) -> int:
         """Wait for the end of a worker that was told to end or has died, and give its exit code."""
@@ -206,4 +255,4 @@ def die_with_parent() -> None:
         import ctypes
         import signal
 
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 = PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG; SIGTERM would not end one that is stopped

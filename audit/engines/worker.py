@@ -5,24 +5,28 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
-from audit.base.errors import AuditError, Drained, ends_the_job
+from audit.base.errors import AuditError, Damaged, Drained, ends_the_job
 from audit.base.stopping import stop_on_signals
 from audit.engines.job import JobSpec, compute
-from audit.engines.local import die_with_parent
+from audit.engines.local import BEAT, die_with_parent
 
 
 def main(spec: str) -> int:
-    """Serve a JobSpec (JSON) until stdin ends. Exit codes: 0, 2 bad input, 75 stopped."""
+    """Serve a JobSpec (JSON) until stdin ends. Exit codes: 0, 2 bad input, 3 a damaged run, 75 stopped."""
     say = _take_stdout()
     die_with_parent()
+    threading.Thread(target=_beat, args=(say,), daemon=True, name="heartbeat").start()
     with stop_on_signals() as stop:
         try:
             job = JobSpec.from_json(spec).open()
         except AuditError as error:
             say({"error_line": str(error)})
-            return 2
+            return 3 if isinstance(error, Damaged) else 2
 
         def on_rows(rows: int) -> None:
             try:
@@ -45,7 +49,7 @@ def main(spec: str) -> int:
                     say({"done": shard, "rows": made.rows})
         except AuditError as error:
             say({"error_line": str(error)})
-            return 2
+            return 3 if isinstance(error, Damaged) else 2
         except (Drained, BrokenPipeError, KeyboardInterrupt):
             return 75
     return 0
@@ -55,12 +59,24 @@ def _take_stdout() -> Any:
     """Keep stdout for messages alone; what libraries print goes to stderr."""
     messages = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    lock = threading.Lock()
 
     def say(message: dict[str, Any]) -> None:
-        messages.write(json.dumps(message) + "\n")
-        messages.flush()
+        with lock:
+            messages.write(json.dumps(message) + "\n")
+            messages.flush()
 
     return say
+
+
+def _beat(say: Callable[[dict[str, Any]], None]) -> None:
+    """Say again and again that this process runs: one that was stopped, or hangs with Python's lock held, does not."""
+    while True:
+        time.sleep(BEAT)
+        try:
+            say({"alive": True})
+        except (OSError, ValueError):
+            return  # the parent is gone
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from audit.index.facts import (
     FORMAT,
     IDS,
     INFO,
+    PARTS,
     STAGE,
     VECTORS,
     DescriptorFacts,
@@ -106,15 +107,15 @@ def build_index(config: IndexConfig, stop: Stop | None = None) -> IndexSummary:
     """
     if config.rows_per_part < 1 or config.batch_size < 1:
         raise AuditError("--rows-per-part and --batch-size must be at least 1")
+    folder = Folder(config.output)
     columns = Columns(config.image_col, config.url_col, config.caption_col, config.key_col)
     sources = find_sources(config.images, columns)
     weights = find_descriptor(config.sscd)
     descriptor = open_descriptor(weights, config.device, config.preprocessing)
     if config.type != "auto":
         ann.make(config.type, descriptor.dim)  # a mistyped one is said before any picture is read
-    folder = Folder(config.output)
     fingerprint = plan(folder, sources, descriptor, config)
-    ledger = Ledger(folder, STAGE, fingerprint)
+    ledger = Ledger(folder, STAGE, fingerprint, PARTS)
     work = [(source, part) for source in sources for part in source.parts(config.rows_per_part)]
     if not work:
         raise AuditError(f"{', '.join(config.images)}: holds no rows")
@@ -255,8 +256,10 @@ def _gather(folder: Folder, done: dict[int, Commit], total: int, dim: int, scrat
 
 def read_part(folder: Folder, number: int, columns: list[str]) -> pa.Table:
     """Some columns of a part; on a local disk the others are not even read."""
-    path = folder.path(f"parts/{shard_name(number)}.arrow")
-    source = pa.memory_map(path) if folder.local else pa.BufferReader(folder.read(f"parts/{shard_name(number)}.arrow"))
+    path = folder.path(f"{PARTS}/{shard_name(number)}.arrow")
+    source = (
+        pa.memory_map(path) if folder.local else pa.BufferReader(folder.read(f"{PARTS}/{shard_name(number)}.arrow"))
+    )
     names = pa.ipc.open_file(source).schema.names
     options = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in columns])
     return pa.ipc.open_file(source, options=options).read_all().select(columns)

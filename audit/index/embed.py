@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from audit.base.commits import Commit, Ledger, shard_name
+from audit.base.commits import Commit, Ledger
 from audit.base.errors import AuditError
 from audit.base.progress import Progress
 from audit.base.stopping import Stop
@@ -70,7 +70,7 @@ def embed_part(
     table = _table(number, source.kind, items, embeddings, dim)
     counts = {"ok": len(items) - len(errors), "error": len(errors)}
     seconds = {"part": time.perf_counter() - start}
-    return ledger.commit(number, f"parts/{shard_name(number)}.arrow", table, counts, seconds)
+    return ledger.commit(number, table, counts, seconds)
 
 
 def described(

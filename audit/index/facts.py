@@ -10,7 +10,7 @@ from audit.base.facts import read_facts
 from audit.base.storage import Folder
 
 FORMAT = 1
-STAGE = "embed"
+STAGE, PARTS = "embed", "parts"
 FACTS, INFO, VECTORS, IDS, FAISS = "index.json", "index_info.json", "vectors.npy", "ids.npy", "index.faiss"
 
 

@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from audit.base.commits import Ledger
-from audit.base.errors import AuditError
+from audit.base.commits import Ledger, damaged, shard_name
+from audit.base.errors import AuditError, Damaged
 from audit.base.fingerprint import diff_lines
 from audit.base.storage import Folder
 from audit.index import ann
@@ -27,6 +27,7 @@ from audit.index.facts import (
     FAISS,
     IDS,
     INFO,
+    PARTS,
     STAGE,
     VECTORS,
     DescriptorFacts,
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from pipelines.descriptor import Descriptor
 
 FACT_COLUMNS = ["id", "key", "url", "caption", "source", "locator"]
+
+MEND = "be-audit index verify --repair, then be-audit index build, make it again"
 
 
 class Index:
@@ -60,10 +63,20 @@ class Index:
         self.fingerprint = self.info.fingerprint
         self.descriptor = self.info.descriptor
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        self._ids = np.load(self._local(IDS), mmap_mode="r", allow_pickle=False)
-        self._vectors = np.load(self._local(VECTORS), mmap_mode="r", allow_pickle=False)
         self._faiss: Any = None
-        self._facts = lru_cache(maxsize=64)(lambda part: read_part(self.folder, part, FACT_COLUMNS))
+        self._facts = lru_cache(maxsize=64)(self._read_part)
+
+    @cached_property
+    def _ids(self) -> Any:
+        """[N] int64, ascending. Raises Damaged where the file is not what was written."""
+        with damaged(self.folder.path(IDS), MEND):
+            return np.load(self._local(IDS), mmap_mode="r", allow_pickle=False)
+
+    @cached_property
+    def _vectors(self) -> Any:
+        """[N, D] float16. Raises Damaged where the file is not what was written."""
+        with damaged(self.folder.path(VECTORS), MEND):
+            return np.load(self._local(VECTORS), mmap_mode="r", allow_pickle=False)
 
     @classmethod
     def open(cls, path: str) -> Index:
@@ -88,9 +101,16 @@ class Index:
             ids int64 [Q, k] (-1 where there are fewer) and exact cosines float32 [Q, k] (-inf there), best first.
         """
         if self._faiss is None and FAISS in self.info.files:
-            self._faiss = ann.load(self._local(FAISS), self.info.num_probe)
+            try:
+                self._faiss = ann.load(self._local(FAISS), self.info.num_probe)
+            except (RuntimeError, MemoryError) as error:
+                raise Damaged(f"{self.folder.path(FAISS)}: damaged: {MEND}") from error
         positions, cosines = ann.nearest(self._vectors, vectors, k, self._faiss)
         return np.where(positions >= 0, self._ids[np.maximum(positions, 0)], -1), cosines
+
+    def _read_part(self, part: int) -> pa.Table:
+        with damaged(self.folder.path(f"{PARTS}/{shard_name(part)}.arrow"), MEND):
+            return read_part(self.folder, part, FACT_COLUMNS)
 
     def vectors(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         """Stored vectors, float32 [n, D], unit length. Raises KeyError on an id that is not in the index."""
@@ -181,7 +201,7 @@ class Index:
             deep: read and hash everything; without it a flipped bit is not seen.
             repair: take back what is damaged, so that the next `be-audit index build` makes just that again.
         """
-        ledger = Ledger(self.folder, STAGE, self.fingerprint)
+        ledger = Ledger(self.folder, STAGE, self.fingerprint, PARTS)
         problems = []
         for part in range(self.info.parts):
             commit = ledger.read(part)
@@ -205,6 +225,9 @@ class Index:
         """A file of the index on this machine: itself, or a copy that lives as long as the Index."""
         if not self.folder.exists(name):
             raise AuditError(f"{self.folder.path(name)}: missing: give `be-audit index build` again, it restores it")
+        facts = self.info.files.get(name)
+        if facts is not None and self.folder.size(name) != facts.bytes:
+            raise Damaged(f"{self.folder.path(name)}: damaged: not the size {INFO} says: {MEND}")
         if self.folder.local:
             return self.folder.path(name)
         if self._scratch is None:

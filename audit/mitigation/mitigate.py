@@ -19,7 +19,7 @@ from audit.base.stopping import Stop
 from audit.index import Index
 from audit.mitigation.config import MovingConfig, find_clip, trigger_column
 from audit.mitigation.target import clean_target
-from audit.run.read import dataset, read_stage
+from audit.run.read import dataset, read_stage, take_rows
 from audit.run.run import DEFAULT_RUN, Run
 from audit.run.schema import COPIES, MITIGATED_COLUMNS, VERDICTS
 from audit.run.select import with_images
@@ -40,11 +40,16 @@ class MitigateConfig(MovingConfig):
     thresholds: str | None = option(None, "Trigger: the threshold in this file (be-audit calibrate).")
     top_k: int | None = option(None, "Mitigate this many captions, global copies first; default all copies.", min=1)
     engine: str = option("local", "Where shards run.", choices=ENGINES)
-    workers: int = option(0, "Worker processes; 0 is one a GPU.", min=0)
+    workers: int = option(0, "Worker processes; 0 is one a GPU.", min=0, max=1024)
     max_error_rate: float = option(
         0.05, "A shard with a larger share of failed images is not committed.", min=0.0, max=1.0
     )
     max_shard_retries: int = option(3, "Tries of a shard before it is given up.", min=1)
+    batch_timeout: float = option(
+        3600.0,
+        "Seconds without a finished batch after which a worker process is killed and replaced; 0 never.",
+        min=0.0,
+    )
     replace: bool = option(False, "Discard an earlier mitigation that was begun differently.")
 
 
@@ -75,6 +80,7 @@ class MitigateSummary:
         verdicts: name -> (before, after), against the same training pictures.
         means: of ld, magnitude, sscd, alignment (before, after), over the triggered images; alignment only with a CLIP.
         failed: rows with an error. quarantined: shards given up. unconfirmed: shards confirm has not done.
+        missing: images to mitigate that are not there.
         committed_now: shards done by this call.
     """
 
@@ -90,13 +96,14 @@ class MitigateSummary:
     failed: int
     quarantined: list[int]
     unconfirmed: int
+    missing: int
     committed_now: int
     seconds: float
 
     @property
     def exit_code(self) -> int:
-        """0 complete, 3 with failed rows or shards."""
-        return 3 if self.failed or self.quarantined or self.unconfirmed else 0
+        """0 complete, 3 with failed rows or shards, or with images that are not there."""
+        return 3 if self.failed or self.quarantined or self.unconfirmed or self.missing else 0
 
     def lines(self) -> list[str]:
         """For people."""
@@ -114,6 +121,8 @@ class MitigateSummary:
             lines.append("Text alignment was not measured: give a CLIPModel folder with --clip.")
         if self.failed:
             lines.append(f"{self.failed} images failed: see the column error of mitigated/")
+        if self.missing:
+            lines.append(f"{self.missing} images are missing: give the command again; why: be-audit status {self.run}")
         if self.unconfirmed:
             lines.append(f"{self.unconfirmed} shards are not confirmed and were left out: be-audit status {self.run}")
         return lines
@@ -138,6 +147,7 @@ def mitigate(config: MitigateConfig, stop: Stop | None = None) -> MitigateSummar
         target=begun.target,
         quarantined=outcome.quarantined,
         unconfirmed=unconfirmed,
+        missing=stage.items.num_rows - counted["images"],
         committed_now=len(outcome.committed),
         seconds=time.monotonic() - started,
         **counted,
@@ -150,6 +160,17 @@ def resume(run: Run, stop: Stop | None = None) -> None:
     mitigate(replace(config, run=run.url, replace=False), stop)
 
 
+def check_same(run: Run) -> None:
+    """Raise AuditError where the index or the CLIP of a run's mitigation is not the one it was begun with."""
+    stage = Stage.open(run, MITIGATE)
+    config, begun = stage.config(MitigateConfig), stage.fingerprint(MitigateFingerprint)
+    confirmed = Stage.open(run, CONFIRM)
+    if Index.open(config.index or "").fingerprint != confirmed.fingerprint(ConfirmFingerprint).index:
+        raise AuditError(f"--index {config.index}: not the index confirm used; nothing was touched")
+    if begun.clip is not None and (config.clip is None or _folder_digest(config.clip) != begun.clip):
+        raise AuditError(f"--clip {config.clip}: not the CLIP model the mitigation was begun with; nothing was touched")
+
+
 def _begin(run: Run, config: MitigateConfig) -> tuple[Stage, int]:
     """Pick the copies and begin the stage; shards are confirm's. Also how many of those confirm has not done."""
     confirmed, trajectories = Stage.find(run, CONFIRM), Stage.find(run, TRAJECTORIES)
@@ -157,7 +178,7 @@ def _begin(run: Run, config: MitigateConfig) -> tuple[Stage, int]:
     if confirmed is None or trajectories is None or found is None:
         raise AuditError(f"{run.url}: nothing is confirmed yet: give `be-audit confirm {run.url}` first")
     # 1. which rows
-    table = found.to_table(columns=["row_id", "caption", "verdict", "candidate_rank"])
+    table = take_rows(run, found, ["row_id", "caption", "verdict", "candidate_rank"])
     table = table.filter(pc.is_in(table["verdict"], pa.array(COPIES)))
     if not table.num_rows:
         raise AuditError(f"{run.url}: confirm found no copies: nothing to mitigate")

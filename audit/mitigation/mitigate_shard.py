@@ -145,7 +145,7 @@ class MitigateJob:
         untriggered = sum(row["triggered"] is False for row in rows)
         counts = {"ok": len(rows) - len(failed), "error": len(failed), "untriggered": untriggered}
         seconds = {"mitigate": sampled - started, "wall": time.monotonic() - started}
-        return self.ledger.commit(shard, self.stage.file(shard), mitigated_table(rows), counts, seconds)
+        return self.ledger.commit(shard, mitigated_table(rows), counts, seconds)
 
     def _read(self, shard: int) -> list[dict[str, Any]]:
         """The shard's rows, unmitigated: columns of mitigated/ and, for the work here, `masks` and `best`."""

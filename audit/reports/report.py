@@ -118,6 +118,7 @@ def _check_output(folder: Folder) -> None:
     """
     if folder.local and folder.fs.isfile(folder.root):
         raise AuditError(f"-o {folder.url}: is a file; give a folder")
-    there = folder.list()
+    folder.sweep()  # of a report that was killed
+    there = [name for name in folder.list() if not name.startswith(".")]
     if there and "report.json" not in there:
         raise AuditError(f"-o {folder.url}: not empty and not a report (it has {there[0]}); give a new folder")

@@ -232,7 +232,7 @@ def _commit_table(run: Run) -> pa.Table:
                     "wall_seconds": made.seconds.get("wall"),
                     "seconds": list(made.seconds.items()),
                     "bytes": made.bytes,
-                    **{name: made.worker.get(name) for name, _ in _WORKER},
+                    **{name: getattr(made.worker, name) for name, _ in _WORKER},
                     "finished": _time(made.finished),
                     "file": made.file,
                     "sha256": made.sha256,
@@ -247,8 +247,8 @@ def _attempt_table(run: Run) -> pa.Table:
     for ledger in (stage.ledger for stage in Stage.begun(run)):
         for shard in sorted(ledger.tried()):
             for attempt in ledger.attempts(shard):
-                worker = {name: attempt.get("worker", {}).get(name) for name, _ in _WORKER}
-                told = {"error": attempt.get("error"), "time": _time(attempt.get("time", ""))}
+                worker = {name: getattr(attempt.worker, name) for name, _ in _WORKER}
+                told = {"error": attempt.error, "time": _time(attempt.time)}
                 rows.append({"stage": ledger.stage, "shard": shard, **told, **worker})
     return pa.Table.from_pylist(rows, _ATTEMPTS)
 

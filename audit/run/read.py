@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 from numpy.typing import NDArray
 
-from audit.base.commits import Ledger
+from audit.base.commits import Ledger, damaged
 from audit.base.errors import AuditError
 from audit.run.run import Run
 from audit.run.schema import DETECTORS, SCORE_MASKS, WINDOWS
@@ -40,7 +41,14 @@ def dataset(run: Run, kind: StageKind = SCAN, shards: Sequence[int] | None = Non
         return None
     fs = run.folder.fs
     filesystem = None if run.folder.local else pa.fs.PyFileSystem(pa.fs.FSSpecHandler(fs))
-    return pads.dataset(files, format="ipc", filesystem=filesystem)
+    with damaged(run.url):
+        return pads.dataset(files, format="ipc", filesystem=filesystem)
+
+
+def take_rows(run: Run, found: pads.Dataset, columns: Sequence[str] | None, filter: Any = None) -> pa.Table:
+    """Rows of a dataset of a run. Raises Damaged where a file has been cut or changed since it was committed."""
+    with damaged(run.url):
+        return found.to_table(columns=None if columns is None else list(columns), filter=filter)
 
 
 def read_rows(run: Run, row_ids: NDArray[np.int64], columns: Sequence[str] | None = None) -> pa.Table:
@@ -62,7 +70,7 @@ def read_rows(run: Run, row_ids: NDArray[np.int64], columns: Sequence[str] | Non
     if columns is None:
         columns = [name for name in found.schema.names if name not in SCORE_MASKS]
     needed = [name for name in found.schema.names if name in {*columns, "row_id"}]
-    table = found.to_table(columns=needed, filter=pc.field("row_id").isin(pa.array(row_ids)))
+    table = take_rows(run, found, needed, pc.field("row_id").isin(pa.array(row_ids)))
     table = table.take(pc.index_in(pa.array(row_ids), table["row_id"].combine_chunks()))
     return _add_windows(run, table).select(list(columns))
 
@@ -74,7 +82,7 @@ def read_stage(run: Run, stage: str, columns: Sequence[str] | None = None) -> pa
         run: the run. stage: its name. columns: some of them; None for all.
     """
     found = dataset(run, STAGES[stage])
-    return None if found is None else found.to_table(columns=None if columns is None else list(columns))
+    return None if found is None else take_rows(run, found, columns)
 
 
 def read_scores(run: Run, columns: Sequence[str] | None = None, masks: bool = False) -> pa.Table:
@@ -97,7 +105,7 @@ def read_scores(run: Run, columns: Sequence[str] | None = None, masks: bool = Fa
     if columns is None:
         columns = [name for name in found.schema.names if masks or name not in SCORE_MASKS]
     needed = {*columns, "row_id", "duplicate_of"}  # by which rows are resolved; nothing else is read
-    table = found.to_table(columns=[name for name in found.schema.names if name in needed])
+    table = take_rows(run, found, [name for name in found.schema.names if name in needed])
     return resolve_duplicates(_add_windows(run, table)).select(list(columns))
 
 
@@ -137,7 +145,7 @@ def window_means(run: Run) -> pa.Table | None:
         found = dataset(run, kind)
         if found is None:
             continue
-        table = found.to_table(columns=["row_id", *WINDOWS], filter=pc.field("error").is_null())
+        table = take_rows(run, found, ["row_id", *WINDOWS], pc.field("error").is_null())
         if parts:
             table = table.filter(pc.invert(pc.is_in(table["row_id"], parts[0]["row_id"].combine_chunks())))
         means = table.group_by("row_id").aggregate([(name, "mean") for name in WINDOWS])

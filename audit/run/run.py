@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import json
 import platform
+import uuid
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import Any
@@ -13,12 +14,15 @@ from typing import Any
 from audit.base.errors import AuditError
 from audit.base.facts import read_facts, to_json
 from audit.base.fingerprint import diff_lines, digest
-from audit.base.storage import Folder
+from audit.base.seal import Seal
+from audit.base.storage import Folder, check_kept
 from audit.captions import CaptionPlan
 
-FORMAT = 2
+FORMAT = 3
 DEFAULT_RUN = "be-audit-run"
-_OURS = {"plan.arrow", "duplicates.arrow", "input", "run.json", "logs"}
+PLANNED = ("plan.arrow", "duplicates.arrow", "input")
+"""What planning writes, before run.json makes the folder a run."""
+_CLAIMS, _BEFORE = "_claims", {"logs"}
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class RunFacts:
         created: when, ISO 8601. model: as it was named, a local folder by its absolute path. revision: as it was asked.
         config: flags of the scan, to go on with. fingerprint: what the scores depend on; digest: its hash.
         rows, unique, empty, shards: of the plan. versions: of packages, recorded only.
+        sealed: the plan, the duplicates and the staged inputs, as they were written.
     """
 
     format: int
@@ -94,6 +99,7 @@ class RunFacts:
     empty: int
     shards: int
     versions: dict[str, str]
+    sealed: dict[str, Seal]
 
 
 class Run:
@@ -128,7 +134,10 @@ class Run:
         except Exception as error:  # no permission, no credentials: every file system driver has its own types
             raise AuditError(f"{folder.url}: cannot be read: {error}") from error
         _check_format(folder, data)
-        return cls(folder, read_facts(RunFacts, data, folder.path("run.json")))
+        facts = read_facts(RunFacts, data, folder.path("run.json"))
+        if facts.digest != facts.fingerprint.digest or "plan.arrow" not in facts.sealed:
+            raise AuditError(f"{folder.path('run.json')}: was edited: digest is not that of fingerprint: restore it")
+        return cls(folder, facts)
 
     @classmethod
     def create(
@@ -140,8 +149,12 @@ class Run:
         model: str,
         revision: str | None = None,
     ) -> Run:
-        """Save the plan, then run.json, which makes the folder a run. Arguments as in RunFacts."""
-        plan.save(folder)
+        """Save the plan, then run.json, which makes the folder a run. Arguments as in RunFacts.
+
+        Raises:
+            AuditError: another process made a different run here meanwhile.
+        """
+        sealed = plan.save(folder)
         facts = RunFacts(
             format=FORMAT,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -155,8 +168,12 @@ class Run:
             empty=plan.num_empty,
             shards=len(plan),
             versions=versions(),
+            sealed=sealed,
         )
-        folder.write("run.json", to_json(facts))
+        if not folder.create("run.json", to_json(facts)):  # one planner took another for dead
+            run = cls.open(folder.url)
+            run.check_same(fingerprint)
+            return run
         return cls(folder, facts)
 
     @property
@@ -173,8 +190,13 @@ class Run:
 
     @functools.cached_property
     def plan(self) -> CaptionPlan:
-        """Files, shards and duplicates."""
-        return CaptionPlan.load(self.folder)
+        """Files, shards and duplicates. Raises Damaged where it is not what run.json has sealed."""
+        plan = CaptionPlan.load(self.folder, self.facts.sealed["plan.arrow"])
+        facts = self.facts
+        counts = (plan.num_rows, plan.num_unique, plan.num_empty, len(plan))
+        if counts != (facts.rows, facts.unique, facts.empty, facts.shards):
+            raise AuditError(f"{self.folder.path('run.json')}: was edited: its counts are not the plan's: restore it")
+        return plan
 
     def check_same(self, fingerprint: Fingerprint) -> None:
         """Refuse to go on under another fingerprint.
@@ -182,13 +204,24 @@ class Run:
         Raises:
             AuditError: with one line a field that differs.
         """
-        lines = diff_lines(asdict(self.fingerprint), asdict(fingerprint))
-        if lines:
-            raise AuditError(
-                f"{self.url}: holds a different run; nothing was touched. What differs (run -> now):\n  "
-                + "\n  ".join(lines[:40])
-                + "\nGive the same flags and files to go on with it, or another -o for a new run."
-            )
+        refuse_other(self.folder, self.fingerprint, fingerprint, "holds a different run")
+
+    def still(self) -> None:
+        """Raise AuditError where the folder holds another run by now."""
+        now = Run.find(self.folder)
+        if now is None or (now.digest, now.facts.created) != (self.digest, self.facts.created):
+            raise AuditError(f"{self.url}: the run was removed or replaced by another process")
+
+
+def refuse_other(folder: Folder, theirs: Fingerprint, ours: Fingerprint, what: str) -> None:
+    """Raise AuditError with one line a field that differs; nothing where they are the same."""
+    lines = diff_lines(asdict(theirs), asdict(ours))
+    if lines:
+        raise AuditError(
+            f"{folder.url}: {what}; nothing was touched. What differs (run -> now):\n  "
+            + "\n  ".join(lines[:40])
+            + "\nGive the same flags and files to go on with it, or another -o for a new run."
+        )
 
 
 def _check_format(folder: Folder, data: bytes) -> None:
@@ -213,15 +246,18 @@ def check_output(folder: Folder) -> None:
     if folder.local and folder.fs.isfile(folder.root):
         raise AuditError(f"-o {folder.url}: is a file; give a folder")
     there = [name for name in folder.list() if not name.startswith(".")]
-    if there and "run.json" not in there and not set(there) <= _OURS:
+    ours = _BEFORE | ({_CLAIMS, *PLANNED} if _CLAIMS in there else set())  # a plan in progress, or one that was killed
+    if there and "run.json" not in there and not set(there) <= ours:
         raise AuditError(f"-o {folder.url}: the folder is not empty and not a run (it has {there[0]}); give a new one")
     check_writable(folder)
 
 
 def check_writable(folder: Folder) -> None:
-    """Raise AuditError where nothing can be written, before work is spent on what should go there."""
-    folder.write(".writable", b"")
-    folder.remove(".writable")
+    """Raise AuditError where nothing can be written or kept, before work is spent on what should go there."""
+    check_kept(folder)
+    name = f".writable.{uuid.uuid4().hex[:8]}"  # others may be looking at the same time
+    folder.write(name, b"")
+    folder.remove(name)
 
 
 def versions() -> dict[str, str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Iterable, Sequence
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any, TypeVar
@@ -12,19 +13,20 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from audit.base.commits import Commit, Ledger, read_table, shard_name, table_bytes
-from audit.base.errors import AuditError
+from audit.base.commits import Commit, Ledger, damaged, table_bytes
+from audit.base.errors import AuditError, Damaged
 from audit.base.facts import read_facts, to_json
 from audit.base.fingerprint import diff_lines, digest
 from audit.base.options import config_of
 from audit.base.progress import Progress
+from audit.base.seal import Seal, read_sealed
 from audit.base.stopping import Stop
-from audit.captions.streams import reading
 from audit.engines.launch import EngineConfig, run_shards
 from audit.engines.retries import Outcome, Retries
 from audit.run.run import FORMAT, Run
 
 Facts = TypeVar("Facts")
+ITEMS = "items.arrow"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class StageKind:
         name: of its commits. files: folder of its results. unit: what its rows are, plural.
         opener: dotted name of the function that opens its job in a worker (audit.engines.job).
         resume: dotted name of the function (run, stop) that goes on with it as it was begun, for `verify --repair`.
+        check: dotted name of the function (run) that raises where what it needs is not what it was begun with.
+        rests_on: the stage it is nothing without.
     """
 
     name: str
@@ -42,27 +46,51 @@ class StageKind:
     unit: str
     opener: str
     resume: str
+    check: str
+    rests_on: str | None = None
 
 
-SCAN = StageKind("scan", "scores", "captions", "audit.scores.scan_shard:open_job", "audit.scores.scan:resume")
-REFINE = StageKind("refine", "refined", "trajectories", "audit.scores.trajectories:open_refine", SCAN.resume)
+_SCORES, _CONFIRM, _MITIGATE = "audit.scores.scan", "audit.verdicts.confirm", "audit.mitigation.mitigate"
+SCAN = StageKind(
+    "scan", "scores", "captions", "audit.scores.scan_shard:open_job", f"{_SCORES}:resume", f"{_SCORES}:check_same"
+)
+REFINE = StageKind(
+    "refine", "refined", "trajectories", "audit.scores.trajectories:open_refine", SCAN.resume, SCAN.check
+)
 TRAJECTORIES = StageKind(
     "trajectories",
     "trajectories",
     "images",
     "audit.scores.trajectories:open_trajectories",
-    "audit.verdicts.confirm:resume",
+    f"{_CONFIRM}:resume",
+    f"{_CONFIRM}:check_same",
 )
-MATCH = StageKind("match", "matched", "captions", "audit.verdicts.match_shard:open_job", TRAJECTORIES.resume)
+MATCH = StageKind(
+    "match",
+    "matched",
+    "captions",
+    "audit.verdicts.match_shard:open_job",
+    TRAJECTORIES.resume,
+    TRAJECTORIES.check,
+    "trajectories",
+)
 CONFIRM = StageKind(
-    "confirm", "confirmed", "candidates", "audit.verdicts.confirm_shard:open_job", "audit.verdicts.confirm:resume"
+    "confirm",
+    "confirmed",
+    "candidates",
+    "audit.verdicts.confirm_shard:open_job",
+    TRAJECTORIES.resume,
+    TRAJECTORIES.check,
+    "trajectories",
 )
 MITIGATE = StageKind(
     "mitigate",
     "mitigated",
     "images",
     "audit.mitigation.mitigate_shard:open_job",
-    "audit.mitigation.mitigate:resume",
+    f"{_MITIGATE}:resume",
+    f"{_MITIGATE}:check_same",
+    "confirm",
 )
 STAGES = {kind.name: kind for kind in (SCAN, REFINE, TRAJECTORIES, MATCH, CONFIRM, MITIGATE)}
 """Every stage, in the order in which one rests on the other."""
@@ -73,22 +101,28 @@ class StageFacts:
     """stages/NAME.json.
 
     Attributes:
-        fingerprint: what its results depend on, the run's digest included; digest: its hash.
+        fingerprint: what its results depend on, the run's digest included.
+        generation: made anew whenever the stage is begun: results of a discarded one lie elsewhere and never count.
+        digest: hash of both.
         config: flags it was begun with, to go on with.
+        sealed: the files it rests on (its items and what else it was begun with), as they were written.
     """
 
     format: int
     files: str
     fingerprint: dict[str, Any]
+    generation: str
     digest: str
     config: dict[str, Any]
+    sealed: dict[str, Seal]
 
 
 class Stage:
     """A stage of a run as it was begun.
 
-    `stages/NAME.json` holds its facts and `stages/NAME.arrow` its rows: columns `shard`, `row_id`, `caption` and what
-    else the stage needs; those of the scan are run.json and the plan. Results lie in FOLDER/000/00000.arrow.
+    `stages/NAME.json` holds its facts and `stages/NAME-GENERATION/items.arrow` its rows: columns `shard`, `row_id`,
+    `caption` and what else the stage needs; those of the scan are run.json and the plan. Results lie in
+    FOLDER/GENERATION/000/00000.arrow, those of the scan in scores/000/00000.arrow.
 
     Attributes:
         run: the run. kind: which stage. facts: stages/NAME.json. ledger: its commits.
@@ -96,24 +130,39 @@ class Stage:
 
     def __init__(self, run: Run, kind: StageKind, facts: StageFacts) -> None:
         self.run, self.kind, self.facts = run, kind, facts
-        self.ledger = Ledger(run.folder, kind.name, facts.digest)
+        self.ledger = Ledger(run.folder, kind.name, facts.digest, kind.files, facts.generation, self.still)
 
     @classmethod
     def find(cls, run: Run, kind: StageKind) -> Stage | None:
-        """The stage as it was begun, or None.
+        """The stage as it was begun; None where it was not, or rests on another that was begun anew since.
 
         Raises:
             AuditError: its file cannot be read.
         """
+        found = cls._stored(run, kind)
+        if found is None or kind.rests_on is None:
+            return found
+        below = cls.find(run, STAGES[kind.rests_on])
+        return found if below is not None and found.rests_on(below) else None
+
+    @classmethod
+    def _stored(cls, run: Run, kind: StageKind) -> Stage | None:
+        """What stages/NAME.json says, whether or not it is of use."""
         if kind == SCAN:
             made = run.facts
-            return cls(run, SCAN, StageFacts(made.format, SCAN.files, {}, made.digest, made.config))
+            return cls(run, SCAN, StageFacts(made.format, SCAN.files, {}, "", made.digest, made.config, made.sealed))
         name = f"stages/{kind.name}.json"
         try:
             data = run.folder.read(name)
         except FileNotFoundError:
             return None
-        return cls(run, kind, read_facts(StageFacts, data, run.folder.path(name)))
+        facts = read_facts(StageFacts, data, run.folder.path(name))
+        whole = (kind.files, _stage_digest(facts.fingerprint, facts.generation), run.digest)
+        if whole != (facts.files, facts.digest, facts.fingerprint.get("run")) or ITEMS not in facts.sealed:
+            raise Damaged(
+                f"{run.folder.path(name)}: was edited or is of another run: remove it, and begin {kind.name} anew"
+            )
+        return cls(run, kind, facts)
 
     @classmethod
     def open(cls, run: Run, kind: StageKind) -> Stage:
@@ -137,6 +186,7 @@ class Stage:
         items: pa.Table,
         config: Any = None,
         replace: bool = False,
+        beside: Mapping[str, bytes] | None = None,
     ) -> Stage:
         """Begin a stage, or go on with the same one.
 
@@ -145,28 +195,73 @@ class Stage:
             items: its rows, with a column `shard`.
             config: dataclass recorded with it, so that it can be gone on with.
             replace: discard an earlier stage that was begun differently, instead of refusing.
+            beside: further files it rests on, name to content, written and sealed with it.
 
         Raises:
             AuditError: begun before with another fingerprint, with one line a field that differs.
+            Damaged: its rows are damaged and cannot be made again.
         """
         whole = {**asdict(fingerprint), "run": run.digest}
-        earlier = cls.find(run, kind)
+        files = {ITEMS: table_bytes(items), **(beside or {})}
+        sealed = {name: Seal.of(data) for name, data in files.items()}
+        earlier = cls._stored(run, kind)
         if earlier is not None:
             lines = diff_lines(earlier.facts.fingerprint, whole)
-            if not lines:
+            if not lines and earlier._restore(files, sealed, replace):
                 return earlier
-            if not replace:
+            if lines and not replace and cls.find(run, kind) is not None:
                 raise AuditError(
                     f"{run.url}: {kind.name} was begun differently; nothing was touched. What differs (run -> now):\n  "
                     + "\n  ".join(lines[:40])
                     + "\nGive the same flags to go on with it, or --replace to discard it and begin anew."
                 )
             earlier.discard()
-        run.folder.write(f"stages/{kind.name}.arrow", table_bytes(items))
-        recorded = {} if config is None else asdict(config)
-        facts = StageFacts(FORMAT, kind.files, whole, digest(whole), recorded)
-        run.folder.write(f"stages/{kind.name}.json", to_json(facts))
-        return cls(run, kind, facts)
+        recorded, generation = {} if config is None else asdict(config), uuid.uuid4().hex[:8]
+        facts = StageFacts(FORMAT, kind.files, whole, generation, _stage_digest(whole, generation), recorded, sealed)
+        begun = cls(run, kind, facts)
+        for name, data in files.items():
+            run.folder.write(begun.place(name), data)
+        if not run.folder.create(f"stages/{kind.name}.json", to_json(facts)):  # another process was faster
+            run.folder.remove(f"stages/{kind.name}-{generation}")
+            return cls.begin(run, kind, fingerprint, items, config, False, beside)
+        return begun
+
+    def _restore(self, files: Mapping[str, bytes], sealed: Mapping[str, Seal], replace: bool) -> bool:
+        """Write files it rests on again where they are damaged and have come out the same; False: begin it anew."""
+        for name, data in files.items():
+            place, known = self.place(name), self.facts.sealed.get(name)
+            problem = known.problem(self.run.folder, place) if known else None
+            if problem and sealed[name] == known:
+                self.run.folder.write(place, data)
+            elif problem and not replace:
+                raise Damaged(f"{self.run.folder.path(problem)}: and cannot be made again: --replace begins it anew")
+            elif problem:
+                return False
+        return True
+
+    def place(self, name: str) -> str:
+        """Where a file it was begun with lies."""
+        return name if self.kind == SCAN else f"stages/{self.kind.name}-{self.facts.generation}/{name}"
+
+    def still(self) -> None:
+        """Raise AuditError once another process has discarded this stage, or the run."""
+        self.run.still()
+        if self.kind == SCAN:
+            return
+        now = Stage._stored(self.run, self.kind)
+        if now is None or now.facts.digest != self.facts.digest:
+            raise AuditError(
+                f"{self.run.url}: {self.kind.name} was discarded by another process: nothing more is done here"
+            )
+
+    def problems(self) -> list[str]:
+        """What is wrong with the files it rests on, one line each."""
+        found = (seal.problem(self.run.folder, self.place(name)) for name, seal in self.facts.sealed.items())
+        return [problem for problem in found if problem]
+
+    def sealed(self, name: str) -> bytes:
+        """A file it was begun with. Raises Damaged where it is not what was written."""
+        return read_sealed(self.run.folder, self.place(name), self.facts.sealed.get(name))
 
     def differs(self, fingerprint: Any) -> bool:
         """Whether it was begun with another fingerprint (dataclass) than this."""
@@ -177,9 +272,17 @@ class Stage:
         return bool(self.facts.fingerprint.get(other.kind.name) == other.facts.digest)
 
     def discard(self) -> None:
-        """Remove the stage, its commits first."""
-        name = self.kind.name
-        for path in (f"stages/{name}.json", f"_commits/{name}", f"_attempts/{name}", self.kind.files):
+        """Remove the stage and every stage that rests on it; the highest first, and of each what makes it a stage."""
+        for kind in STAGES.values():
+            if kind.rests_on == self.kind.name and (above := Stage._stored(self.run, kind)) is not None:
+                above.discard()
+        name, generation = self.kind.name, self.facts.generation
+        below = (f"_commits/{name}", f"_attempts/{name}", self.kind.files)
+        for path in (
+            f"stages/{name}.json",
+            f"stages/{name}-{generation}",
+            *(f"{folder}/{generation}" for folder in below),
+        ):
             self.run.folder.remove(path)
 
     def fingerprint(self, kind: type[Facts]) -> Facts:
@@ -192,10 +295,10 @@ class Stage:
 
     @functools.cached_property
     def items(self) -> pa.Table:
-        """The rows of a later stage. Raises AuditError when their file is damaged."""
-        name = f"stages/{self.kind.name}.arrow"
-        with reading(self.run.folder.path(name)):
-            return read_table(self.run.folder, name)
+        """The rows of a later stage. Raises Damaged where their file is not what was written."""
+        data = self.sealed(ITEMS)
+        with damaged(self.run.folder.path(self.place(ITEMS))):
+            return pa.ipc.open_file(pa.BufferReader(data)).read_all()
 
     @functools.cached_property
     def rows_by_shard(self) -> dict[int, int]:
@@ -214,7 +317,7 @@ class Stage:
 
     def file(self, shard: int) -> str:
         """Where the results of a shard lie."""
-        return f"{self.kind.files}/{shard_name(shard)}.arrow"
+        return self.ledger.file(shard)
 
     def done(self) -> dict[int, Commit]:
         """Every valid commit of its shards."""
@@ -230,13 +333,20 @@ class Stage:
         return not self.missing()
 
 
-def run_stage(stage: Stage, todo: Sequence[int], config: EngineConfig, stop: Stop | None) -> Outcome:
+def _stage_digest(fingerprint: dict[str, Any], generation: str) -> str:
+    return digest({**fingerprint, "generation": generation})
+
+
+def run_stage(
+    stage: Stage, todo: Sequence[int], config: EngineConfig, stop: Stop | None, opener: str | None = None
+) -> Outcome:
     """Run shards of a stage on the engine the configuration names.
 
     Shards given up earlier are tried again: whoever types the command again wants that.
 
     Args:
         stage: as it was begun. todo: shards to do, in order. config: engine, device and limits. stop: asks to stop.
+        opener: of the job, instead of the stage's own.
 
     Raises:
         AuditError: bad input. Drained: `stop` asked to. Broken: every worker failed shard after shard.
@@ -252,7 +362,9 @@ def run_stage(stage: Stage, todo: Sequence[int], config: EngineConfig, stop: Sto
     total = before + sum(rows[shard] for shard in todo)
     with Progress(total, stage.kind.unit, stage.kind.name, before) as progress:
         retries = Retries(stage.ledger, todo, config.max_shard_retries, progress)
-        return run_shards(stage.kind.opener, stage.run.url, config, retries, progress, stop or Stop())
+        outcome = run_shards(opener or stage.kind.opener, stage.run.url, config, retries, progress, stop or Stop())
+    stage.still()
+    return outcome
 
 
 def sum_counts(commits: Iterable[Commit]) -> dict[str, int]:
@@ -308,7 +420,7 @@ def stage_status(stage: Stage, max_failed: int = 1) -> StageStatus:
         for step, took in made.seconds.items():
             seconds[step] = seconds.get(step, 0.0) + took
     attempts = {shard: stage.ledger.attempts(shard) for shard in sorted(stage.ledger.tried() - set(done))}
-    failed = [shard for shard, tries in attempts.items() if len(tries) >= max_failed]
+    failed = [shard for shard, tries in attempts.items() if len(tries) >= max(max_failed, 1)]
     return StageStatus(
         stage=stage.kind.name,
         shards=len(stage.shards),
@@ -318,7 +430,7 @@ def stage_status(stage: Stage, max_failed: int = 1) -> StageStatus:
         counts=sum_counts(done.values()),
         seconds=seconds,
         quarantined=failed,
-        errors={str(shard): str(attempts[shard][-1]["error"]) for shard in failed},
+        errors={str(shard): attempts[shard][-1].error for shard in failed},
         rate=_rate(done.values()),
     )
 

@@ -8,17 +8,19 @@ from typing import Any
 from audit.base.text import duration
 from audit.run.run import Run
 from audit.run.stage import Stage, StageStatus, stage_status
+from audit.run.workers import stuck_workers
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How far a run is: rows and distinct captions planned, and every stage that was begun."""
+    """How far a run is: rows and distinct captions planned, every stage that was begun, workers that stand still."""
 
     run: str
     model: str
     rows: int
     unique: int
     stages: list[StageStatus]
+    stuck: list[str]
 
     @property
     def complete(self) -> bool:
@@ -53,7 +55,7 @@ class RunStatus:
                 shares = ", ".join(f"{key} {duration(value)}" for key, value in took.items())
                 lines.append(f"{'':<13} {shares}; {duration(stage.seconds['wall'])} in all")
             lines += [f"{'':<13} shard {shard} given up: {error}" for shard, error in stage.errors.items()]
-        return lines
+        return [*lines, *(f"stuck: {line}" for line in self.stuck)]
 
 
 def run_status(url: str) -> RunStatus:
@@ -63,6 +65,8 @@ def run_status(url: str) -> RunStatus:
         AuditError: no run there.
     """
     run = Run.open(url)
-    tries = int(run.facts.config.get("max_shard_retries", 3))
+    tries = run.facts.config.get("max_shard_retries")
+    tries = tries if isinstance(tries, int) else 3
     stages = [stage_status(stage, tries) for stage in Stage.begun(run)]
-    return RunStatus(url, run.facts.model, run.facts.rows, run.facts.unique, stages)
+    stuck = [] if all(stage.complete for stage in stages) else stuck_workers(run.folder)
+    return RunStatus(url, run.facts.model, run.facts.rows, run.facts.unique, stages, stuck)

@@ -15,6 +15,8 @@ from audit.captions import is_empty, read_shard
 from audit.run.run import Run
 from audit.run.stage import SCAN, STAGES, Stage
 
+RESTORE_PLAN = "audit.scores.scan:restore_plan"
+
 
 @dataclass
 class Verified:
@@ -22,11 +24,13 @@ class Verified:
 
     Attributes:
         problems: one line each, naming the file or shard. missing: shards of the scan without a valid commit.
-        bad: stage -> shards to redo. summary: one line. repaired: shards that were done again.
+        bad: stage -> shards to redo. plan: it is damaged itself, so that nothing else could be looked at.
+        summary: one line. repaired: shards that were done again.
     """
 
     problems: list[str] = field(default_factory=list)
     bad: dict[str, list[int]] = field(default_factory=dict)
+    plan: bool = False
     summary: str = ""
     repaired: int = 0
 
@@ -36,27 +40,35 @@ class Verified:
 
 
 def verify_run(url: str, deep: bool = False, repair: bool = False, stop: Stop | None = None) -> Verified:
-    """Check every shard of every stage that was begun: its commit parses, its file is there and has the bytes.
+    """Check what the run rests on, and every shard of every stage that was begun: its commit and its bytes.
 
     Args:
         url: the run.
         deep: also read the scan's rows: ids as planned, captions as in the input, equal captions of duplicates.
-        repair: take back the commits of bad shards and go on with their stages as they were begun.
+        repair: take back the commits of bad shards and go on with their stages as they were begun. Nothing is taken
+            back before inputs, model and index are known to be the run's.
         stop: asks a repair to stop.
 
     Raises:
-        AuditError: no run there.
+        AuditError: no run there; or, with `repair`, what is needed is not what the run was begun with.
     """
     run = Run.open(url)
     found = _check(run, deep)
-    if repair and found.bad:
+    if repair and not found.whole:
+        for dotted in dict.fromkeys(kind.check for name, kind in STAGES.items() if name in found.bad or kind is SCAN):
+            _call(dotted, run)
+        before = found.bad
+        if found.plan:
+            _call(RESTORE_PLAN, run)
+            run = Run.open(url)
+            found = _check(run, deep)
         for name, shards in found.bad.items():
             ledger = Stage.open(run, STAGES[name]).ledger
             for shard in shards:
                 if not _whole_by_now(run, ledger, shard, deep):
                     ledger.drop(shard)
         _redo(run, found.bad, stop)
-        before, found = found.bad, _check(Run.open(url), deep)
+        before, found = before | found.bad, _check(Run.open(url), deep)
         left = {stage: set(shards) for stage, shards in found.bad.items()}
         found.repaired = sum(len(set(shards) - left.get(stage, set())) for stage, shards in before.items())
         found.summary += f" {found.repaired} shards were done again."
@@ -65,15 +77,22 @@ def verify_run(url: str, deep: bool = False, repair: bool = False, stop: Stop | 
 
 def _check(run: Run, deep: bool) -> Verified:
     found = Verified()
+    scan = Stage.open(run, SCAN)
+    found.problems += scan.problems()
+    if found.problems:  # nothing can be measured against a plan that is not the run's
+        found.plan = True
+        found.summary = f"{run.url}: the plan is not whole: --repair makes it again from the inputs."
+        return found
     checked = sum(_check_stage(stage, found) for stage in Stage.begun(run))
     if deep:
         for shard in sorted(set(range(len(run.plan))) - set(found.bad.get(SCAN.name, []))):
             reason = _check_rows(run, shard)
             if reason:
-                found.problems.append(f"{Stage.open(run, SCAN).file(shard)}: {reason}")
+                found.problems.append(f"{scan.file(shard)}: {reason}")
                 found.bad.setdefault(SCAN.name, []).append(shard)
     bad = sum(len(shards) for shards in found.bad.values())
-    found.summary = f"{run.url}: {checked} shards checked, " + (f"{bad} not whole." if bad else "all whole.")
+    found.summary = f"{run.url}: {checked} shards checked, "
+    found.summary += "all whole." if found.whole else f"{max(bad, 1)} not whole."
     return found
 
 
@@ -86,6 +105,11 @@ def _whole_by_now(run: Run, ledger: Ledger, shard: int, deep: bool) -> bool:
 
 
 def _check_stage(stage: Stage, found: Verified) -> int:
+    problems = [] if stage.kind is SCAN else stage.problems()
+    if problems:  # which rows it has is not known
+        found.problems += problems
+        found.bad[stage.kind.name] = []
+        return 0
     ledger, shards = stage.ledger, stage.shards
     pending: list[int] = []
     for shard in shards:
@@ -148,7 +172,10 @@ def _check_origins(run: Run, captions: pa.ChunkedArray, duplicate_of: np.ndarray
 
 def _redo(run: Run, bad: dict[str, list[int]], stop: Stop | None) -> None:
     """Go on with every stage that has bad shards, and with the scan, on which all rest; each resume once."""
-    resumes = [kind.resume for name, kind in STAGES.items() if name in bad or kind is SCAN]
-    for dotted in dict.fromkeys(resumes):
-        module, _, name = dotted.partition(":")
-        getattr(importlib.import_module(module), name)(run, stop)
+    for dotted in dict.fromkeys(kind.resume for name, kind in STAGES.items() if name in bad or kind is SCAN):
+        _call(dotted, run, stop)
+
+
+def _call(dotted: str, *arguments: object) -> None:
+    module, _, name = dotted.partition(":")
+    getattr(importlib.import_module(module), name)(*arguments)

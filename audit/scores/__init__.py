@@ -4,6 +4,7 @@ config.py        flags that say how captions are scored
 model.py         which model a run has: found, checked, loaded
 scan.py          `be-audit scan`: plan, scan, refine
 scan_shard.py    one shard of it: read, score, write, commit
+self_check.py    the scorer against the plain formulas, before a long scan
 scorer.py        captions to columns, by either scorer
 estimate.py      `scan --dry-run`
 refine.py        `scan --refine`: trajectories of the best-scored rows

@@ -51,7 +51,7 @@ class ScoringConfig(ModelFlags, CaptionFlags):
     mask_layers: tuple[str, ...] = option(
         (), "Attention layers of the mask of ld, comma-separated; default the paper's two."
     )
-    num_noises: int = option(1, "Initial noises every caption is scored with.", min=1)
+    num_noises: int = option(1, "Initial noises every caption is scored with.", min=1, max=4096)
     steps: int = option(50, "Sampling steps.", min=1)
     guidance_scale: float = option(7.5, "Classifier-free guidance scale.")
     seed: int = option(0, "Seed of the noise bank.", min=0, max=2**63 - 1)
@@ -63,8 +63,13 @@ class ScoringConfig(ModelFlags, CaptionFlags):
     rows_per_shard: int = option(1024, "Rows of a shard: what a kill can lose.", min=1)
     extra_evaluation: bool = option(False, "One more evaluation a caption, for the anisotropy score.")
     engine: str = option("local", "Where shards run.", choices=ENGINES)
-    workers: int = option(0, "Worker processes; 0 is one a GPU.", min=0)
+    workers: int = option(0, "Worker processes; 0 is one a GPU.", min=0, max=1024)
     max_error_rate: float = option(
         0.05, "A shard with a larger share of failed rows (and more than one) is not committed.", min=0.0, max=1.0
     )
     max_shard_retries: int = option(3, "Tries of a shard before it is given up.", min=1)
+    batch_timeout: float = option(
+        3600.0,
+        "Seconds without a finished batch after which a worker process is killed and replaced; 0 never.",
+        min=0.0,
+    )

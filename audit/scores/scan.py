@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,12 +15,14 @@ from audit.base.stopping import Stop
 from audit.base.storage import Folder
 from audit.captions import CaptionFile, CaptionPlan, describe_captions, plan_captions
 from audit.engines.rank import find_rank
+from audit.run.claim import claimed
 from audit.run.run import Fingerprint, Run, check_output
 from audit.run.schema import DEFAULT_SCORE, DETECTORS, EXTRA_DETECTORS, MASK_DETECTORS, SCORE_COLUMNS
 from audit.run.stage import REFINE, SCAN, Stage, run_stage, sum_counts
 from audit.scores.config import ScoringConfig
 from audit.scores.model import absolute_paths, find_model_folder, model_facts, no_mask_reason
 from audit.scores.refine import RefineFingerprint, begin_refine, run_refine
+from audit.scores.self_check import LONG
 
 if TYPE_CHECKING:
     from pipelines.folders import ModelFolder
@@ -42,6 +45,9 @@ class ScanConfig(ScoringConfig):
         None, "This machine's place among --world-size; without both, Slurm's are found by themselves, else 0.", min=0
     )
     world_size: int | None = option(None, "Machines that share the run; default 1.", min=1)
+    self_check: bool = option(
+        True, "Before a scan of more than 10,000 rows, compare one batch with the plain formulas on every device."
+    )
     dry_run: bool = option(False, "Plan, time one batch, print the estimate, write nothing.")
 
 
@@ -91,12 +97,15 @@ def scan(config: ScanConfig, stop: Stop | None = None) -> ScanSummary:
     rank, world = find_rank(config.rank, config.world_size)
     os.environ["BE_AUDIT_RANK"] = str(rank)
     # 1. the run: begun now, or gone on with
-    run = _find_or_plan(config, Folder(config.output))
+    run = _find_or_plan(config, Folder(config.output), stop)
     # 2. this machine's shards
     stage = Stage.open(run, SCAN)
     before = stage.done()
     mine = stage.shards[rank::world]
-    outcome = run_stage(stage, [shard for shard in mine if shard not in before], config, stop)
+    todo = [shard for shard in mine if shard not in before]
+    long = sum(stage.rows_by_shard[shard] for shard in todo) > LONG
+    opener = "audit.scores.scan_shard:open_checked_job" if config.self_check and long else None
+    outcome = run_stage(stage, todo, config, stop, opener)
     done = stage.done()
     complete = len(done) == len(stage.shards)
     counts, quarantined, refined = sum_counts(done.values()), outcome.quarantined, 0
@@ -126,7 +135,7 @@ def scan(config: ScanConfig, stop: Stop | None = None) -> ScanSummary:
 
 def resume(run: Run, stop: Stop | None = None) -> None:
     """Go on with a run's scan and refinement as they were begun (`verify --repair`)."""
-    config = replace(config_of(ScanConfig, run.facts.config), output=run.url, rank=0, world_size=1, dry_run=False)
+    config = _as_begun(run)
     refine = Stage.find(run, REFINE)
     if refine is not None:  # which may have been asked for by a later command than the one that is recorded
         begun = refine.fingerprint(RefineFingerprint)
@@ -205,23 +214,72 @@ def plan_of(config: ScanConfig, staging: Folder) -> CaptionPlan:
 def _input_facts(file: CaptionFile) -> dict[str, str | int | None]:
     """What identifies an input: not the staged copy, and rows only where they are known without reading it all."""
     facts = file.to_dict()
-    if facts.pop("staged") or file.rows < 0:
+    del facts["staged"]
+    if file.rows < 0:
         del facts["rows"]
     return facts
 
 
-def _find_or_plan(config: ScanConfig, folder: Folder) -> Run:
+def _find_or_plan(config: ScanConfig, folder: Folder, stop: Stop | None) -> Run:
     """The run of this configuration: the one in the folder when it is the same, else a new one."""
     existing = Run.find(folder)
-    known = existing.plan.files if existing else []
-    files = describe_captions(list(config.captions), caption_col=config.caption_col, known=known)
+    files = describe_captions(list(config.captions), caption_col=config.caption_col)
     model = check_config(config)
-    if existing is not None:
-        existing.check_same(fingerprint_of(config, model, files))
-        return existing
-    check_output(folder)
+    fingerprint = fingerprint_of(config, model, files)
+    if existing is None:
+        check_output(folder)
+        with claimed(folder, fingerprint, stop) as existing:
+            if existing is None:
+                return _plan(config, folder, fingerprint, files)
+    existing.check_same(fingerprint)
+    return existing
+
+
+def _plan(config: ScanConfig, folder: Folder, fingerprint: Fingerprint, files: list[CaptionFile]) -> Run:
     plan = plan_of(config, folder)
+    _check_unchanged(files, plan)
     # with absolute paths, so that it can be gone on with from elsewhere
     recorded = {**asdict(config), **absolute_paths(config), "captions": [file.path for file in plan.files]}
-    fingerprint = fingerprint_of(config, model, plan.files)
     return Run.create(folder, recorded, fingerprint, plan, recorded["model"], config.revision)
+
+
+def _check_unchanged(files: list[CaptionFile], plan: CaptionPlan) -> None:
+    """Raise AuditError where what was planned is not what was looked at before."""
+    planned = {file.path: file for file in plan.files}
+    for file in files:
+        now = planned.get(file.path)
+        if now is None or replace(now, rows=file.rows, staged=None) != file:
+            raise AuditError(f"{file.path}: changed while it was planned: give the command again")
+    if len(planned) != len(files):
+        raise AuditError(f"{plan.files[-1].path}: came while it was planned: give the command again")
+
+
+def _as_begun(run: Run) -> ScanConfig:
+    """The configuration of a run's scan, to go on with it on this machine alone."""
+    return replace(config_of(ScanConfig, run.facts.config), output=run.url, rank=0, world_size=1, dry_run=False)
+
+
+def check_same(run: Run) -> None:
+    """Raise AuditError where inputs or model are not those the run was begun with."""
+    config = _as_begun(run)
+    files = describe_captions(list(config.captions), caption_col=config.caption_col)
+    run.check_same(fingerprint_of(config, check_config(config), files))
+
+
+def restore_plan(run: Run) -> None:
+    """Plan a run again from its inputs: what is missing or damaged is written anew, and only if it is the very same.
+
+    Raises:
+        AuditError: the inputs, or what comes of them, are not those of the run; nothing was touched.
+    """
+    check_same(run)
+    with tempfile.TemporaryDirectory() as temporary:
+        again = Folder(temporary)
+        sealed = plan_of(_as_begun(run), again).save(again)
+        if sealed != run.facts.sealed:
+            raise AuditError(
+                f"{run.url}: its plan does not come out the same again (another pyarrow?): scan into a new folder"
+            )
+        for name, seal in sealed.items():
+            if seal.problem(run.folder, name):
+                run.folder.put(name, again.path(name))

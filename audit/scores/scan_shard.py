@@ -19,6 +19,7 @@ from audit.run.schema import SCORE_MASKS, mask_type, pack_mask_bits, scores_sche
 from audit.run.stage import SCAN, Stage
 from audit.scores.model import load_run_model
 from audit.scores.scorer import Scored, mask_source, open_scorer, score_captions
+from audit.scores.self_check import check_scorer
 
 if TYPE_CHECKING:
     from pipelines import DiffusionModel
@@ -28,6 +29,14 @@ def open_job(spec: JobSpec) -> ScanJob:
     """The scan of a run, with its model loaded. Raises AuditError as `load_run_model`."""
     run = Run.open(spec.run)
     return ScanJob(run, load_run_model(run, spec.device), spec.batch_size, spec.max_error_rate)
+
+
+def open_checked_job(spec: JobSpec) -> ScanJob:
+    """The same, once its scorer agrees with the plain formulas on this device. Raises AuditError where it does not."""
+    job = open_job(spec)
+    if job.run.fingerprint.mask == "first":
+        check_scorer(job.run, job.model, job.scorer)
+    return job
 
 
 class ScanJob:
@@ -40,7 +49,7 @@ class ScanJob:
 
     def __init__(self, run: Run, model: DiffusionModel, batch_size: int, max_error_rate: float) -> None:
         self.run, self.stage, self.max_error_rate = run, Stage.open(run, SCAN), max_error_rate
-        self.ledger = self.stage.ledger
+        self.ledger, self.model = self.stage.ledger, model
         self.scorer = open_scorer(run.fingerprint, model, batch_size)
         self.mask_type = mask_type(run.fingerprint.store_masks, *model.latent_shape[1:])
         self.mask_source = mask_source(run.fingerprint).describe()
@@ -69,7 +78,7 @@ class ScanJob:
             "duplicate": int((duplicate_of >= 0).sum()),
         }
         seconds = {"read": read - started, "score": finished - read, "wall": time.monotonic() - started}
-        return self.ledger.commit(shard, self.stage.file(shard), table, counts, seconds)
+        return self.ledger.commit(shard, table, counts, seconds)
 
     def _table(
         self,

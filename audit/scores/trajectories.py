@@ -95,7 +95,7 @@ class TrajectoryJob:
         table = trajectory_table(items, sampled)
         counts = {"ok": len(sampled) - len(errors), "error": len(errors)}
         seconds = {"sample": sampling, "wall": time.monotonic() - started}
-        return self.ledger.commit(shard, self.stage.file(shard), table, counts, seconds)
+        return self.ledger.commit(shard, table, counts, seconds)
 
     def _sample(
         self, captions: list[str], noises: list[int], on_rows: Callable[[int], None]

@@ -118,9 +118,8 @@ class Null:
 
 @dataclass(frozen=True)
 class NullFacts:
-    """A Null as it is stored: infinite bounds are null. `confirm`: digest of the stage whose verdicts rest on it."""
+    """A Null as it is stored, sealed with the stage whose verdicts rest on it: infinite bounds are null."""
 
-    confirm: str
     source: str
     threshold: float | None
     low: float | None
@@ -132,12 +131,11 @@ class NullFacts:
     statistics: list[float]
 
     @classmethod
-    def of(cls, null: Null, confirm: str) -> NullFacts:
+    def of(cls, null: Null) -> NullFacts:
         threshold, low, high = (
             float(value) if math.isfinite(value) else None for value in (null.threshold, null.low, null.high)
         )
         return cls(
-            confirm=confirm,
             source=null.source,
             threshold=threshold,
             low=low,

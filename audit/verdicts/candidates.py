@@ -39,7 +39,7 @@ class ConfirmConfig:
     thresholds: str | None = option(None, "Candidates: rows above the threshold in this file (be-audit calibrate).")
     top_fraction: float | None = option(None, "Candidates: this fraction of the captions.", min=0.0, max=1.0)
     top_k: int | None = option(None, f"Candidates: this many; {DEFAULT_TOP_K} when nothing else is said.", min=1)
-    num_images: int = option(1, "Images generated of every candidate.", min=1)
+    num_images: int = option(1, "Images generated of every candidate.", min=1, max=4096)
     neighbours: int = option(10, "Nearest training pictures every image is compared with.", min=1)
     match_mask: str = option("energy", "Mask of the local verdict.", choices=tuple(MASKS))
     match_fpr: float = option(0.01, "False-positive rate of the local verdict.", min=1e-6, max=0.5)
@@ -54,11 +54,16 @@ class ConfirmConfig:
     device: str = option("auto", DEVICE_HELP)
     batch_size: int = option(32, "Latents in one U-Net call; halved when memory runs out.", min=1)
     engine: str = option("local", "Where trajectories run.", choices=ENGINES)
-    workers: int = option(0, "Worker processes; 0 is one a GPU.", min=0)
+    workers: int = option(0, "Worker processes; 0 is one a GPU.", min=0, max=1024)
     max_error_rate: float = option(
         0.05, "A shard with a larger share of failed images is not committed.", min=0.0, max=1.0
     )
     max_shard_retries: int = option(3, "Tries of a shard before it is given up.", min=1)
+    batch_timeout: float = option(
+        3600.0,
+        "Seconds without a finished batch after which a worker process is killed and replaced; 0 never.",
+        min=0.0,
+    )
     replace: bool = option(False, "Discard an earlier confirm that was begun differently.")
 
 

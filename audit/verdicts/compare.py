@@ -21,6 +21,7 @@ from audit.base.errors import AuditError
 from audit.index import Index
 from audit.run.schema import MASKS, TRAJECTORY_MASKS, VERDICTS
 
+VERDICT_VERSION = 1  # part of every confirm's fingerprint: raise it when a verdict or the null is decided otherwise
 COPY = 0.5  # sscd above which two pictures are copies (Chen et al. 2025)
 LS_MASKS = {"ls_norm": "be_mask", "ls_energy": "energy_mask", "ls_score": "score_map"}
 FLAT = 1e-5  # variance below which a region is flat: under that of rounding to 8 bits; it correlates with nothing

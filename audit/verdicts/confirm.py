@@ -28,14 +28,14 @@ from audit.scores.trajectories import decode_png
 from audit.statistics.null import CAPTIONS, PICTURES, Null, NullFacts, sample_needed
 from audit.verdicts.beside import Beside
 from audit.verdicts.candidates import ConfirmConfig, choose
-from audit.verdicts.compare import COPY, References, statistic_of
+from audit.verdicts.compare import COPY, VERDICT_VERSION, References, statistic_of
 from audit.verdicts.crops import TrainingCrops
 from audit.verdicts.null import NullPictures, check_pictures, draw_pictures, pictures_null, threads
 
 if TYPE_CHECKING:
     from pipelines.descriptor import Descriptor
 
-NULL_FILE = "stages/null.json"
+NULL_FILE = "null.json"  # beside the rows of confirm
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,10 @@ class MatchFingerprint:
 
 @dataclass(frozen=True)
 class ConfirmFingerprint:
-    """What a verdict depends on: the matches, and the flags of the threshold."""
+    """What a verdict depends on: the matches, the flags of the threshold, and the rule (VERDICT_VERSION)."""
 
+    rule_version: int
+    trajectories: str
     match: str
     index: str
     match_mask: str
@@ -148,6 +150,8 @@ def confirm(config: ConfirmConfig, stop: Stop | None = None) -> ConfirmSummary:
     matched = run_stage(matching, [shard for shard in matching.missing() if shard in ready], config, stop)
     # 3. the local threshold: one for all verdicts of this confirm, however often it is gone on with
     verdicts = ConfirmFingerprint(
+        rule_version=VERDICT_VERSION,
+        trajectories=trajectories.facts.digest,
         match=matching.facts.digest,
         index=index.fingerprint,
         match_mask=config.match_mask,
@@ -158,18 +162,16 @@ def confirm(config: ConfirmConfig, stop: Stop | None = None) -> ConfirmSummary:
     )
     candidates = captions.filter(pc.invert(captions["clean"])).drop_columns(["clean"])
     stage = Stage.find(run, CONFIRM)
-    known = _known_null(run)
-    if stage is None or known is None or known.confirm != stage.facts.digest or stage.differs(verdicts):
+    if stage is None or stage.differs(verdicts) or stage.problems():
         if config.ls_threshold is not None:
             null = Null.given(config.ls_threshold, config.match_fpr)
         elif source == CAPTIONS:
             null = _captions_null(matching, config)
         else:
             null = _find_null(trajectories, pictures, index, descriptor, config)
-        stage = Stage.begin(run, CONFIRM, verdicts, candidates, _recorded(config), config.replace)
-        run.folder.write(NULL_FILE, to_json(NullFacts.of(null, stage.facts.digest)))
-    else:
-        null = known.null()
+        beside = {NULL_FILE: to_json(NullFacts.of(null))}
+        stage = Stage.begin(run, CONFIRM, verdicts, candidates, _recorded(config), config.replace, beside)
+    null = _null_of(stage).null()
     # 4. verdicts of what was matched
     ready = matching.done()
     outcome = run_stage(stage, [shard for shard in stage.missing() if shard in ready], config, stop)
@@ -195,20 +197,26 @@ def resume(run: Run, stop: Stop | None = None) -> None:
 
 
 def read_null(run: Run) -> NullFacts | None:
-    """The local threshold a run's verdicts rest on; None before there are any. Raises AuditError: it is damaged."""
-    try:
-        data = run.folder.read(NULL_FILE)
-    except FileNotFoundError:
-        return None
-    return read_facts(NullFacts, data, run.folder.path(NULL_FILE))
+    """The local threshold a run's verdicts rest on; None before there are any. Raises Damaged: not what was written."""
+    stage = Stage.find(run, CONFIRM)
+    return None if stage is None else _null_of(stage)
 
 
-def _known_null(run: Run) -> NullFacts | None:
-    """The stored threshold; None where there is none, or it is damaged and has to be calibrated again."""
-    try:
-        return read_null(run)
-    except AuditError:
-        return None
+def _null_of(stage: Stage) -> NullFacts:
+    return read_facts(NullFacts, stage.sealed(NULL_FILE), stage.run.folder.path(stage.place(NULL_FILE)))
+
+
+def check_same(run: Run) -> None:
+    """Raise AuditError where the index of a run's confirm is not the one it was begun with."""
+    stage = Stage.find(run, MATCH)
+    if stage is None:
+        return
+    config, begun = stage.config(ConfirmConfig), stage.fingerprint(MatchFingerprint)
+    index = Index.open(config.index)
+    if index.fingerprint != begun.index:
+        raise AuditError(f"--index {config.index}: not the index confirm used; nothing was touched")
+    if index.load_descriptor(config.sscd, config.device).sha256 != begun.descriptor:
+        raise AuditError("--sscd: not the descriptor confirm used; nothing was touched")
 
 
 def _recorded(config: ConfirmConfig) -> ConfirmConfig:

@@ -91,7 +91,7 @@ class MatchJob:
         counts = {"ok": len(rows), "unreadable": unreadable}
         seconds = {"wall": time.monotonic() - started}
         on_rows(len(rows))
-        return self.ledger.commit(shard, self.stage.file(shard), matched_table(rows), counts, seconds)
+        return self.ledger.commit(shard, matched_table(rows), counts, seconds)
 
     def _match(
         self, images: Sequence[Any], row_ids: Sequence[int], numbers: Sequence[int], masks: Mapping[str, Any]

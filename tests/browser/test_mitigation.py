@@ -47,7 +47,7 @@ def add_mitigation(run: Run, confirm_digest: str) -> None:
             row |= {"iterations": 7, "sscd_before": 0.875, "sscd_after": 0.125 if at == 0 else 0.875}
             row |= {"verdict_before": "global", "verdict_after": "none" if at == 0 else "global"}
         rows.append(row)
-    stage.ledger.commit(0, stage.file(0), mitigated_table(rows))
+    stage.ledger.commit(0, mitigated_table(rows))
 
 
 def page_of(folder: Path, of_this_confirm: bool) -> Path:

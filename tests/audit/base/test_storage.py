@@ -98,14 +98,16 @@ def test_large_files_are_published_whole(folder: Folder, tmp_path: Path) -> None
 
 
 def test_a_ledger_believes_files_not_names(folder: Folder) -> None:
-    ledger = Ledger(folder, "scan", "print")
+    ledger = Ledger(folder, "scan", "print", "scores")
     table = pa.table({"x": [1, 2, 3]})
-    made = ledger.commit(7, "scores/000/00007.arrow", table, {"ok": 3}, {"score": 1.23456})
+    made = ledger.commit(7, table, {"ok": 3}, {"score": 1.23456})
     assert ledger.read(7) == made and (made.rows, made.counts, made.seconds) == (3, {"ok": 3}, {"score": 1.2346})
     assert ledger.done([6, 7]) == {7: made} and ledger.shards() == [7]
     assert read_table(folder, made.file).equals(table) and read_table(folder, made.file, ["x"]).num_rows == 3
     assert ledger.problem(made, deep=True) is None
-    assert Ledger(folder, "scan", "another").read(7) is None and Ledger(folder, "other", "print").read(7) is None
+    assert Ledger(folder, "scan", "another", "scores").read(7) is None
+    assert Ledger(folder, "other", "print", "scores").read(7) is None
+    assert Ledger(folder, "scan", "print", "scores", "second").read(7) is None
     folder.write(made.file, folder.read(made.file)[:-1] + b"?")
     assert ledger.problem(made) is None and "sha256" in str(ledger.problem(made, deep=True))
     folder.write(made.file, b"")
@@ -113,7 +115,7 @@ def test_a_ledger_believes_files_not_names(folder: Folder) -> None:
     folder.remove(made.file)
     assert "missing" in str(ledger.problem(made))
     assert (ledger.record_attempt(7, "first"), ledger.record_attempt(7, "second")) == (1, 2)
-    assert [tries["error"] for tries in ledger.attempts(7)] == ["first", "second"]
+    assert [tries.error for tries in ledger.attempts(7)] == ["first", "second"]
     ledger.drop(7)
     assert ledger.shards() == [] and ledger.attempts(7) == []
 
@@ -172,10 +174,9 @@ def test_an_audit_on_s3(s3: dict[str, str], sd1: str, tmp_path: Path) -> None:
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    ledger = Stage.open(Run.open(url), SCAN).ledger
-    done = set(ledger.done())
+    done = set(Stage.open(Run.open(url), SCAN).ledger.done())
     assert 3 <= len(done) < 10
-    stamps = {shard: ledger.read(shard) for shard in done}
+    stamps = {shard: Stage.open(Run.open(url), SCAN).ledger.read(shard) for shard in done}
     found = be_audit("status", url)
     assert found.code == 0 and f"{len(done)}/10 shards" in found.out
 
@@ -183,7 +184,7 @@ def test_an_audit_on_s3(s3: dict[str, str], sd1: str, tmp_path: Path) -> None:
     assert found.code == 0, found
     assert f"10 of 10 shards done ({10 - len(done)} now" in found.out
     run = Run.open(url)
-    assert {shard: ledger.read(shard) for shard in done} == stamps
+    assert {shard: Stage.open(run, SCAN).ledger.read(shard) for shard in done} == stamps
     one, other = read_scores(run, masks=True), read_scores(Run.open(str(local)), masks=True)
     for name in ("row_id", "caption", "status", "duplicate_of", "refined"):
         assert one[name].equals(other[name])

@@ -37,12 +37,12 @@ class Job:
         if self.failures.get(shard, 0) > 0:
             self.failures[shard] -= 1
             raise ValueError(f"no luck with {shard}")
-        return self.ledger.commit(shard, f"out/{shard}.arrow", pa.table({"x": [shard]}))
+        return self.ledger.commit(shard, pa.table({"x": [shard]}))
 
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
-    return Ledger(Folder(tmp_path), "scan", "print")
+    return Ledger(Folder(tmp_path), "scan", "print", "out")
 
 
 def here(job: Any, shards: Sequence[int], progress: Progress, stop: Stop | None = None) -> Outcome:
@@ -68,7 +68,7 @@ def test_a_failed_shard_comes_again_after_the_others(ledger: Ledger) -> None:
         done = here(job, [0, 1, 2, 3], progress)
     assert job.order == [0, 1, 2, 3, 0, 2, 2]
     assert (done.committed, done.quarantined) == ([1, 3, 0], [2])
-    assert [tries["error"] for tries in ledger.attempts(2)] == ["ValueError: no luck with 2"] * 3
+    assert [tries.error for tries in ledger.attempts(2)] == ["ValueError: no luck with 2"] * 3
     assert progress.done == 3  # rows of the tries that failed are taken back
 
 
@@ -91,7 +91,7 @@ def test_a_store_that_fails_once_costs_a_try_and_bad_input_ends_the_job(ledger: 
 
 
 def test_what_another_process_has_committed_is_not_done_again(ledger: Ledger) -> None:
-    ledger.commit(1, "out/1.arrow", pa.table({"x": [1]}))
+    ledger.commit(1, pa.table({"x": [1]}))
     job = Job(ledger, {})
     with Progress(3, "rows", "test") as progress:
         done = here(job, [0, 1, 2], progress)
@@ -165,8 +165,8 @@ for line in sys.stdin:
         retries=2,
     )
     assert sorted(done.committed) == [0, 2, 4, 5] and sorted(done.quarantined) == [1, 3]
-    assert [tries["error"] for tries in ledger.attempts(3)] == ["worker died with exit code -9"] * 2
-    assert [tries["error"] for tries in ledger.attempts(1)] == ["ValueError: bad"] * 2
+    assert [tries.error for tries in ledger.attempts(3)] == ["worker died with exit code -9"] * 2
+    assert [tries.error for tries in ledger.attempts(1)] == ["ValueError: bad"] * 2
     assert progress.done == 4
 
 
@@ -178,12 +178,12 @@ import pyarrow as pa
 from pathlib import Path
 from audit.base.commits import Ledger
 from audit.base.storage import Folder
-ledger = Ledger(Folder({str(tmp_path)!r}), "scan", "print")
+ledger = Ledger(Folder({str(tmp_path)!r}), "scan", "print", "out")
 print('{{"ready": true}}', flush=True)
 for line in sys.stdin:
     shard = int(line)
     with open({str(tmp_path / "order")!r}, "a") as order: order.write(line)
-    ledger.commit(shard, f"out/{{shard}}.arrow", pa.table({{"x": [shard]}}))
+    ledger.commit(shard, pa.table({{"x": [shard]}}))
     if shard == 0: os.kill(os.getpid(), 9)
     print(json.dumps({{"done": shard, "rows": 1}}), flush=True)
 """

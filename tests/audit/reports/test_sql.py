@@ -53,7 +53,7 @@ def scores(run: Run) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def confirmed(run: Run) -> pd.DataFrame:
-    table = pa.ipc.open_file(pa.memory_map(str(Path(run.url, "confirmed/000/00000.arrow")))).read_all()
+    table = pa.ipc.open_file(pa.memory_map(str(next(Path(run.url).glob("confirmed/*/000/00000.arrow"))))).read_all()
     return (
         pd.DataFrame(table.drop_columns(["matches"]).to_pylist())
         .set_index("row_id", drop=False)

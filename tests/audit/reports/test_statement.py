@@ -8,14 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from audit.base.facts import to_json
 from audit.reports.flagged import find_flagged
 from audit.reports.report import ReportConfig, report
 from audit.run.run import Run
-from audit.run.stage import CONFIRM, Stage
 from audit.statistics.intervals import share_interval
-from audit.statistics.null import CAPTIONS, Null, NullFacts
-from audit.verdicts.confirm import NULL_FILE
+from audit.statistics.null import CAPTIONS, Null
 from tests.command import be_audit
 from tests.fabricate import add_confirm, make_run
 
@@ -58,9 +55,7 @@ def test_every_number_comes_from_the_run(tmp_path: Path) -> None:
 
 def test_a_null_of_clean_captions_tells_the_rate_of_global_verdicts_too(tmp_path: Path) -> None:
     run = make_run(tmp_path, NAMES)
-    add_confirm(run, ["global", "none"])
-    null = Null.of(CAPTIONS, np.linspace(0.3, 0.9, 200), 0.05, copies=3)
-    run.folder.write(NULL_FILE, to_json(NullFacts.of(null, Stage.open(run, CONFIRM).facts.digest)))
+    add_confirm(run, ["global", "none"], null=Null.of(CAPTIONS, np.linspace(0.3, 0.9, 200), 0.05, copies=3))
     found, text = stated(run)
     low, high = share_interval(3, 200)
     assert found["error_rates"]["global"] == {"clean_captions": 200, "global_copies": 3, "low": low, "high": high}

@@ -120,7 +120,7 @@ def test_a_row_whose_trajectory_failed_is_not_refined(run: Run, tmp_path: Path) 
     table = read_table(other.folder, stage.file(shard))
     failed = table["row_id"][0].as_py()
     errors = pa.array(["boom", *[None] * (table.num_rows - 1)], pa.string())
-    stage.ledger.commit(shard, stage.file(shard), table.set_column(3, "error", errors))
+    stage.ledger.commit(shard, table.set_column(3, "error", errors))
     assert table.schema.names[3] == "error"
     rows = [row for row in read_scores(other).to_pylist() if failed in (row["row_id"], row["duplicate_of"])]
     assert rows and all((row["refined"], row["ld_first"]) == (False, None) for row in rows)

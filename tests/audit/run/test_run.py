@@ -15,10 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from audit.base.errors import AuditError
+from audit.base.facts import to_json
 from audit.base.fingerprint import diff_lines, digest
+from audit.base.storage import Folder, this_host
+from audit.run.claim import ClaimFacts
 from audit.run.read import read_scores
 from audit.run.run import Run
-from audit.run.stage import CONFIRM, SCAN, Stage, stage_status
+from audit.run.stage import REFINE, SCAN, Stage, stage_status
 from audit.run.status import run_status
 from audit.scores.scan import ScanConfig, scan
 from tests.command import be_audit, tree
@@ -138,7 +141,7 @@ def test_a_run_can_be_moved_and_gone_on_with(config: ScanConfig, tmp_path: Path)
     assert scan(replace(config, output=str(moved))).committed_now == 1
     after = tree(moved)
     assert set(after) == set(before)
-    assert [name for name in after if after[name] != before[name]] == [
+    assert [name for name in after if after[name] != before[name] and not name.startswith("logs/")] == [
         "_commits/scan/00001.json",
         "scores/000/00001.arrow",
     ]
@@ -158,19 +161,22 @@ def test_a_folder_used_again_for_another_run(config: ScanConfig, tmp_path: Path)
 
 def test_planning_that_was_killed_begins_anew(config: ScanConfig) -> None:
     folder = Path(config.output)
+    claim = ClaimFacts(Run.open(config.output).fingerprint, this_host(), 4_190_000)  # above the largest pid
     (folder / "run.json").unlink()
+    Folder(folder).write("_claims/1.json", to_json(claim))
     shutil.rmtree(folder / "scores")
     shutil.rmtree(folder / "_commits")
     (folder / ".plan.arrow.somehost.1.tmp").write_bytes(b"half a pl")
     assert scan(config).committed_now == 3
+    assert not (folder / "_claims").exists()
 
 
 def test_leftovers_of_dead_processes_alone_are_swept(config: ScanConfig) -> None:
-    host = f"{os.uname().nodename}-{os.stat('/proc/self/ns/pid').st_ino}"
+    host = this_host()
     dead = 4_190_000  # above the largest pid
     folder = Path(config.output, "scores", "000")
-    kept = [folder / f".00009.arrow.{host}.{os.getpid()}.tmp", folder / f".00009.arrow.otherhost.{dead}.tmp"]
-    for path in (*kept, folder / f".00009.arrow.{host}.{dead}.tmp"):
+    kept = [folder / f".00009.arrow.{host}.{os.getpid()}.1f.tmp", folder / f".00009.arrow.otherhost.{dead}.1f.tmp"]
+    for path in (*kept, folder / f".00009.arrow.{host}.{dead}.1f.tmp"):
         path.write_bytes(b"x")
     scan(config)
     assert sorted(path for path in folder.iterdir() if path.name.startswith(".")) == sorted(kept)
@@ -227,18 +233,18 @@ def items(captions: list[str]) -> pa.Table:
 
 def test_a_stage_begun_differently_is_refused_or_replaced(config: ScanConfig) -> None:
     run = Run.open(config.output)
-    stage = Stage.begin(run, CONFIRM, TopK(3), items(["a", "b"]))
-    stage.ledger.commit(0, stage.file(0), pa.table({"x": [1, 2]}))
+    stage = Stage.begin(run, REFINE, TopK(3), items(["a", "b"]))
+    stage.ledger.commit(0, pa.table({"x": [1, 2]}))
     assert stage.complete
-    again = Stage.begin(run, CONFIRM, TopK(3), items(["other"]))
+    again = Stage.begin(run, REFINE, TopK(3), items(["other"]))
     assert again.items["caption"].to_pylist() == ["a", "b"] and again.complete
     before = tree(Path(config.output))
-    with pytest.raises(AuditError, match=r"confirm was begun differently; nothing was touched.*\n  top_k: 3 -> 4\n"):
-        Stage.begin(run, CONFIRM, TopK(4), items(["c"]))
+    with pytest.raises(AuditError, match=r"refine was begun differently; nothing was touched.*\n  top_k: 3 -> 4\n"):
+        Stage.begin(run, REFINE, TopK(4), items(["c"]))
     assert tree(Path(config.output)) == before
-    replaced = Stage.begin(run, CONFIRM, TopK(4), items(["c"]), replace=True)
+    replaced = Stage.begin(run, REFINE, TopK(4), items(["c"]), replace=True)
     assert not replaced.complete and replaced.items["caption"].to_pylist() == ["c"]
-    assert not Path(config.output, "confirmed").exists()
+    assert [path.name for path in Path(config.output, "refined").iterdir()] == []
     assert np.array_equal(read_scores(run)["row_id"].to_numpy() >> 32, [0] * 8 + [1] * 8 + [2] * 4)
 
 
@@ -261,7 +267,7 @@ def test_a_run_of_an_earlier_format_is_refused_by_name(config: ScanConfig) -> No
     assert tree(Path(config.output)) == before
 
 
-@pytest.mark.parametrize("content", (b"{", b"[]", b'{"format": 2}', b'{"format": 2, "rows": "many"}'))
+@pytest.mark.parametrize("content", (b"{", b"[]", b'{"format": 3}', b'{"format": 3, "rows": "many"}'))
 def test_a_run_json_that_lacks_fields_is_one_line(config: ScanConfig, content: bytes) -> None:
     Path(config.output, "run.json").write_bytes(content)
     found = be_audit("status", config.output)

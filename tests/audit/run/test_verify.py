@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -12,13 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 
 from audit.base.commits import read_table, table_bytes
 from audit.base.errors import AuditError
 from audit.base.storage import Folder
 from audit.run.read import read_scores
 from audit.run.run import Run
-from audit.run.stage import SCAN, Stage
+from audit.run.stage import REFINE, SCAN, Stage
 from audit.run.verify import verify_run
 from audit.scores.scan import ScanConfig, scan
 from tests.command import be_audit, tree
@@ -81,8 +84,8 @@ DAMAGE: list[tuple[str, Callable[[Path], None], str]] = [
     (COMMIT, damage_empty, f"{COMMIT}: cannot be read or is of another run"),
     (COMMIT, damage_truncated, f"{COMMIT}: cannot be read or is of another run"),
     (COMMIT, damage_replaced, f"{COMMIT}: cannot be read or is of another run"),
-    ("refined/000/{}.arrow", damage_flipped, "refined/000/"),
-    ("_commits/refine/{}.json", damage_empty, "_commits/refine/"),
+    ("refined/*/000/{}.arrow", damage_flipped, "refined/"),
+    ("_commits/refine/*/{}.json", damage_empty, "_commits/refine/"),
 ]
 
 
@@ -90,8 +93,8 @@ DAMAGE: list[tuple[str, Callable[[Path], None], str]] = [
 def test_damage_is_named_and_repaired_alone(
     run: Path, original: ScanConfig, name: str, damage: Callable[[Path], None], line: str
 ) -> None:
-    refined = sorted(path.stem for path in (run / "_commits" / "refine").iterdir())
-    name = name.format(refined[0])
+    refined = sorted(path.stem for path in (run / "_commits" / "refine").rglob("*.json"))
+    name = str(next(run.glob(name.format(refined[0]))).relative_to(run))
     scores, before = read_scores(Run.open(original.output)), tree(run)
     damage(run / name)
     damaged = tree(run)
@@ -104,9 +107,9 @@ def test_damage_is_named_and_repaired_alone(
     assert found.code == 0, found
     assert found.out.endswith(f"{SHARDS + len(refined)} shards checked, all whole. 1 shards were done again.\n")
     after = tree(run)
-    shard, stage = Path(name).stem, "refine" if "refine" in name else "scan"
-    folder = "refined" if stage == "refine" else "scores"
-    redone = {f"{folder}/000/{shard}.arrow", f"_commits/{stage}/{shard}.json"}
+    stage = Stage.open(Run.open(str(run)), REFINE if "refine" in name else SCAN)
+    redone = {stage.file(int(Path(name).stem)), stage.ledger.name(int(Path(name).stem))}
+    before, after = ({path: seen for path, seen in each.items() if "logs/" not in path} for each in (before, after))
     assert set(after) == set(before)
     assert {path for path in before if after[path] != before[path]} == redone
     again = read_scores(Run.open(str(run)))
@@ -150,10 +153,11 @@ def test_repair_from_another_folder(run: Path, tmp_path: Path, monkeypatch: pyte
 
 def rewrite(run: Path, change: Callable[[pa.Table], pa.Table], shard: int = 2) -> None:
     """Replace a shard's rows and its commit, as a bug or a forger would."""
-    ledger = Stage.open(Run.open(str(run)), SCAN).ledger
+    opened = Run.open(str(run))
+    ledger = Stage.open(opened, SCAN).ledger
     made = ledger.read(shard)
     assert made is not None
-    ledger.commit(shard, made.file, change(read_table(ledger.folder, made.file)), made.counts)
+    ledger.commit(shard, change(read_table(opened.folder, made.file)), made.counts)
 
 
 def set_column(table: pa.Table, name: str, values: list[object]) -> pa.Table:
@@ -174,7 +178,7 @@ def other_captions(table: pa.Table) -> pa.Table:
 
 
 def no_score(table: pa.Table) -> pa.Table:
-    return set_column(table, "ld", [None, *table["ld"].to_pylist()[1:]])
+    return set_column(table, "ld_energy", [None, *table["ld_energy"].to_pylist()[1:]])
 
 
 def not_finite(table: pa.Table) -> pa.Table:
@@ -195,7 +199,7 @@ def no_empties(table: pa.Table) -> pa.Table:
         (2, row_twice, "row ids are not as planned"),
         (2, row_lost, "3 rows where 4 were planned"),
         (2, other_captions, "captions are not those of the input"),
-        (2, no_score, "a scored row has no finite ld"),
+        (2, no_score, "a scored row has no finite ld_energy"),
         (2, not_finite, "a scored row has no finite magnitude"),
         (4, no_duplicate, "duplicates are not as planned"),
         (4, no_empties, "empty captions are not marked as such"),
@@ -209,39 +213,54 @@ def test_wrong_rows_are_found_by_deep(run: Path, shard: int, change: Callable[[p
     assert be_audit("verify", run, "--deep", "--repair").code == 0
 
 
+def reseal(run: Path, name: str) -> None:
+    """What a forger does who knows of the seals."""
+    facts = json.loads((run / "run.json").read_text())
+    data = (run / name).read_bytes()
+    facts["sealed"][name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (run / "run.json").write_text(json.dumps(facts))
+
+
 def test_a_hash_collision_is_found_by_deep(run: Path) -> None:
     """Duplicates rest on 64-bit hashes; here two captions are called equal that are not."""
     folder = Folder(run)
     reader = pa.ipc.open_file(pa.BufferReader(folder.read("duplicates.arrow")))
     batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-    batches[4] = pa.record_batch([batches[4]["row_id"], pa.array([2, 2], pa.int64())], schema=batches[4].schema)
+    false = [pa.array(values, pa.int64()) for values in ([(4 << 32) | 1, (4 << 32) | 2], [2, 2])]
+    batches[4] = pa.record_batch(false, schema=batches[4].schema)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, reader.schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
     folder.write("duplicates.arrow", sink.getvalue().to_pybytes())
+    plan = pa.ipc.open_file(pa.BufferReader(folder.read("plan.arrow"))).read_all()
+    digests = plan["duplicates_xxh3"].to_pylist()
+    digests[4] = xxhash.xxh3_64_intdigest(b"".join(array.to_numpy().tobytes() for array in false))
+    place = plan.schema.get_field_index("duplicates_xxh3")
+    folder.write(
+        "plan.arrow", table_bytes(plan.set_column(place, plan.schema.field(place), [pa.array(digests, pa.uint64())]))
+    )
+    for name in ("duplicates.arrow", "plan.arrow"):
+        reseal(run, name)
     rewrite(run, lambda table: set_column(table, "duplicate_of", [None, 2, 2, None]), 4)
     found = be_audit("verify", run, "--deep")
     assert found.code == 3 and "a row is called a duplicate of another caption in shard" in found.err
 
 
-def test_an_input_that_was_deleted_is_one_line(original: ScanConfig, run: Path, tmp_path: Path) -> None:
-    facts = json.loads((run / "run.json").read_text())
-    gone = str(tmp_path / "gone.parquet")
-    plan = (run / "plan.arrow").read_bytes()
-    place = original.captions[0].encode()
-    assert place in plan
-    table = pa.ipc.open_file(pa.BufferReader(plan)).read_all()
-    metadata = {key: value.replace(place, gone.encode()) for key, value in (table.schema.metadata or {}).items()}
-    (run / "plan.arrow").write_bytes(table_bytes(table.replace_schema_metadata(metadata)))
-    facts["config"]["captions"] = [gone]
-    (run / "run.json").write_text(json.dumps(facts))
+def test_an_input_that_was_deleted_is_one_line(original: ScanConfig, tmp_path: Path, sd1: str) -> None:
+    captions = Path(shutil.copy(original.captions[0], tmp_path / "gone.parquet"))
+    run = tmp_path / "run"
+    scan(replace(original, captions=(str(captions),), output=str(run), refine=0.0))
+    captions.unlink()
+    importlib.import_module("audit.captions")._open.cache_clear()  # each command is a process of its own
     assert be_audit("verify", run).code == 0  # commits alone
     (run / SCORE).unlink()
+    before = tree(run)
     found = be_audit("verify", run, "--repair")
-    assert found.code == 2 and found.err == f"Error: {gone}: no such file or folder\n"
+    assert found.code == 2 and found.err == f"Error: {captions}: no such file or folder\n"
     found = be_audit("verify", run, "--deep")
-    assert found.code == 2 and gone in found.err
+    assert found.code == 2 and str(captions) in found.err
+    assert tree(run) == before
 
 
 def test_repair_leaves_what_was_committed_while_it_looked(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,9 +271,8 @@ def test_repair_leaves_what_was_committed_while_it_looked(run: Path, monkeypatch
     for path in lost:
         path.unlink()
 
-    import audit.run.verify
-
-    check = audit.run.verify._check
+    verify = importlib.import_module("audit.run.verify")
+    check = verify._check
 
     def look(*arguments: object) -> object:
         found = check(*arguments)  # type: ignore[arg-type]
@@ -263,7 +281,7 @@ def test_repair_leaves_what_was_committed_while_it_looked(run: Path, monkeypatch
             path.write_bytes(kept[path])
         return found
 
-    monkeypatch.setattr(audit.run.verify, "_check", look)
+    monkeypatch.setattr(verify, "_check", look)
     found = verify_run(str(run), repair=True)
     assert found.whole and commit.read_bytes() == kept[commit]
 
@@ -281,9 +299,11 @@ def test_repair_redoes_a_refinement_that_a_later_command_asked_for(run: Path) ->
 
 
 def test_a_damaged_list_of_rows_is_named(run: Path) -> None:
-    damage_truncated(run / "stages" / "refine.arrow")
+    damage_truncated(next(run.glob("stages/refine-*/items.arrow")))
     found = be_audit("verify", run)
-    assert found.code == 2 and "stages/refine.arrow: cannot be read" in found.err and found.err.count("\n") == 1
+    assert found.code == 3 and "/items.arrow: damaged: " in found.err and found.err.count("\n") == 1
+    assert be_audit("verify", run, "--repair").code == 0
+    assert be_audit("verify", run).code == 0
 
 
 def test_another_fraction_is_refused_or_replaces(original: ScanConfig, run: Path) -> None:

@@ -65,9 +65,7 @@ def test_variants_are_said(sd1: str, captions: Path, tmp_path: Path) -> None:
     assert done.code == 0 and "have no plain weights: loaded from .fp16. files" in done.err, done
 
 
-@pytest.mark.parametrize(
-    "file", ("unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model")
-)
+@pytest.mark.parametrize("file", ("unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"))
 def test_other_weights_than_described_end_with_one_line(sd1: str, captions: Path, tmp_path: Path, file: str) -> None:
     model = Path(shutil.copytree(sd1, tmp_path / "model"))
     path = model / f"{file}.safetensors"

@@ -218,7 +218,7 @@ def test_refinement_is_a_second_stage_that_can_be_gone_on_with(
     row = rows.to_pylist()[0]
     expected = reference.trajectory(row["caption"], reference.noises(1, 0)[0], 12)
     assert row["ld_all"] == pytest.approx(expected["ld_t"].mean(), rel=2e-4)
-    shard = Path(other.output, "_commits", "refine").glob("*.json")
+    shard = Path(other.output, "_commits", "refine").rglob("*.json")
     next(shard).unlink()
     before = watched.latents
     assert scan(other).refined == 5 and watched.latents > before

@@ -149,10 +149,10 @@ def test_masks_at_pixel_size_are_bilinear() -> None:
 
 def test_a_null_is_stored_as_it_is() -> None:
     null = Null.of(PICTURES, np.array([3.0, 1.0, 2.0]), 0.5, draws=1, near_duplicates=4)
-    back = read_facts(NullFacts, to_json(NullFacts.of(null, "of")), "null.json").null()
+    back = read_facts(NullFacts, to_json(NullFacts.of(null)), "null.json").null()
     np.testing.assert_array_equal(back.statistics, [1, 2, 3])
     assert (back.threshold, back.draws, back.near_duplicates, back.fpr) == (null.threshold, 1, 4, 0.5)
-    nothing = read_facts(NullFacts, to_json(NullFacts.of(Null.given(-np.inf, 0.1), "of")), "null.json").null()
+    nothing = read_facts(NullFacts, to_json(NullFacts.of(Null.given(-np.inf, 0.1))), "null.json").null()
     assert nothing.threshold == -np.inf and nothing.p_value(0.1) is None
 
 

@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from PIL import Image
 from audit import testbed
 from audit.base.commits import read_table
 from audit.base.errors import AuditError, Drained
+from audit.base.seal import Seal
 from audit.base.stopping import Stop
 from audit.cli.commands import cli
 from audit.index import Index, IndexConfig, build_index
@@ -34,7 +35,7 @@ from audit.scores.scan import ScanConfig, scan
 from audit.scores.trajectories import decode_png
 from audit.verdicts.beside import Beside
 from audit.verdicts.candidates import ConfirmConfig
-from audit.verdicts.confirm import _run_masks, confirm, read_null
+from audit.verdicts.confirm import NULL_FILE, _run_masks, confirm, read_null
 from audit.verdicts.match_shard import own_pictures
 
 pytestmark = pytest.mark.sampling
@@ -153,8 +154,8 @@ def test_stopped_and_damaged_confirms_go_on(run: ConfirmConfig) -> None:
     whole = read_stage(Run.open(run.run), "confirm").to_pylist()
     assert {row["num_images"] for row in whole} == {2}
     assert {m["image_index"] for m in whole[0]["matches"]} == {0, 1}
-    (Path(run.run) / "confirmed/000/00000.arrow").write_bytes(b"")
-    (Path(run.run) / "trajectories/000/00001.arrow").unlink()
+    next(Path(run.run).glob("confirmed/*/000/00000.arrow")).write_bytes(b"")
+    next(Path(run.run).glob("trajectories/*/000/00001.arrow")).unlink()
     broken = verify_run(run.run)
     assert not broken.whole and len(broken.problems) == 2
     assert verify_run(run.run, repair=True).whole
@@ -165,16 +166,20 @@ def test_a_confirm_that_goes_on_keeps_the_threshold_it_began_with(run: ConfirmCo
     """Trajectories that come later would calibrate another one, and verdicts of one confirm would not agree."""
     many = replace(run, num_images=2, top_fraction=None, top_k=20)
     confirm(many)
-    file = Path(run.run) / "stages/null.json"
-    begun = json.loads(file.read_text())
-    Stage.open(Run.open(run.run), CONFIRM).ledger.drop(1)
+    stage = Stage.open(Run.open(run.run), CONFIRM)
+    file, facts = Path(run.run) / stage.place(NULL_FILE), Path(run.run) / "stages/confirm.json"
+    begun, sealed = json.loads(file.read_text()), facts.read_text()
+    stage.ledger.drop(1)
     file.write_text(json.dumps({**begun, "threshold": 1e9}))  # as if other masks had been there at the beginning
+    seal = asdict(Seal.of(file))
+    facts.write_text(json.dumps({**json.loads(sealed), "sealed": {**json.loads(sealed)["sealed"], NULL_FILE: seal}}))
     confirm(many)
     assert json.loads(file.read_text())["threshold"] == 1e9
     rows = read_stage(Run.open(run.run), "confirm").to_pylist()
     redone = [row["verdict"] for row in rows[16:]]
     assert len(redone) == 4 and "none" not in redone
-    file.write_text("{")  # damaged: calibrated again, on what there is
+    facts.write_text(sealed)
+    file.write_text("{")  # damaged: calibrated again, and taken where it is what it was
     Stage.open(Run.open(run.run), CONFIRM).ledger.drop(1)
     confirm(many)
     assert json.loads(file.read_text()) == begun

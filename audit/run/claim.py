@@ -1,0 +1,142 @@
+"""One planner a folder: it is claimed before anything is planned; others wait for the run, or take a dead claim over.
+
+`_claims/1.json` is made by an atomic create (a conditional put on object stores). The claim with the highest number
+holds; a stale one is taken over by creating the next number, which one of several succeeds in. A claim is stale when
+its process is dead (seen on the same host), or when its heartbeat has stood still for STALE seconds of the waiting
+process's own clock: clocks of two machines are never compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from audit.base.errors import AuditError, StorageError
+from audit.base.facts import read_facts, to_json
+from audit.base.stopping import Stop
+from audit.base.storage import Folder, lives_here, this_host
+from audit.run.run import PLANNED, Fingerprint, Run, refuse_other
+
+CLAIMS = "_claims"
+BEAT, STALE = 5.0, 60.0  # seconds
+
+
+@dataclass(frozen=True)
+class ClaimFacts:
+    """_claims/N.json: what is to be planned, who does it, and a number that grows while he lives."""
+
+    fingerprint: Fingerprint
+    host: str
+    pid: int
+    beat: int = 0
+
+
+@contextlib.contextmanager
+def claimed(folder: Folder, fingerprint: Fingerprint, stop: Stop | None = None) -> Iterator[Run | None]:
+    """Inside the block the folder is ours to plan (None), or another process has planned it meanwhile (the run).
+
+    What a dead planner left behind is removed first; the claim is given back at the end.
+
+    Raises:
+        AuditError: another process plans a different run here, with one line a field that differs.
+        Drained: `stop` asked to.
+    """
+    number = _claim(folder, fingerprint, stop)
+    try:
+        run = Run.find(folder)
+        if run is None:
+            folder.sweep()
+            for name in PLANNED if number > 1 else ():
+                folder.remove(name)
+        with _beating(folder, number, fingerprint) if run is None else contextlib.nullcontext():
+            yield run
+    except BaseException as error:
+        if number and isinstance(error, Exception) and Run.find(folder) is None and _newest(folder) == number:
+            with contextlib.suppress(StorageError):
+                for name in PLANNED:
+                    folder.remove(name)
+        raise
+    finally:
+        if number:
+            with contextlib.suppress(StorageError):
+                for other in sorted(_numbers(folder), reverse=True):
+                    if other <= number:
+                        folder.remove(f"{CLAIMS}/{other}.json")
+                if folder.local:
+                    with contextlib.suppress(OSError):
+                        os.rmdir(folder.path(CLAIMS))
+
+
+def _claim(folder: Folder, fingerprint: Fingerprint, stop: Stop | None) -> int:
+    """The number of our claim; 0 when another process finished the plan first."""
+    data = to_json(ClaimFacts(fingerprint, this_host(), os.getpid()))
+    seen: tuple[int, bytes] = (0, b"")
+    since, said = time.monotonic(), False
+    while True:
+        if stop is not None:
+            stop.check()
+        newest = _newest(folder)
+        if Run.find(folder) is not None:
+            return 0
+        if newest == 0:
+            if folder.create(f"{CLAIMS}/1.json", data):
+                return 1
+            continue
+        try:
+            held = folder.read(f"{CLAIMS}/{newest}.json")
+        except FileNotFoundError:
+            continue  # given back this moment
+        if (newest, held) != seen:
+            seen, since = (newest, held), time.monotonic()
+        stale = time.monotonic() - since > STALE
+        try:
+            facts = read_facts(ClaimFacts, held, folder.path(f"{CLAIMS}/{newest}.json"))
+        except AuditError:
+            facts = None  # torn or foreign: nobody's, once it has stood still
+        if facts is not None:
+            stale = stale or lives_here(facts.host, facts.pid) is False
+        if stale:
+            if folder.create(f"{CLAIMS}/{newest + 1}.json", data):
+                return newest + 1
+            continue
+        if facts is not None:
+            refuse_other(folder, facts.fingerprint, fingerprint, "another process is planning a different run here")
+            if not said:
+                print(f"{folder.url}: process {facts.pid} on {facts.host} plans this run: waiting", file=sys.stderr)
+                said = True
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def _beating(folder: Folder, number: int, fingerprint: Fingerprint) -> Iterator[None]:
+    """Let the claim's number grow every few seconds."""
+    over = threading.Event()
+
+    def beat() -> None:
+        facts = ClaimFacts(fingerprint, this_host(), os.getpid())
+        while not over.wait(BEAT):
+            facts = replace(facts, beat=facts.beat + 1)
+            with contextlib.suppress(StorageError):  # the store may be back at the next beat
+                folder.write(f"{CLAIMS}/{number}.json", to_json(facts))
+
+    thread = threading.Thread(target=beat, daemon=True, name="claim")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _numbers(folder: Folder) -> list[int]:
+    stems = [name.removesuffix(".json") for name in folder.list(CLAIMS) if name.endswith(".json")]
+    return [int(stem) for stem in stems if stem.isascii() and stem.isdigit() and len(stem) < 10]
+
+
+def _newest(folder: Folder) -> int:
+    return max(_numbers(folder), default=0)

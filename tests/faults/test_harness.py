@@ -1,0 +1,27 @@
+"""The short form of `make torture`: one fault of each kind where it hurts most, then the same rows as undisturbed."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.faults.harness import FAULTS, STAGES, STORE_FAULTS, Fault, World, disturb
+
+pytestmark = pytest.mark.faults
+AT_A_WRITE, FULL = FAULTS[1], FAULTS[5]
+CASES = [(stage, AT_A_WRITE) for stage in STAGES] + [("refine", FULL)] + [("scan", fault) for fault in STORE_FAULTS]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, sd1: str) -> World:
+    return World(tmp_path_factory.mktemp("world"), sd1)
+
+
+@pytest.mark.parametrize("stage, fault", CASES, ids=lambda value: value if isinstance(value, str) else value.name)
+def test_a_disturbed_stage_loses_and_doubles_nothing(world: World, tmp_path: Path, stage: str, fault: Fault) -> None:
+    run = tmp_path / "run"
+    url = f"faulty://{run}" if fault in STORE_FAULTS else ""
+    found = disturb(world, stage, fault, run, random.Random(7), url)
+    assert found.problem is None, found
