@@ -7,6 +7,7 @@ fingerprint.py  digests, and the difference between two fingerprints in words
 storage.py      a folder anywhere fsspec reaches
 commits.py      the commit protocol: what makes a shard done
 identity.py     which columns name a picture or a caption
+ours.py         which files a run, an index or a report wrote
 progress.py     a bar on a terminal, lines elsewhere
 stopping.py     SIGTERM and Ctrl-C
 text.py         durations, sizes and tables for people
