@@ -264,7 +264,7 @@ def plan_captions(
     distinct = sum(int((block == np.arange(at, at + len(block))).sum()) for at, block in _blocks(first)) - empty
     facts = PlanFacts(
         files=len(files),
-        caption_columns=dict(dict.fromkeys((each.file.caption_col, each.why) for each in described if each.file.rows)),
+        caption_columns={each.file.caption_col: each.why for each in reversed(described) if each.file.rows},
         carried=list(keep.names),
         left_out=dict(found.left_out),
         notes=notes,

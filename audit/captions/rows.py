@@ -81,7 +81,7 @@ class Rows:
     def __init__(self, file: CaptionFile, staging: str, columns: tuple[str, ...]) -> None:
         self._lock = threading.Lock()
         self._path = join(staging, file.staged) if file.staged else file.path
-        self._parquet = file.format == "parquet"
+        self._parquet = file.format == "parquet" and not file.staged
         with open_input(self._path) as source:
             size = source.seek(0, 2)
         if not file.staged and size != file.size:

@@ -100,9 +100,12 @@ def csv_rows(path: str, raw: IO[bytes], text: TextFormat) -> Iterator[tuple[int,
         AuditError: a line that is not CSV, or not of the encoding.
     """
     delimiter = text.delimiter or ("\t" if unpacked_name(path).endswith(".tsv") else ",")
-    quoting = csv.QUOTE_NONE if delimiter == "\t" and not text.header else csv.QUOTE_MINIMAL
     width = 0
-    reader = csv.reader(_lines(path, raw, text), delimiter=delimiter, quoting=quoting, strict=True)
+    lines = _lines(path, raw, text)
+    if delimiter == "\t" and not text.header:
+        reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=True)
+    else:
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
     while True:
         try:
             row = next(reader)
@@ -325,8 +328,8 @@ def _lines(path: str, raw: IO[bytes], text: TextFormat) -> Iterator[str]:
         return
     number = 1
     try:
-        for number, line in enumerate(io.TextIOWrapper(plain, encoding, newline="\n"), 1):
-            yield line.removeprefix("\ufeff") if number == 1 else line
+        for number, decoded in enumerate(io.TextIOWrapper(plain, encoding, newline="\n"), 1):
+            yield decoded.removeprefix("\ufeff") if number == 1 else decoded
     except UnicodeError as error:
         raise AuditError(f"{path}: after line {number}: not {encoding}: {error}: pass another --encoding") from error
 
@@ -336,7 +339,7 @@ def _unpacked(path: str, raw: IO[bytes]) -> io.BufferedReader:
     raw.seek(0)
     kind, borrowed = packing(path), _Borrowed(raw)
     if kind == ".gz":
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw))  # type: ignore[arg-type]
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
     if kind == ".bz2":
         return io.BufferedReader(bz2.BZ2File(raw))
     if kind == ".xz":

@@ -6,7 +6,7 @@ import functools
 import importlib.metadata
 import json
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
@@ -14,7 +14,7 @@ from audit.base.errors import AuditError
 from audit.base.facts import read_facts, to_json
 from audit.base.fingerprint import diff_lines, digest
 from audit.base.storage import Folder
-from audit.captions import CaptionPlan
+from audit.captions import CaptionPlan, PlanFacts
 
 FORMAT = 2
 DEFAULT_RUN = "be-audit-run"
@@ -70,6 +70,7 @@ class RunFacts:
         created: when, ISO 8601. model: as it was named, a local folder by its absolute path. revision: as it was asked.
         config: flags of the scan, to go on with. fingerprint: what the scores depend on; digest: its hash.
         rows, unique, empty, shards: of the plan. versions: of packages, recorded only.
+        captions: what was found of the inputs and what was left out, recorded only.
     """
 
     format: int
@@ -84,6 +85,7 @@ class RunFacts:
     empty: int
     shards: int
     versions: dict[str, str]
+    captions: PlanFacts = field(default_factory=PlanFacts)
 
 
 class Run:
@@ -145,6 +147,7 @@ class Run:
             empty=plan.num_empty,
             shards=len(plan),
             versions=versions(),
+            captions=plan.facts,
         )
         folder.write("run.json", to_json(facts))
         return cls(folder, facts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -73,14 +73,20 @@ class ScanSummary:
 
     @property
     def exit_code(self) -> int:
-        """0 complete, 3 with failed rows or shards, 75 when the refinement still waits for other machines."""
-        if self.quarantined or self.counts.get("error") or not self.mine_complete:
+        """0 complete, 3 with failed rows or shards or no caption at all, 75 when the refinement waits for others."""
+        if not self.unique or self.quarantined or self.counts.get("error") or not self.mine_complete:
             return 3
         return 75 if self.refine_pending else 0
 
 
-def scan(config: ScanConfig, stop: Stop | None = None) -> ScanSummary:
+def _silent(line: str) -> None:
+    pass
+
+
+def scan(config: ScanConfig, stop: Stop | None = None, say: Callable[[str], None] = _silent) -> ScanSummary:
     """Scan captions into a run folder, or go on with a scan that was begun there.
+
+    `say` is given the lines of the plan before the model is loaded.
 
     Raises:
         AuditError: bad input or another run's folder; nothing was written.
@@ -92,6 +98,8 @@ def scan(config: ScanConfig, stop: Stop | None = None) -> ScanSummary:
     os.environ["BE_AUDIT_RANK"] = str(rank)
     # 1. the run: begun now, or gone on with
     run = _find_or_plan(config, Folder(config.output))
+    for line in plan_lines(run):
+        say(line)
     # 2. this machine's shards
     stage = Stage.open(run, SCAN)
     before = stage.done()
@@ -195,7 +203,13 @@ def plan_of(config: ScanConfig, staging: Folder) -> CaptionPlan:
         rows_per_shard=config.rows_per_shard,
         staging=staging,
         reserved=SCORE_COLUMNS,
+        text_format=config.text_format,
     )
+
+
+def plan_lines(run: Run) -> list[str]:
+    """What a run reads and what was left out, for people."""
+    return run.facts.captions.lines(run.facts.rows, run.facts.unique, run.facts.empty)
 
 
 def _input_facts(file: CaptionFile) -> dict[str, str | int | None]:
@@ -210,7 +224,9 @@ def _find_or_plan(config: ScanConfig, folder: Folder) -> Run:
     """The run of this configuration: the one in the folder when it is the same, else a new one."""
     existing = Run.find(folder)
     known = existing.plan.files if existing else []
-    files = describe_captions(list(config.captions), caption_col=config.caption_col, known=known)
+    files = describe_captions(
+        list(config.captions), caption_col=config.caption_col, known=known, text_format=config.text_format
+    )
     model = check_config(config)
     if existing is not None:
         existing.check_same(fingerprint_of(config, model, files))
