@@ -8,6 +8,7 @@ storage.py      a folder anywhere fsspec reaches
 seal.py         size and hash of files that results rest on
 commits.py      the commit protocol: what makes a shard done
 identity.py     which columns name a picture or a caption
+ours.py         which files a run, an index or a report wrote
 progress.py     a bar on a terminal, lines elsewhere
 stopping.py     SIGTERM and Ctrl-C
 log.py          what every worker does, as JSON lines

@@ -1,9 +1,11 @@
 """Captions in: any list of files, folders or data sets becomes shards of rows with equal captions found.
 
-files.py    which inputs there are, what is in them, whether they are whole
-streams.py  JSONL, CSV, Arrow streams and data sets, read front to back
-rows.py     Parquet and Arrow files, read by position
-plan.py     shards and duplicates, kept in the run folder
+find.py        which inputs there are, and which files are left out
+files.py       what is in them, which column the captions are, whether they are whole
+text_lines.py  CSV, TSV and JSON: encodings, compression, dialects
+streams.py     text files, Arrow streams, lists of captions and data sets, read front to back
+rows.py        Parquet and Arrow files, read by position
+plan.py        shards and duplicates, kept in the run folder; what was found, for people
 """
 
 from __future__ import annotations
@@ -15,14 +17,18 @@ import pyarrow as pa
 
 from audit.base.errors import AuditError, Damaged
 from audit.base.storage import Folder
-from audit.captions.files import CAPTION_COLUMNS, CaptionFile, find_captions
-from audit.captions.plan import CaptionPlan, captions_digest, describe_captions, plan_captions
-from audit.captions.rows import Rows, is_empty, text
+from audit.captions.files import CAPTION_COLUMNS, CaptionFile
+from audit.captions.find import find_captions
+from audit.captions.plan import CaptionPlan, PlanFacts, captions_digest, describe_captions, plan_captions
+from audit.captions.rows import Rows, caption_text, is_empty, text
+from audit.captions.text_lines import TextFormat
 
 __all__ = [
     "CAPTION_COLUMNS",
     "CaptionFile",
     "CaptionPlan",
+    "PlanFacts",
+    "TextFormat",
     "describe_captions",
     "find_captions",
     "is_empty",
@@ -50,7 +56,7 @@ def read_shard(plan: CaptionPlan, shard: int, staging: Folder, columns: Sequence
     row = plan.shards.slice(shard, 1).to_pylist()[0]
     rows = _open(plan.files[row["file_index"]], staging.url, tuple(field.name for field in fields))
     table = rows.read(row["row_start"], row["row_count"])
-    arrays = [text(table.column(0))]
+    arrays = [caption_text(table.column(0))]
     if captions_digest(arrays[0]) != row["captions_xxh3"]:
         file, end = plan.files[row["file_index"]], row["row_start"] + row["row_count"]
         if file.staged:

@@ -1,45 +1,35 @@
-"""Caption files as they are found: which there are, what is in them and whether they are whole."""
+"""Caption files as they are found: what is in them, which column the captions are, whether they are whole."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import io
-import os
-import re
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
-import fsspec
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
-from fsspec.utils import glob_translate
 
 from audit.base.errors import AuditError
-from audit.base.storage import check_name, list_tree
-from audit.captions.streams import BATCH_ROWS, HUB_NAME, first_line, load_dataset, open_input, reading, text_columns
+from audit.captions.find import Source
+from audit.captions.streams import (
+    BATCH_ROWS,
+    HUB_NAME,
+    is_json_list,
+    load_dataset,
+    open_input,
+    reading,
+    stream,
+    text_columns,
+)
+from audit.captions.text_lines import PLAIN, TextFormat, first_line, header_hint
 
 CAPTION_COLUMNS = ("TEXT", "caption", "text", "prompt", "captions")
 """Where a caption is looked for when no column is named: exactly so and in this order, then in any case."""
 
-FORMATS = {
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".jsonl": "jsonl",
-    ".jsonl.gz": "jsonl",
-    ".ndjson": "jsonl",
-    ".ndjson.gz": "jsonl",
-    ".json": "jsonl",
-    ".json.gz": "jsonl",
-    ".csv": "csv",
-    ".csv.gz": "csv",
-}
-_JSON = (".json", ".json.gz")
-# In the folder of a run, of one that is being planned, of an index, of one that is being built, of a report.
-_OURS = ("plan.arrow", "_claims/1.json", "index_info.json", "_commits/embed/00000.json", "report.json")
 _WHOLE = 8 << 20  # files up to this size are hashed whole: the ones people edit by hand
 
 
@@ -54,8 +44,10 @@ class CaptionFile:
         size: bytes; 0 for a data set of the hub.
         footer_sha256: of the footer of Parquet and Arrow files above 8 MiB, of the whole content of every other
             file, of the data set's fingerprint or the hub's commit.
-        caption_col: the column the captions are read from.
+        caption_col: the column the captions are read from; "" in a part without rows that has none.
         staged: name of the copy in the run folder for inputs without random access, else None.
+        lists: the column holds lists of captions, of which each is a row.
+        written: flags that say how a text file is written, else "".
     """
 
     path: str
@@ -65,136 +57,40 @@ class CaptionFile:
     footer_sha256: str
     caption_col: str
     staged: str | None = None
+    lists: bool = False
+    written: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As JSON keeps it; `lists` and `written` only where they say something."""
+        return {name: value for name, value in asdict(self).items() if value or name not in ("lists", "written")}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> CaptionFile:
         return cls(**fields)
 
 
-@dataclass(frozen=True)
-class Source:
-    """A path, URL or data set name and its format, before anything of it is read."""
+class Described(NamedTuple):
+    """A file; its columns (all of them strings for text files); whether it has no random access and must be staged;
+    why its caption column was taken."""
 
-    path: str
-    format: str
-
-
-# --- finding ----------------------------------------------------------------------------------------------------
-
-
-def find_captions(inputs: Sequence[str | os.PathLike[str]]) -> list[Source]:
-    """Expand files, folders, globs, fsspec URLs and `datasets` names into the sorted list of what to read.
-
-    A folder gives its Parquet, Arrow, JSONL and CSV files at any depth, without hidden ones (`.x`, `_x`) and without
-    those of a run; a folder written by `Dataset.save_to_disk` is one data set. What exists as a path is never looked up
-    on the hub. `OWNER/NAME[@REVISION][:SPLIT]` is a data set of the hub, `FOLDER:SPLIT` one split of a saved dict.
-
-    Raises:
-        AuditError: an input that does not exist, holds no captions, or has an unsupported extension.
-    """
-    found = {source.path: source for text in inputs for source in _expand(check_name(os.fspath(text)))}
-    for path in found:
-        check_name(path)
-    if not found:
-        raise AuditError("no caption files given: pass files, folders, globs or data set names")
-    return [found[path] for path in sorted(found)]
-
-
-def _expand(text: str) -> list[Source]:
-    try:
-        fs, path = fsspec.core.url_to_fs(text)
-        local = isinstance(fs, LocalFileSystem)
-        path = os.path.normpath(path) if local else path  # `../data/x` and `x` are one file
-        if fs.isfile(path):
-            return [Source(path if local else text, _format(text))]
-        if fs.isdir(path):
-            if _is_saved_dataset(fs, path):
-                return [Source(path if local else text, "dataset")]
-            files = _visible(list_tree(fs, path), path)
-        elif any(letter in text for letter in "*?["):
-            fixed = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
-            files = _visible(_matching(fs, path, fixed), fixed)
-        else:
-            return [_missing(text, fs, path)]
-    except AuditError:
-        raise
-    except Exception as error:  # every file system driver has its own exceptions
-        raise AuditError(f"{text}: cannot be listed: {first_line(error)}") from error
-    # Statistics and settings lie beside data as .json: read where asked for by name only.
-    json_asked = text.lower().endswith(_JSON)
-    files = [name for name in files if (ext := _extension(name)) and (json_asked or ext not in _JSON)]
-    if not files:
-        raise AuditError(f"{text}: no file there that captions are read from: {', '.join(FORMATS)}")
-    return [Source(name if local else fs.unstrip_protocol(name), _format(name)) for name in files]
-
-
-def _matching(fs: Any, pattern: str, fixed: str) -> list[str]:
-    """Files that match a glob; locally links to folders are followed, as fsspec does not. `fixed`: its plain part."""
-    if not isinstance(fs, LocalFileSystem):
-        return [name for name, info in fs.glob(pattern, detail=True).items() if info["type"] == "file"]
-    if "**" in pattern:
-        like = re.compile(glob_translate(pattern))
-        return [name for name in _visible(list_tree(fs, fixed or "/"), fixed) if like.match(name)]
-    return [name for name in glob.glob(pattern) if os.path.isfile(name)]
-
-
-def _missing(text: str, fs: Any, path: str) -> Source:
-    """What a text that is no path can still mean: a split of a saved dict, or a name on the hub."""
-    folder, _, split = path.rpartition(":")
-    if folder and split and fs.isdir(folder) and _is_saved_dataset(fs, folder):
-        return Source(path if isinstance(fs, LocalFileSystem) else text, "dataset")
-    if HUB_NAME.fullmatch(text) and _extension(text) is None and not text.startswith("."):
-        return Source(text, "dataset")
-    raise AuditError(f"{text}: no such file or folder")
-
-
-def _is_saved_dataset(fs: Any, folder: str) -> bool:
-    return bool(fs.exists(f"{folder}/dataset_dict.json") or fs.exists(f"{folder}/state.json"))
-
-
-def _visible(names: Iterable[str], root: str) -> list[str]:
-    """Without hidden files, and without what this program wrote: `scan .` must not read its own scores."""
-    names = list(names)
-    runs = tuple(name.removesuffix(mark) for name in names for mark in _OURS if name.endswith(f"/{mark}"))
-    below = len(root.rstrip("/")) + 1
-    hidden = {name for name in names if any(part.startswith((".", "_")) for part in name[below:].split("/"))}
-    return [name for name in names if name not in hidden and not name.startswith(runs)]
-
-
-def _extension(path: str) -> str | None:
-    name = path.lower().split("?")[0] if "://" in path else path.lower()
-    return next((ext for ext in sorted(FORMATS, key=len, reverse=True) if name.endswith(ext)), None)
-
-
-def _format(path: str) -> str:
-    extension = _extension(path)
-    if extension is None:
-        raise AuditError(f"{path}: unsupported kind of file; captions are read from {', '.join(FORMATS)}")
-    return FORMATS[extension]
-
-
-# --- describing -------------------------------------------------------------------------------------------------
+    file: CaptionFile
+    schema: pa.Schema
+    streamed: bool
+    why: str
 
 
 def describe(
-    source: Source, caption_col: str | None, flag: str = "--caption-col"
-) -> tuple[CaptionFile, pa.Schema, bool]:
-    """Look into one source: footers, first lines, columns. Only text formats are read whole, to be hashed.
+    source: Source, caption_col: str | None, flag: str = "--caption-col", text: TextFormat = PLAIN
+) -> Described:
+    """Look into one source: footers, first lines, columns. Only text files are read whole, to be hashed.
 
-    `flag` is what names the column on the command line, for messages.
-
-    Returns:
-        the file, with rows -1 where only reading it all would tell; its columns (all of them strings for JSONL and
-        CSV); and whether it has no random access and must be staged.
+    `flag` is what names the column on the command line, for messages. Rows are -1 where only reading it all would tell.
 
     Raises:
         AuditError: not there, not what its name says, cut short, without a caption column that is text.
     """
     path = source.path
-    streamed, rows, size = True, -1, 0
+    streamed, rows, size, written = True, -1, 0, ""
     if source.format == "dataset":
         dataset, size, sha256 = load_dataset(path)
         rows = getattr(dataset, "num_rows", -1)
@@ -217,38 +113,100 @@ def describe(
                 file.seek(0)
                 schema = pa.ipc.open_stream(file).schema
             else:
-                schema = pa.schema([(name, pa.string()) for name in text_columns(path, file, source.format)])
+                written = text.describe()
+                schema = pa.schema([(name, pa.string()) for name in text_columns(path, file, source.format, text)])
             sha256 = content_digest(file, size, whole=streamed)
-    column = find_caption_column(path, schema, caption_col, flag)
-    return CaptionFile(path, source.format, rows, size, sha256, column), schema, streamed
+    if rows == 0 and not _candidates(schema, caption_col):  # a part that nothing was written into
+        return Described(CaptionFile(path, source.format, 0, size, sha256, ""), schema, streamed, "no rows")
+    column, lists, why = find_caption_column(source, schema, caption_col, flag, text)
+    if lists:
+        streamed, rows = True, -1
+    found = CaptionFile(path, source.format, rows, size, sha256, column, lists=lists, written=written)
+    return Described(found, schema, streamed, why)
 
 
-def find_caption_column(path: str, schema: pa.Schema, named: str | None, flag: str = "--caption-col") -> str:
-    """The caption column: the one named, else the first of CAPTION_COLUMNS that is there and is text.
+def find_caption_column(
+    source: Source, schema: pa.Schema, named: str | None, flag: str, text: TextFormat
+) -> tuple[str, bool, str]:
+    """The caption column, whether it holds lists of captions, and why it was taken.
+
+    The one named; else the first of CAPTION_COLUMNS that is there, is text, and has text where several are there.
 
     Raises:
         AuditError: there is none, there are two of the name, or it is not text.
     """
+    path = source.path
     has = ", ".join(schema.names[:20]) + (", ..." if len(schema.names) > 20 else "")
+    names = _candidates(schema, named)
+    if not names and named is not None:
+        raise AuditError(f"{path}: no column {named!r}; it has {has}: pass another {flag}")
+    if not names:
+        hint = header_hint(path, schema.names, text) if source.format == "csv" else ""
+        raise AuditError(f"{path}: no caption column; it has {_short(has)}: pass {flag} NAME{hint}")
+    single = [name for name in names if len(schema.get_all_field_indices(name)) == 1]
+    if not single:
+        raise AuditError(f"{path}: two columns are called {names[0]!r}: rename one")
+    kinds = {name: schema.field(name).type for name in single}
+    texts = [name for name in single if is_text(kinds[name])]
     if named is not None:
-        candidates = [name for name in schema.names if name == named]
-        if not candidates:
-            raise AuditError(f"{path}: no column {named!r}; it has {has}: pass another {flag}")
-    else:
-        lower = [name.lower() for name in CAPTION_COLUMNS]
-        candidates = [name for name in CAPTION_COLUMNS if name in schema.names]
-        candidates += sorted((n for n in schema.names if n.lower() in lower), key=lambda n: lower.index(n.lower()))
-        if not candidates:
-            raise AuditError(f"{path}: no caption column; it has {has}: pass {flag} NAME")
-    name = next(
-        (n for n in candidates if all(is_text(schema.field(i).type) for i in schema.get_all_field_indices(n))), None
+        if is_text_list(kinds[named]):
+            return named, True, f"named by {flag}, a row a caption of its lists"
+        if texts:
+            lists = flag == "--caption-col" and is_json_list(_first_text(source, named, text, lists=True))
+            return named, lists, f"named by {flag}" + (", a row a caption of its lists" if lists else "")
+    blank: list[str] = []
+    for name in texts:
+        if len(texts) == 1 or _first_text(source, name, text) is not None:
+            why = f"{', '.join(blank)} {'has' if len(blank) == 1 else 'have'} no text" if blank else ""
+            others = [other for other in texts if other != name and other not in blank]
+            return name, False, why or (f"before {', '.join(others)}" if others else "by its name")
+        blank.append(name)
+    if blank:
+        return blank[0], False, f"none of {', '.join(blank)} has text"
+    for name in single:
+        if pa.types.is_null(kinds[name]) or (pa.types.is_floating(kinds[name]) and _all_missing(source, name)):
+            return name, False, "it has no text"
+    listed = next((name for name in single if is_text_list(kinds[name])), None)
+    if listed is not None:
+        raise AuditError(
+            f"{path}: column {listed!r} is {kinds[listed]}, several captions a row; it has {has}: "
+            f"pass {flag} {listed} for a row a caption, or {flag} NAME"
+        )
+    raise AuditError(f"{path}: column {single[0]!r} is {kinds[single[0]]}, not text; it has {has}: pass {flag} NAME")
+
+
+def _candidates(schema: pa.Schema, named: str | None) -> list[str]:
+    """Columns that could hold the captions, the likeliest first."""
+    if named is not None:
+        return [named] if named in schema.names else []
+    lower = [name.lower() for name in CAPTION_COLUMNS]
+    loose = sorted((name for name in schema.names if name.lower() in lower), key=lambda name: lower.index(name.lower()))
+    return list(dict.fromkeys([*(name for name in CAPTION_COLUMNS if name in schema.names), *loose]))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 400 else text[:400] + "..."
+
+
+def _first_text(source: Source, name: str, text: TextFormat, lists: bool = False) -> str | None:
+    """The first value of a column that is not blank; None where all are. Of a hub's data set the first rows count."""
+    hub = source.format == "dataset" and HUB_NAME.fullmatch(source.path) is not None
+    for table in stream(source.path, source.format, name, (), text, as_lists=lists):
+        values = pc.utf8_trim_whitespace(table.column(0).cast(pa.large_string()))
+        filled = table.filter(pc.fill_null(pc.greater(pc.binary_length(values), 0), False))
+        if filled.num_rows:
+            return str(filled.column(0).cast(pa.string())[0].as_py())
+        if hub:
+            return ""
+    return None
+
+
+def _all_missing(source: Source, name: str) -> bool:
+    """Whether a float column holds nothing but null and NaN, as pandas writes text that is missing throughout."""
+    return all(
+        np.isnan(table.column(0).cast(pa.float64()).to_numpy()).all()
+        for table in stream(source.path, source.format, name, (), PLAIN)
     )
-    if name is None:
-        kind = schema.field(schema.get_all_field_indices(candidates[0])[0]).type
-        raise AuditError(f"{path}: column {candidates[0]!r} is {kind}, not text; it has {has}: pass {flag} NAME")
-    if len(schema.get_all_field_indices(name)) > 1:
-        raise AuditError(f"{path}: two columns are called {name!r}: rename one")
-    return name
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -256,6 +214,12 @@ def is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def is_text_list(kind: pa.DataType) -> bool:
+    """A list of text, of any width."""
+    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+    return any(test(kind) for test in lists) and is_text(kind.value_type)
 
 
 def _check_head(path: str, kind: str, head: bytes) -> None:

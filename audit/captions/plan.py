@@ -22,12 +22,15 @@ import xxhash
 from audit.base.commits import damaged
 from audit.base.errors import AuditError
 from audit.base.identity import is_identity
+from audit.base.ours import MARK
 from audit.base.progress import Progress
 from audit.base.seal import Seal, read_sealed
 from audit.base.storage import Folder
-from audit.captions.files import CaptionFile, describe, find_captions, is_text
-from audit.captions.rows import BATCH_ROWS, Rows, find_column, is_empty, text
+from audit.captions.files import CaptionFile, Described, describe, is_text
+from audit.captions.find import Found, find_captions, reasons_line
+from audit.captions.rows import BATCH_ROWS, Rows, caption_text, find_column, is_empty
 from audit.captions.streams import reading, stream
+from audit.captions.text_lines import PLAIN, TextFormat
 
 SHARDS = pa.schema(
     [
@@ -44,6 +47,34 @@ DUPLICATES = pa.schema([("row_id", pa.int64()), ("duplicate_of", pa.int64())])
 _CHUNK = 1 << 18  # rows looked at together; bounds every temporary array of planning
 
 
+@dataclass(frozen=True)
+class PlanFacts:
+    """What was found and what was left out, to be said before any work.
+
+    Attributes:
+        files: read. caption_columns: column -> why it was taken. carried: columns carried through.
+        left_out: reason -> files that were not read. notes: what else a user should know, a sentence each.
+    """
+
+    files: int = 0
+    caption_columns: dict[str, str] = field(default_factory=dict)
+    carried: list[str] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def lines(self, rows: int, unique: int, empty: int) -> list[str]:
+        """For people."""
+        columns = "; ".join(f"{name} ({why})" for name, why in self.caption_columns.items())
+        files = f"{self.files:,} file{'s' if self.files != 1 else ''}"
+        lines = [
+            f"plan: {files}, {rows:,} rows, {unique:,} different captions, {empty:,} empty; captions from {columns}; "
+            f"carried: {', '.join(self.carried) or 'nothing'}"
+        ]
+        if self.left_out:
+            lines.append(f"left out: {reasons_line(self.left_out)}")
+        return lines + [f"note: {note}" for note in self.notes]
+
+
 @dataclass(eq=False)
 class CaptionPlan:
     """Which rows a run has: its files, its shards and which rows repeat an earlier caption.
@@ -53,6 +84,7 @@ class CaptionPlan:
         shards: table SHARDS, a row a shard; a shard lies in one file.
         keep_schema: the input columns that are carried through, with the one type they have in every shard.
         num_rows, num_unique, num_empty: rows in all; distinct captions; rows null, empty or only whitespace.
+        facts: what was found and left out; of a plan that was loaded, nothing: run.json has it.
     """
 
     files: list[CaptionFile]
@@ -61,6 +93,7 @@ class CaptionPlan:
     num_rows: int
     num_unique: int
     num_empty: int
+    facts: PlanFacts = field(default_factory=PlanFacts)
     _first: np.ndarray | None = field(default=None, repr=False)  # uint64 [num_rows], until the plan is saved
     _folder: Folder | None = field(default=None, repr=False)
     _staged: dict[str, Seal] = field(default_factory=dict, repr=False)
@@ -111,7 +144,7 @@ class CaptionPlan:
         digests = []
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary, "duplicates.arrow")
-            with pa.ipc.new_file(path, DUPLICATES) as writer:
+            with pa.ipc.new_file(path, DUPLICATES.with_metadata(MARK)) as writer:
                 for shard in range(len(self)):
                     of = self.duplicates(shard)
                     rows = np.flatnonzero(of >= 0)
@@ -129,7 +162,7 @@ class CaptionPlan:
             "counts": [self.num_rows, self.num_unique, self.num_empty],
         }
         sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, SHARDS.with_metadata({"captions": json.dumps(facts)})) as writer:
+        with pa.ipc.new_file(sink, SHARDS.with_metadata({b"captions": json.dumps(facts).encode(), **MARK})) as writer:
             writer.write_table(self.shards)
         data = sink.getvalue().to_pybytes()
         folder.write("plan.arrow", data)
@@ -182,22 +215,25 @@ def _duplicate_batches(url: str) -> Any:
 # --- planning ---------------------------------------------------------------------------------------------------
 
 
-def describe_captions(inputs: Sequence[str], *, caption_col: str | None = None) -> list[CaptionFile]:
+def describe_captions(
+    inputs: Sequence[str], *, caption_col: str | None = None, text_format: TextFormat = PLAIN
+) -> list[CaptionFile]:
     """The inputs as they are now, without reading their rows (-1 where only that would tell) or staging them.
 
     Args:
-        inputs: see `find_captions`. caption_col: the caption column; found by itself when None.
+        inputs: see `find_captions`.
+        caption_col: the caption column; found by itself when None.
+        text_format: how text files are written.
 
     Raises:
         AuditError: bad input, as `plan_captions`.
     """
-    return [file for file, _, _ in _describe_all(inputs, caption_col)]
+    return [each.file for each in _describe_all(find_captions(inputs), caption_col, text_format)]
 
 
-def _describe_all(inputs: Sequence[str], caption_col: str | None) -> list[tuple[CaptionFile, pa.Schema, bool]]:
-    sources = find_captions(inputs)
+def _describe_all(found: Found, caption_col: str | None, text_format: TextFormat) -> list[Described]:
     with ThreadPoolExecutor(16) as pool:
-        return list(pool.map(lambda source: describe(source, caption_col), sources))
+        return list(pool.map(lambda source: describe(source, caption_col, text=text_format), found.sources))
 
 
 def plan_captions(
@@ -209,6 +245,7 @@ def plan_captions(
     rows_per_shard: int,
     staging: Folder,
     reserved: Collection[str] = (),
+    text_format: TextFormat = PLAIN,
 ) -> CaptionPlan:
     """Look at all inputs, cut them into shards and find equal captions.
 
@@ -223,6 +260,7 @@ def plan_captions(
         rows_per_shard: rows of a shard, the last of a file excepted.
         staging: where inputs without random access are copied to, as `input/00000.arrow`.
         reserved: names in lower case that no carried column may have: those of a run's own.
+        text_format: how text files are written.
 
     Raises:
         AuditError: whatever is wrong with the inputs, in one line.
@@ -231,13 +269,15 @@ def plan_captions(
         raise AuditError(f"--rows-per-shard {rows_per_shard}: at least 1")
     if limit is not None and limit < 1:
         raise AuditError(f"--limit {limit}: at least 1")
-    described = _describe_all(inputs, caption_col)
-    keep = _keep_schema([(file, schema) for file, schema, _ in described], keep_cols, reserved)
+    found = find_captions(inputs)
+    described = _describe_all(found, caption_col, text_format)
+    keep, notes = _keep_schema(described, keep_cols, reserved)
     files, taken, left = [], [], limit
     sealed: dict[str, Seal] = {}
-    for index, (file, schema, streamed) in enumerate(described):
-        if streamed:
-            file = _stage(file, f"input/{index:05d}.arrow", schema, keep, left, staging, sealed)
+    for index, each in enumerate(described):
+        file = each.file
+        if each.streamed:
+            file = _stage(file, f"input/{index:05d}.arrow", each.schema, keep, left, staging, sealed, text_format)
         rows = file.rows if left is None else min(file.rows, left)
         left = None if left is None else left - rows
         files.append(file)
@@ -250,17 +290,25 @@ def plan_captions(
     shards = _shards(files, taken, rows_per_shard, first)
     _resolve_first(first)
     distinct = sum(int((block == np.arange(at, at + len(block))).sum()) for at, block in _blocks(first)) - empty
-    return CaptionPlan(files, shards, keep, sum(taken), distinct, empty, _first=first, _staged=sealed)
+    facts = PlanFacts(
+        files=len(files),
+        caption_columns={each.file.caption_col: each.why for each in reversed(described) if each.file.rows},
+        carried=list(keep.names),
+        left_out=dict(found.left_out),
+        notes=notes,
+    )
+    return CaptionPlan(files, shards, keep, sum(taken), distinct, empty, facts, _first=first, _staged=sealed)
 
 
 def _keep_schema(
-    described: list[tuple[CaptionFile, pa.Schema]], named: Sequence[str] | None, reserved: Collection[str]
-) -> pa.Schema:
-    """The columns to carry through over all files, in order of appearance, one type each."""
+    described: list[Described], named: Sequence[str] | None, reserved: Collection[str]
+) -> tuple[pa.Schema, list[str]]:
+    """The columns to carry through over all files, in order of appearance, one type each; and what cannot be."""
+    notes: list[str] = []
     if named is None:
         wanted = {
             column.name.lower(): column.name
-            for file, schema in reversed(described)
+            for file, schema, *_ in reversed(described)
             for column in reversed(list(schema))
             if is_identity(column.name) and column.name != file.caption_col and _is_plain(column.type)
         }
@@ -275,16 +323,21 @@ def _keep_schema(
     fields = []
     for name in names:
         found = [
-            (file.path, schema.field(at).type) for file, schema in described if (at := find_column(schema, name)) >= 0
+            (file.path, schema.field(at).type)
+            for file, schema, *_ in described
+            if (at := find_column(schema, name)) >= 0
         ]
+        if not found and named is None:
+            notes.append(f"{name} is not carried: several columns have that name")
+            continue
         if not found:
-            has = ", ".join(described[0][1].names[:20])
+            has = ", ".join(described[0].schema.names[:20])
             raise AuditError(
                 f"--keep-cols {name}: no input has one column of that name (JSONL: in its first 100,000 lines); "
-                f"{described[0][0].path} has {has}"
+                f"{described[0].file.path} has {has}"
             )
         fields.append(pa.field(name, _common_type(name, found)))
-    return pa.schema(fields)
+    return pa.schema(fields), notes
 
 
 def _is_plain(kind: pa.DataType) -> bool:
@@ -313,6 +366,7 @@ def _stage(
     left: int | None,
     staging: Folder,
     sealed: dict[str, Seal],
+    text_format: TextFormat,
 ) -> CaptionFile:
     """Copy the columns a run needs of a source without random access, at most `left` rows, as an Arrow IPC file."""
     if left == 0:
@@ -323,8 +377,9 @@ def _stage(
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary, "staged.arrow")
         writer = None
-        for table in stream(file.path, file.format, file.caption_col, columns):
+        for table in stream(file.path, file.format, file.caption_col, columns, text_format, file.lists):
             table = table if left is None else table.slice(0, left - rows)
+            table = table.replace_schema_metadata(MARK)
             writer = writer or pa.ipc.new_file(path, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd"))
             writer.write_table(table.combine_chunks(), max_chunksize=BATCH_ROWS)
             rows += table.num_rows
@@ -379,7 +434,7 @@ def _all_captions(files: list[CaptionFile], taken: list[int], staging: Folder) -
         left = rows
         with reading(file.path):
             for batch in Rows(file, staging.url, ()).batches():
-                captions = text(batch.column(0))[:left]
+                captions = caption_text(batch.column(0))[:left]
                 yield captions
                 left -= len(captions)
                 if not left:

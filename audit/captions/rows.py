@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 import sys
 import threading
 from collections.abc import Iterator
@@ -34,8 +35,19 @@ def is_empty(captions: pa.Array | pa.ChunkedArray) -> np.ndarray:
     return np.asarray(pc.fill_null(blank, True).to_numpy(zero_copy_only=False), bool)
 
 
+def caption_text(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """A caption column as `text` gives it; null throughout where it is a column of nothing but NaN."""
+    return pa.nulls(len(column), pa.string()) if pa.types.is_floating(column.type) else text(column)
+
+
 def text(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """A column as one string array, whatever its width or encoding; bytes that are not UTF-8 become U+FFFD."""
+    """A column as one string array, whatever its width or encoding; bytes that are not UTF-8 become U+FFFD.
+
+    Whole numbers are written as such in float columns too (1234567, not 1234567.0: ids of a column with gaps), NaN
+    becomes null.
+    """
+    if pa.types.is_floating(column.type):
+        return pa.array([_number(value) for value in column.to_pylist()], pa.string())
     column = column.cast(pa.string())
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     try:
@@ -44,6 +56,12 @@ def text(column: pa.Array | pa.ChunkedArray) -> pa.Array:
         values = column.cast(pa.binary()).to_pylist()
         column = pa.array([value if value is None else value.decode(errors="replace") for value in values], pa.string())
     return column
+
+
+def _number(value: float | None) -> str | None:
+    if value is None or math.isnan(value):
+        return None
+    return str(int(value)) if value.is_integer() else repr(value)
 
 
 class Rows:
@@ -63,7 +81,7 @@ class Rows:
     def __init__(self, file: CaptionFile, staging: str, columns: tuple[str, ...]) -> None:
         self._lock = threading.Lock()
         self._path = join(staging, file.staged) if file.staged else file.path
-        self._parquet = file.format == "parquet"
+        self._parquet = file.format == "parquet" and not file.staged
         with open_input(self._path) as source:
             size = source.seek(0, 2)
             if not file.staged and size != file.size:

@@ -1,29 +1,31 @@
-"""Caption sources without random access (JSONL, CSV, Arrow streams, data sets), read once from front to back."""
+"""Caption sources without random access (text files, Arrow streams, data sets, lists of captions), front to back."""
 
 from __future__ import annotations
 
-import csv
-import gzip
 import io
 import itertools
 import json
+import math
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from lzma import LZMAError
 from typing import IO, Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from audit.base.errors import AuditError, StorageError
 from audit.base.progress import Progress
+from audit.captions.text_lines import TextFormat, csv_rows, first_line, json_rows
 
 BATCH_ROWS = 8192
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]+))?")
-_PEEK_LINES = 100_000
-csv.field_size_limit(1 << 30)  # its default of 128 kB is for a caption column, not for what lies beside
+_PEEK_ROWS = 100_000
 _LONG = 256 << 20  # bytes that take a while
 
 
@@ -38,38 +40,49 @@ def open_input(path: str) -> IO[bytes]:
         raise StorageError(f"{path}: cannot be opened: {first_line(error)}") from error
 
 
+_DAMAGE = (pa.ArrowException, OSError, EOFError, zlib.error, LZMAError, UnicodeDecodeError, ValueError)
+
+
 @contextmanager
 def reading(path: str) -> Iterator[None]:
     """Turn what a damaged file makes its reader raise into one line that names the file."""
     try:
         yield
-    except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError, ValueError) as error:
+    except _DAMAGE as error:
         raise AuditError(f"{path}: cannot be read, cut short or damaged: {first_line(error)}") from error
 
 
-def first_line(error: BaseException) -> str:
-    """An error's message cut to one line."""
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:300]
+def stream(
+    path: str,
+    kind: str,
+    caption_col: str,
+    columns: Sequence[str],
+    text: TextFormat,
+    lists: bool = False,
+    as_lists: bool = False,
+) -> Iterator[pa.Table]:
+    """The rows of a source, front to back: the caption column as `caption`, then `columns`, which it has.
 
+    Columns of text files are text: strings as they are, other JSON values as JSON.
 
-def stream(path: str, kind: str, caption_col: str, columns: Sequence[str]) -> Iterator[pa.Table]:
-    """The rows of a source without random access: the caption column as `caption`, then `columns`, which it has.
-
-    Columns of JSONL and CSV are text: strings as they are, other JSON values as JSON.
+    Args:
+        path, kind: of the file. caption_col, columns: what is read of it. text: how text files are written.
+        lists: the caption column holds lists of captions: a row each, one without a caption for an empty list.
+        as_lists: lists may be there, and stay as they are (JSON in text files).
 
     Raises:
-        AuditError: a malformed line (with its number), a gzip cut short, a hub that cannot be reached.
+        AuditError: a malformed line (with its number), a file cut short, a hub that cannot be reached.
     """
     names = list(dict.fromkeys([caption_col, *columns]))
     if kind == "dataset":
         dataset = load_dataset(path)[0]
         with reading(path):
             for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=BATCH_ROWS):
-                yield _named(table, caption_col, columns)
+                yield _named(table, caption_col, columns, lists)
         return
     with open_input(path) as raw, reading(path), _progress(path, raw) as bar:
-        for table in _blocks(path, kind, raw, names):
-            yield _named(table, caption_col, columns)
+        for table in _blocks(path, kind, raw, names, text, lists or as_lists):
+            yield _named(table, caption_col, columns, lists)
             if bar:
                 bar.add((raw.tell() >> 20) - bar.done)
 
@@ -81,38 +94,103 @@ def _progress(path: str, raw: IO[bytes]) -> Progress | nullcontext[None]:
     return Progress(size >> 20, "MiB", f"reading {path.rsplit('/', 1)[-1]}") if size > _LONG else nullcontext()
 
 
-def _blocks(path: str, kind: str, raw: IO[bytes], names: list[str]) -> Iterator[pa.Table]:
-    if kind == "arrow":
-        yield from (pa.Table.from_batches([batch]) for batch in pa.ipc.open_stream(raw))
+def _blocks(
+    path: str, kind: str, raw: IO[bytes], names: list[str], text: TextFormat, lists: bool
+) -> Iterator[pa.Table]:
+    if kind == "parquet":
+        file = pq.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False)
+        batches = file.iter_batches(BATCH_ROWS, columns=names, use_threads=False)
+        yield from (pa.Table.from_batches([batch]) for batch in batches)
+    elif kind == "arrow":
+        yield from (pa.Table.from_batches([batch]) for batch in _arrow_batches(raw))
+    else:
+        rows = _json_values(path, raw, names, text, lists) if kind == "jsonl" else _csv_values(path, raw, names, text)
+        while block := list(itertools.islice(rows, BATCH_ROWS)):
+            yield pa.table([pa.array(values, pa.string()) for values in zip(*block, strict=True)], names=names)
+
+
+def _arrow_batches(raw: IO[bytes]) -> Iterator[pa.RecordBatch]:
+    """Record batches of an Arrow file or stream."""
+    raw.seek(0)
+    is_file = raw.read(6) == b"ARROW1"
+    raw.seek(0)
+    if not is_file:
+        yield from pa.ipc.open_stream(raw)
         return
-    rows = _json_values(path, raw, names) if kind == "jsonl" else _csv_values(path, raw, names)
-    while block := list(itertools.islice(rows, BATCH_ROWS)):
-        yield pa.table([pa.array(values, pa.string()) for values in zip(*block, strict=True)], names=names)
+    file = pa.ipc.open_file(raw)
+    yield from (file.get_batch(at) for at in range(file.num_record_batches))
 
 
-def text_columns(path: str, file: IO[bytes], kind: str) -> list[str]:
-    """Columns of a CSV header, or of the first lines of JSONL."""
+def text_columns(path: str, file: IO[bytes], kind: str, text: TextFormat) -> list[str]:
+    """Columns of a CSV header, or of the first records of JSON."""
     if kind == "csv":
-        header = next(_csv_rows(path, file), None)
+        header = next(csv_rows(path, file, text), None)
         return header[1] if header else []
     names: dict[str, None] = {}
-    for number, (_, record) in enumerate(_json_rows(path, file)):
+    for _, record in itertools.islice(json_rows(path, file, text), _PEEK_ROWS):
         names.update(dict.fromkeys(record))
-        if number == _PEEK_LINES:
-            break
     return list(names)
 
 
-def _named(table: pa.Table, caption_col: str, columns: Sequence[str]) -> pa.Table:
-    return pa.table([table[name] for name in (caption_col, *columns)], names=["caption", *columns])
+def _named(table: pa.Table, caption_col: str, columns: Sequence[str], lists: bool) -> pa.Table:
+    arrays = [table[name] for name in (caption_col, *columns)]
+    if lists:
+        arrays = _one_caption_a_row(arrays)
+    return pa.table(arrays, names=["caption", *columns])
 
 
-def _json_values(path: str, raw: IO[bytes], names: list[str]) -> Iterator[list[str | None]]:
-    """The named values of each line, the first of which is the caption."""
-    for number, record in _json_rows(path, raw):
+def _one_caption_a_row(arrays: list[pa.ChunkedArray]) -> list[pa.Array]:
+    """The first column's lists as a row a caption, the others repeated; an empty or null list is a row without one."""
+    lists, *others = [column.combine_chunks() for column in arrays]
+    if isinstance(lists, pa.ChunkedArray):
+        lists = pa.concat_arrays(lists.chunks)
+    if not _is_list(lists.type):
+        lists = pa.array([_json_list(value) for value in lists.cast(pa.string()).to_pylist()], pa.list_(pa.string()))
+    kind = lists.type.value_type
+    if pa.types.is_fixed_size_list(lists.type):
+        lists = lists.cast(pa.list_(kind))
+    empty = pc.fill_null(pc.equal(pc.list_value_length(lists), 0), True).to_numpy(zero_copy_only=False)
+    rows = pc.list_parent_indices(lists).to_numpy()
+    gaps = empty.nonzero()[0]
+    place = pa.array([*rows.tolist(), *gaps.tolist()], pa.int64())
+    values = pa.concat_arrays([pc.list_flatten(lists), pa.nulls(len(gaps), kind)])
+    order = pc.array_sort_indices(place)  # stable: the captions of a row stay in their order
+    place = place.take(order)
+    return [values.take(order), *(column.take(place) for column in others)]
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _json_list(value: str | None) -> list[str | None]:
+    """The captions in one cell that holds them as JSON; a cell that does not is one caption itself."""
+    if value is not None and value.lstrip().startswith("["):
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
+            return [value]
+        if isinstance(found, list) and all(text is None or isinstance(text, str) for text in found):
+            return [text if text is None else text.encode(errors="replace").decode() for text in found]
+    return [value]
+
+
+def is_json_list(value: str | None) -> bool:
+    """Whether a cell holds a list of captions as JSON."""
+    return value is not None and value.lstrip().startswith("[") and _json_list(value) != [value]
+
+
+def _json_values(
+    path: str, raw: IO[bytes], names: list[str], text: TextFormat, lists: bool
+) -> Iterator[list[str | None]]:
+    """The named values of each record, the first of which is the caption."""
+    for place, record in json_rows(path, raw, text):
         caption = record.get(names[0])
-        if caption is not None and not isinstance(caption, str):
-            raise AuditError(f"{path}: line {number}: {names[0]!r} is {type(caption).__name__}, not text")
+        if isinstance(caption, float) and math.isnan(caption):
+            record[names[0]] = None  # as pandas writes what is missing
+        elif caption is not None and not isinstance(caption, str) and not (lists and isinstance(caption, list)):
+            way_out = f": pass --caption-col {names[0]} for a row a caption" if isinstance(caption, list) else ""
+            raise AuditError(f"{path}: {place}: {names[0]!r} is {type(caption).__name__}, not text{way_out}")
         yield [_json_text(record.get(name)) for name in names]
 
 
@@ -123,79 +201,15 @@ def _json_text(value: Any) -> str | None:
     return value.encode(errors="replace").decode() if isinstance(value, str) else json.dumps(value)
 
 
-def _json_rows(path: str, raw: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number from 1 and object of every line that is not blank."""
-    for number, line in enumerate(_plain(path, raw), 1):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        line = line.strip()
-        if not line:
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            if number == 1 and line.startswith(b"["):
-                raise AuditError(f"{path}: a JSON array; one object a line is needed: jq -c '.[]'") from error
-            what = f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-            raise AuditError(f"{path}: line {number} is not JSON: {what}") from error
-        if not isinstance(record, dict):
-            way_out = ": one object a line is needed: jq -c '.[]'" if isinstance(record, list) else ""
-            raise AuditError(f"{path}: line {number} is not a JSON object{way_out}")
-        yield number, record
-
-
-def _csv_values(path: str, raw: IO[bytes], names: list[str]) -> Iterator[list[str]]:
-    rows = _csv_rows(path, raw)
+def _csv_values(path: str, raw: IO[bytes], names: list[str], text: TextFormat) -> Iterator[list[str]]:
+    rows = csv_rows(path, raw, text)
     _, header = next(rows)
     places = [header.index(name) for name in names]
     for number, row in rows:
         if len(row) != len(header):
-            raise AuditError(f"{path}: line {number} has {len(row)} fields, the header {len(header)}")
+            what = "header" if text.header else "first line"
+            raise AuditError(f"{path}: line {number} has {len(row)} fields, the {what} {len(header)}")
         yield [row[place] for place in places]
-
-
-def _csv_rows(path: str, raw: IO[bytes]) -> Iterator[tuple[int, list[str]]]:
-    """Number of the last line and fields of every row that is not blank, the header first."""
-    width = 0
-    lines = enumerate(_plain(path, raw))
-    reader = csv.reader((line.decode("utf-8-sig" if at == 0 else "utf-8") for at, line in lines), strict=True)
-    while True:
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise AuditError(f"{path}: line {reader.line_num}: not CSV: {error}") from error
-        except UnicodeDecodeError as error:
-            raise AuditError(f"{path}: line {reader.line_num + 1}: not UTF-8: {error}") from error
-        if width == 1 and not row:
-            row = [""]  # in a file of one column, a blank line is a caption that is not there
-        if row:
-            width = width or len(row)
-            yield reader.line_num, row
-
-
-def _plain(path: str, raw: IO[bytes]) -> Any:
-    """The bytes of a text file, unpacked where its name says gzip; closing it leaves `raw` open."""
-    raw.seek(0)
-    if path.lower().split("?")[0].endswith(".gz"):
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
-    return io.BufferedReader(_Borrowed(raw), 1 << 20)
-
-
-class _Borrowed(io.RawIOBase):
-    """A reader that does not close the file it reads from, as TextIOWrapper would."""
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        self._raw = raw
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._raw.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
 
 
 def load_dataset(path: str) -> tuple[Any, int, str]:

@@ -84,6 +84,11 @@ class Commands(click.Group):
         return list(self.commands)  # in the order of the work, not of the alphabet
 
 
+def _note(line: str) -> None:
+    """Beside the results: what will be done, before it is."""
+    click.echo(line, err=True)
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="be-audit")
 def cli() -> None:
@@ -110,16 +115,17 @@ def demo(ctx: click.Context, **values: Any) -> None:
 def scan(ctx: click.Context, **values: Any) -> None:
     """Score every caption at the first sampling step.
 
-    Typed again, it goes on where it stopped. CAPTIONS are parquet, Arrow, JSONL or CSV files, folders, globs or names
-    of data sets.
+    Typed again, it goes on where it stopped. CAPTIONS are parquet, Arrow, JSON, CSV or TSV files, folders, globs or
+    names of data sets.
     """
 
     config = config_of(ScanConfig, values)
     if config.dry_run:
-        click.echo("\n".join(estimate(config).lines(config)))
-        return
+        found = estimate(config, click.echo)
+        click.echo("\n".join(found.lines(config)))
+        ctx.exit(found.exit_code)
     with stop_on_signals() as stop:
-        done = run_scan(config, stop)
+        done = run_scan(config, stop, _note)
     if not done.committed_now and done.complete:
         click.echo(f"{done.output}: nothing to do, all {done.shards} shards of {done.rows:,} rows are done.")
     else:
@@ -130,6 +136,8 @@ def scan(ctx: click.Context, **values: Any) -> None:
     words = {"ok": "scored", "duplicate": "duplicates", "empty": "empty", "error": "failed"}
     counts = ", ".join(f"{done.counts.get(key, 0):,} {word}" for key, word in words.items())
     click.echo(f"{done.rows:,} rows, {done.unique:,} unique captions: {counts}.")
+    if not done.unique:
+        click.echo("No caption has text: nothing was scored; pass another --caption-col?", err=True)
     if done.refined:
         click.echo(f"{done.refined:,} trajectories of the best-scored rows (--refine {config.refine:g}).")
     if done.refine_pending:
@@ -277,7 +285,7 @@ def calibrate(ctx: click.Context, **values: Any) -> None:
     """
 
     with stop_on_signals() as stop:
-        done = run_calibrate(config_of(CalibrateConfig, values), stop)
+        done = run_calibrate(config_of(CalibrateConfig, values), stop, _note)
     click.echo("\n".join(done.lines()))
     ctx.exit(done.exit_code)
 

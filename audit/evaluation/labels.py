@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from audit.base.errors import AuditError
 from audit.base.storage import Folder
-from audit.captions import plan_captions, read_shard
-from audit.captions.files import describe, find_captions
+from audit.captions import find_captions, plan_captions, read_shard
+from audit.captions.files import describe
 from audit.evaluation.config import EvaluateConfig
 from audit.run.read import read_scores
 from audit.run.run import Run
@@ -83,7 +83,7 @@ def read_labels(config: EvaluateConfig) -> dict[str, tuple[str, str | None]]:
     wanted = [name for name in (config.label_col, config.cluster_col) if name]
     joined_by = config.key or config.caption_col  # read as captions are: text, in any format of theirs
     flag = "--key" if config.key else "--caption-col"
-    schema = describe(find_captions([config.labels])[0], joined_by, flag)[1]
+    schema = describe(find_captions([config.labels]).sources[0], joined_by, flag).schema
     for flag, name in zip(("--label-col", "--cluster-col"), wanted, strict=False):
         if name not in schema.names:
             raise AuditError(f"{config.labels}: no column {name!r}; it has {', '.join(schema.names)}: pass {flag} NAME")

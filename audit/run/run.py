@@ -16,7 +16,7 @@ from audit.base.facts import read_facts, to_json
 from audit.base.fingerprint import diff_lines, digest
 from audit.base.seal import Seal
 from audit.base.storage import Folder, check_kept
-from audit.captions import CaptionPlan
+from audit.captions import CaptionPlan, PlanFacts
 
 FORMAT = 3
 DEFAULT_RUN = "be-audit-run"
@@ -85,6 +85,7 @@ class RunFacts:
         config: flags of the scan, to go on with. fingerprint: what the scores depend on; digest: its hash.
         rows, unique, empty, shards: of the plan. versions: of packages, recorded only.
         sealed: the plan, the duplicates and the staged inputs, as they were written.
+        captions: what was found of the inputs and what was left out, recorded only.
     """
 
     format: int
@@ -100,6 +101,7 @@ class RunFacts:
     shards: int
     versions: dict[str, str]
     sealed: dict[str, Seal]
+    captions: PlanFacts = field(default_factory=PlanFacts)
 
 
 class Run:
@@ -169,6 +171,7 @@ class Run:
             shards=len(plan),
             versions=versions(),
             sealed=sealed,
+            captions=plan.facts,
         )
         if not folder.create("run.json", to_json(facts)):  # one planner took another for dead
             run = cls.open(folder.url)

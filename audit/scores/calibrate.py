@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from audit.base.errors import AuditError
+from audit.base.errors import AuditError, Broken
 from audit.base.facts import read_facts, to_json
 from audit.base.fingerprint import diff_lines
 from audit.base.options import option
@@ -137,7 +138,9 @@ class Thresholds:
         return known[score].threshold
 
 
-def calibrate(config: CalibrateConfig, stop: Stop | None = None) -> Calibration:
+def calibrate(
+    config: CalibrateConfig, stop: Stop | None = None, say: Callable[[str], None] = lambda line: None
+) -> Calibration:
     """Thresholds at a false-positive rate from clean captions, written as JSON.
 
     Every distinct caption counts once. A threshold is the lowest that flags at most a share `fpr` of them; its
@@ -148,7 +151,7 @@ def calibrate(config: CalibrateConfig, stop: Stop | None = None) -> Calibration:
         Drained: `stop` asked to; the scan in OUTPUT.run can be gone on with.
     """
     _check_output(config.output)
-    run = _find_run(config) or _scan(config, stop)
+    run = _find_run(config) or _scan(config, stop, say)
     stage = Stage.open(run, SCAN)
     left = stage.missing()
     if left:
@@ -230,7 +233,7 @@ def _find_run(config: CalibrateConfig) -> Run | None:
     return run
 
 
-def _scan(config: CalibrateConfig, stop: Stop | None) -> Run:
+def _scan(config: CalibrateConfig, stop: Stop | None, say: Callable[[str], None]) -> Run:
     if config.method in EXTRA_DETECTORS and not config.extra_evaluation:
         raise AuditError(f"--method {config.method}: needs --extra-evaluation")
     if config.method in WINDOWS and config.mask != "final":
@@ -238,7 +241,9 @@ def _scan(config: CalibrateConfig, stop: Stop | None) -> Run:
     shared = {place.name: getattr(config, place.name) for place in dataclasses.fields(ScoringConfig)}
     output = f"{config.output}.run"
     alone = {"output": output, "store_masks": "none", "keep_cols": (), "rank": 0, "world_size": 1}
-    done = scan(ScanConfig(**{**shared, **alone}), stop)
+    done = scan(ScanConfig(**{**shared, **alone}), stop, say)
+    if not done.unique:
+        raise Broken(f"{output}: all {done.rows:,} captions are empty: nothing to calibrate on")
     if not done.complete:
         raise AuditError(f"{output}: {len(done.quarantined)} shards were given up: be-audit status {output}")
     return Run.open(output)

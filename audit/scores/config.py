@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from audit.base.options import option
+from audit.captions import TextFormat
 from audit.run.run import DEFAULT_RUN
 
 DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
@@ -40,6 +41,9 @@ class ScoringConfig(ModelFlags, CaptionFlags):
     """Which captions, which model, which scores, and where it runs; captions and output come first."""
 
     caption_col: str | None = option(None, "Caption column; found by itself (TEXT, caption, text, prompt, ...).")
+    delimiter: str | None = option(None, "Of CSV files: a character, or tab; default a comma, a tab for .tsv.")
+    no_header: bool = option(False, "The first row of CSV files is a caption's, not names: url, caption, column_N.")
+    encoding: str | None = option(None, "Of CSV and JSON files; default UTF-8, UTF-16 by its byte order mark.")
     limit: int | None = option(None, "Scan the first N rows only.", min=1)
     mask: str = option(
         "first",
@@ -73,3 +77,8 @@ class ScoringConfig(ModelFlags, CaptionFlags):
         "Seconds without a finished batch after which a worker process is killed and replaced; 0 never.",
         min=0.0,
     )
+
+    @property
+    def text_format(self) -> TextFormat:
+        """How text files of captions are written. Raises AuditError naming the flag that makes no sense."""
+        return TextFormat.of(self.delimiter, self.no_header, self.encoding)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,11 @@ class Estimate:
     mask_bytes: int
     refine_seconds: float = 0.0
 
+    @property
+    def exit_code(self) -> int:
+        """0, or 3 when no caption has text."""
+        return 0 if self.unique else 3
+
     def lines(self, config: ScanConfig) -> list[str]:
         """For a terminal."""
         rate = f"{self.captions_per_second:.1f} captions/s on one worker, one batch"
@@ -49,8 +55,8 @@ class Estimate:
         return [*lines, f"masks            {size(self.mask_bytes)} ({stored})", "Nothing was written."]
 
 
-def estimate(config: ScanConfig) -> Estimate:
-    """What a scan would take.
+def estimate(config: ScanConfig, say: Callable[[str], None]) -> Estimate:
+    """What a scan would take. `say` is given the lines of the plan before the model is loaded.
 
     Raises:
         AuditError: as the scan would.
@@ -59,6 +65,8 @@ def estimate(config: ScanConfig) -> Estimate:
     with tempfile.TemporaryDirectory() as temporary:
         staging = Folder(temporary)
         plan = plan_of(config, staging)
+        for line in plan.facts.lines(plan.num_rows, plan.num_unique, plan.num_empty):
+            say(line)
         batch = _first_captions(plan, staging, config.batch_size)
     fingerprint = fingerprint_of(config, folder, plan.files)
     model = load_model(folder, config.device, fingerprint.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -79,14 +79,20 @@ class ScanSummary:
 
     @property
     def exit_code(self) -> int:
-        """0 complete, 3 with failed rows or shards, 75 when the refinement still waits for other machines."""
-        if self.quarantined or self.counts.get("error") or not self.mine_complete:
+        """0 complete, 3 with failed rows or shards or no caption at all, 75 when the refinement waits for others."""
+        if not self.unique or self.quarantined or self.counts.get("error") or not self.mine_complete:
             return 3
         return 75 if self.refine_pending else 0
 
 
-def scan(config: ScanConfig, stop: Stop | None = None) -> ScanSummary:
+def _silent(line: str) -> None:
+    pass
+
+
+def scan(config: ScanConfig, stop: Stop | None = None, say: Callable[[str], None] = _silent) -> ScanSummary:
     """Scan captions into a run folder, or go on with a scan that was begun there.
+
+    `say` is given the lines of the plan before the model is loaded.
 
     Raises:
         AuditError: bad input or another run's folder; nothing was written.
@@ -98,6 +104,8 @@ def scan(config: ScanConfig, stop: Stop | None = None) -> ScanSummary:
     os.environ["BE_AUDIT_RANK"] = str(rank)
     # 1. the run: begun now, or gone on with
     run = _find_or_plan(config, Folder(config.output), stop)
+    for line in plan_lines(run):
+        say(line)
     # 2. this machine's shards
     stage = Stage.open(run, SCAN)
     before = stage.done()
@@ -208,7 +216,13 @@ def plan_of(config: ScanConfig, staging: Folder) -> CaptionPlan:
         rows_per_shard=config.rows_per_shard,
         staging=staging,
         reserved=SCORE_COLUMNS,
+        text_format=config.text_format,
     )
+
+
+def plan_lines(run: Run) -> list[str]:
+    """What a run reads and what was left out, for people."""
+    return run.facts.captions.lines(run.facts.rows, run.facts.unique, run.facts.empty)
 
 
 def _input_facts(file: CaptionFile) -> dict[str, str | int | None]:
@@ -223,7 +237,7 @@ def _input_facts(file: CaptionFile) -> dict[str, str | int | None]:
 def _find_or_plan(config: ScanConfig, folder: Folder, stop: Stop | None) -> Run:
     """The run of this configuration: the one in the folder when it is the same, else a new one."""
     existing = Run.find(folder)
-    files = describe_captions(list(config.captions), caption_col=config.caption_col)
+    files = describe_captions(list(config.captions), caption_col=config.caption_col, text_format=config.text_format)
     model = check_config(config)
     fingerprint = fingerprint_of(config, model, files)
     if existing is None:
@@ -262,7 +276,7 @@ def _as_begun(run: Run) -> ScanConfig:
 def check_same(run: Run) -> None:
     """Raise AuditError where inputs or model are not those the run was begun with."""
     config = _as_begun(run)
-    files = describe_captions(list(config.captions), caption_col=config.caption_col)
+    files = describe_captions(list(config.captions), caption_col=config.caption_col, text_format=config.text_format)
     run.check_same(fingerprint_of(config, check_config(config), files))
 
 

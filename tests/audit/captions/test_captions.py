@@ -272,18 +272,18 @@ def test_text_formats(tmp_path: Path) -> None:
 
 def test_folders_behind_links_are_read_and_what_we_wrote_is_not(tmp_path: Path) -> None:
     data, far = tmp_path / "data", tmp_path / "far"
-    for folder in (data / "plain", far, data / "run", data / "index" / "parts", data / "report" / "exports"):
+    for folder in (data / "plain", far, data / "run" / "input", data / "index" / "parts", data / "report" / "exports"):
         folder.mkdir(parents=True)
-    for path in (data / "plain/a.csv", far / "b.csv", data / "run/c.csv", data / "index/parts/d.csv"):
+    for path in (data / "plain/a.csv", far / "b.csv", data / "run/input/c.csv", data / "index/parts/d.csv"):
         path.write_text(f"caption\n{path.stem}\n")
     (data / "report/exports/e.csv").write_text("caption\ne\n")
-    for name in ("run/plan.arrow", "index/index_info.json", "report/report.json"):
-        (data / name).write_text("{}")
+    for name, keys in OURS.items():
+        (data / name).write_text(json.dumps(dict.fromkeys(keys, 1)))
     (data / "far").symlink_to(far)
     (far / "back").symlink_to(data)  # a circle ends
     for given in (data, data / "**" / "*.csv"):
-        assert [Path(source.path).name for source in captions.find_captions([given])] == ["b.csv", "a.csv"]
-    assert [Path(source.path).name for source in captions.find_captions([data / "*" / "b.csv"])] == ["b.csv"]
+        assert [Path(source.path).name for source in captions.find_captions([given]).sources] == ["b.csv", "a.csv"]
+    assert [Path(source.path).name for source in captions.find_captions([data / "*" / "b.csv"]).sources] == ["b.csv"]
 
 
 def test_a_blank_line_in_a_file_of_one_column_is_a_row(tmp_path: Path) -> None:
@@ -320,6 +320,12 @@ def test_saved_data_sets(tmp_path: Path) -> None:
     with pytest.raises(AuditError, match=r"has the splits train, test: pass one, as .*two:train"):
         make_plan([tmp_path / "two"], tmp_path / "run")
 
+
+OURS = {
+    "run/run.json": ("format", "fingerprint", "digest", "shards"),
+    "index/index.json": ("fingerprint", "descriptor_name", "facts"),
+    "report/report.json": ("format", "made", "digest", "run"),
+}
 
 MEMORY = """
 import sys, pyarrow

@@ -72,19 +72,45 @@ BAD: dict[str, tuple[str, Callable[[str], bytes], str]] = {
     "captions are lists": (
         "x.parquet",
         lambda path: parquet(path, {"captions": [["a", "b"]], "n": [1]}),
-        "column 'captions' is list<element: string>, not text; it has captions, n: pass --caption-col NAME",
+        "column 'captions' is list<element: string>, several captions a row; it has captions, n: "
+        "pass --caption-col captions for a row a caption",
     ),
     "cut Arrow": ("x.arrow", lambda path: ipc(path)[:9000], "cut short or damaged"),
     "no Arrow": ("x.arrow", lambda path: b"what is this?", "cut short or damaged"),
-    "JSON array": ("x.json", lambda path: b'[\n{"caption": "a"}\n]', "a JSON array; one object a line"),
-    "JSON array in a line": ("x.json", lambda path: b'[{"caption": "a"}]', "line 1 is not a JSON object: one object"),
+    "JSON array cut short": ("x.json", lambda path: b'[\n{"caption": "a"},\n{"capt', "not JSON, or cut short"),
+    "JSON array of texts": ("x.json", lambda path: b'["a sofa"]', "item 1 of the JSON array is str, not an object"),
+    "JSON array and more": ("x.json", lambda path: b'[{"caption": "a"}]\n{}', "not JSON: '{' after its end"),
+    "JSON of lists": (
+        "x.json",
+        lambda path: b'{\n "annotations": [{"caption": "a"}]\n}',
+        "one JSON object, in which 'annotations' is an array; records are read one a line, as an array, or as an "
+        "object of records: jq -c '.[\"annotations\"][]'",
+    ),
+    "JSON nested too deep": ("x.jsonl", lambda path: b'{"caption": "a", "x": ' + b"[" * 200_000, "nested too deep"),
+    "array nested too deep": ("x.json", lambda path: b"[" * 200_000, "nested too deep"),
+    "captions in JSON lists": (
+        "x.jsonl",
+        lambda path: b'{"caption": ["a", "b"]}',
+        "line 1: 'caption' is list, not text: pass --caption-col caption for a row a caption",
+    ),
+    "TSV without a header": (
+        "x.tsv",
+        lambda path: b"https://example.org/0.jpg\ta photo of a table\n" * 2,
+        "; its first line reads like a row: pass --no-header",
+    ),
+    "CSV with semicolons": (
+        "x.csv",
+        lambda path: b"id;caption\n1;a photo\n",
+        "no caption column; it has id;caption: pass --caption-col NAME; its first line reads like a row: "
+        "pass --delimiter ';'",
+    ),
     "no JSON": (
         "x.jsonl",
         lambda path: b'{"caption": "a"}\n\n{"caption": \n',
         "line 3 is not JSON: Expecting value at character 12",
     ),
     "late bad line": ("x.jsonl", lambda path: b'{"caption": "a"}\n' * 20000 + b"{", "line 20001 is not JSON"),
-    "JSON in Latin-1": ("x.jsonl", lambda path: b'{"caption": "a"}\n{"caption": "\xe9"}', "line 2 is not JSON"),
+    "JSON in Latin-1": ("x.jsonl", lambda path: b'{"caption": "a"}\n{"caption": "\xe9"}', "line 2: not UTF-8"),
     "number for a caption": (
         "x.jsonl",
         lambda path: b'{"caption": "a"}\n{"caption": 3}',
@@ -94,7 +120,11 @@ BAD: dict[str, tuple[str, Callable[[str], bytes], str]] = {
     "no gzip": ("x.jsonl.gz", lambda path: b'{"caption": "a"}', "cut short or damaged"),
     "fields missing": ("x.csv", lambda path: b"id,caption\n1,a\n2\n", "line 3 has 1 fields, the header 2"),
     "open quote": ("x.csv", lambda path: b'id,caption\n1,"a\n2,b\n', "line 3: not CSV: unexpected end of data"),
-    "CSV in Latin-1": ("x.csv", lambda path: b"id,caption\n1,a\n2,\xe9\n", "line 3: not UTF-8"),
+    "CSV in Latin-1": (
+        "x.csv",
+        lambda path: b"id,caption\n1,a\n2,\xe9\n",
+        "not UTF-8: invalid continuation byte: pass --encoding",
+    ),
     "header alone": ("x.csv", lambda path: b"id,caption\n", "no rows"),
     "two of a name": ("x.csv", lambda path: b"caption,caption\na,b\n", "two columns are called 'caption': rename one"),
     "unknown kind": ("x.txt", lambda path: b"a cat\n", "unsupported kind of file; captions are read from .parquet"),
@@ -182,16 +212,15 @@ def test_unreachable_hub_is_one_line(tmp_path: Path) -> None:
 
 def test_files_found_in_sorted_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("b.parquet", "a/c.parquet", "a/.hidden.parquet", "a/_temporary/d.parquet", "out/scores/0.parquet"):
+    for name in ("b.parquet", "a/c.parquet", "a/.hidden.parquet", "a/_temporary/d.parquet"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         parquet(name)
-    Path("out/plan.arrow").write_bytes(b"a run of its own")
     Path("a/x.jsonl").write_text('{"caption": "a"}\n')
     Path("a/00000_stats.json").write_text("{}")
     everything = ["a/c.parquet", "a/x.jsonl", "b.parquet"]
 
     def found(*inputs: str) -> list[str]:
-        return [os.path.relpath(source.path) for source in captions.find_captions(inputs)]
+        return [os.path.relpath(source.path) for source in captions.find_captions(inputs).sources]
 
     assert found(".") == found("b.parquet", "a") == found("a/*", "b.*", "./b.parquet") == everything
     assert found("**/c.parquet") == ["a/c.parquet"]
@@ -205,8 +234,8 @@ def test_existing_folder_wins_over_hub_name(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     Path("owner/name").mkdir(parents=True)
     parquet("owner/name/x.parquet")
-    assert [source.format for source in captions.find_captions(["owner/name"])] == ["parquet"]
-    assert [source.format for source in captions.find_captions(["owner/other", "owner/other@v1.0:train"])] == [
+    assert [source.format for source in captions.find_captions(["owner/name"]).sources] == ["parquet"]
+    assert [source.format for source in captions.find_captions(["owner/other", "owner/other@v1.0:train"]).sources] == [
         "dataset"
     ] * 2
 

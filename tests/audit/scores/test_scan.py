@@ -292,7 +292,7 @@ def test_files_of_one_run_may_differ(sd1: str, tmp_path: Path, config: ScanConfi
 
 def test_estimate_refuses_what_the_scan_refuses(config: ScanConfig) -> None:
     with pytest.raises(AuditError, match="goes with --mask first"):
-        estimate(replace(config, mask="final", extra_evaluation=True))
+        estimate(replace(config, mask="final", extra_evaluation=True), print)
 
 
 def test_a_model_changed_under_a_worker_is_refused(config: ScanConfig, tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_a_model_changed_under_a_worker_is_refused(config: ScanConfig, tmp_path:
 
 
 def test_dry_run_counts_what_refine_adds(config: ScanConfig) -> None:
-    plain, refined = estimate(config), estimate(replace(config, refine=0.5))
+    plain, refined = estimate(config, print), estimate(replace(config, refine=0.5), print)
     assert plain.refine_seconds == 0 < refined.refine_seconds
     assert (
         "--refine adds" in be_audit("scan", *config.captions, "--model", config.model, "--refine", 0.5, "--dry-run").out

@@ -1,0 +1,181 @@
+"""Which caption files there are: files, folders, globs, URLs and data set names become a sorted list, with what is not.
+
+Nothing is left out without being counted.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
+
+from audit.base.errors import AuditError
+from audit.base.ours import our_files
+from audit.base.storage import check_name, list_tree
+from audit.captions.streams import HUB_NAME
+from audit.captions.text_lines import PACKED, first_line, packing, unpacked_name
+
+KINDS = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+}
+"""Extensions that captions are read from; the text formats compressed too (PACKED)."""
+_TEXT = ("jsonl", "csv")
+_READ = ", ".join(KINDS) + f", the last five also {', '.join(PACKED)}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A path, URL or data set name and its format, before anything of it is read."""
+
+    path: str
+    format: str
+
+
+@dataclass
+class Found:
+    """What the inputs named.
+
+    Attributes:
+        sources: what is read, sorted by path.
+        left_out: of folders and globs, reason -> how many files are not read.
+    """
+
+    sources: list[Source] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def find_captions(inputs: Sequence[str | os.PathLike[str]]) -> Found:
+    """Expand files, folders, globs, fsspec URLs and `datasets` names into the sorted list of what to read.
+
+    A folder gives its Parquet, Arrow, JSONL, CSV and TSV files at any depth, without hidden ones (`.x`, `_x`) and
+    without what a run, an index or a report wrote (base/ours.py); a folder written by `Dataset.save_to_disk` is one
+    data set. What exists as a path is never looked up on the hub. `OWNER/NAME[@REVISION][:SPLIT]` is a data set of the
+    hub, `FOLDER:SPLIT` one split of a saved dict.
+
+    Raises:
+        AuditError: an input that does not exist, holds no captions, or has an unsupported extension.
+    """
+    sources: dict[str, Source] = {}
+    left: dict[str, str] = {}
+    for text in inputs:
+        for source in _expand(check_name(os.fspath(text)), left):
+            sources[check_name(source.path)] = source
+    if not sources:
+        raise AuditError("no caption files given: pass files, folders, globs or data set names")
+    reasons = Counter(reason for path, reason in left.items() if path not in sources)
+    return Found([sources[path] for path in sorted(sources)], reasons)
+
+
+def _expand(text: str, left: dict[str, str]) -> list[Source]:
+    """The sources of one input; what is not read goes into `left`, path -> reason."""
+    try:
+        fs, path = fsspec.core.url_to_fs(text)
+        local = isinstance(fs, LocalFileSystem)
+        path = os.path.normpath(path) if local else path  # `../data/x` and `x` are one file
+        if fs.isfile(path):
+            return [Source(path if local else text, _format(text))]
+        if fs.isdir(path):
+            if _is_saved_dataset(fs, path):
+                return [Source(path if local else text, "dataset")]
+            below, names = path, list(list_tree(fs, path))
+            around = names
+        elif any(letter in text for letter in "*?["):
+            below = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
+            names, around = _matching(fs, path, below)
+        else:
+            return [_missing(text, fs, path)]
+        here: dict[str, str] = {}
+        files = _readable(names, our_files(fs, around), below, text, here)
+    except AuditError:
+        raise
+    except Exception as error:  # every file system driver has its own exceptions
+        raise AuditError(f"{text}: cannot be listed: {first_line(error)}") from error
+    if not files:
+        beside = f"; there are {reasons_line(Counter(here.values()))}" if here else ""
+        raise AuditError(f"{text}: no file there that captions are read from: {_READ}{beside}")
+    paths = {name: name if local else fs.unstrip_protocol(name) for name in names}
+    left.update({paths[name]: reason for name, reason in here.items()})
+    return [Source(paths[name], _format(name)) for name in files]
+
+
+def _readable(names: Iterable[str], ours: set[str], root: str, asked: str, left: dict[str, str]) -> list[str]:
+    """Those of some files that are read. Statistics and settings lie beside data as .json: read by name only."""
+    below = len(root.rstrip("/")) + 1
+    files = []
+    json_asked = unpacked_name(asked).endswith(".json")
+    for name in names:
+        extension = _extension(name)
+        if name in ours:
+            left[name] = "of be-audit's own"
+        elif any(part.startswith((".", "_")) for part in name[below:].split("/")):
+            left[name] = "hidden"
+        elif extension is None:
+            left[name] = "of other kinds"
+        elif extension == ".json" and not json_asked:
+            left[name] = ".json, read where named"
+        else:
+            files.append(name)
+    return files
+
+
+def reasons_line(reasons: Counter[str] | dict[str, int]) -> str:
+    """`2 hidden, 1 of other kinds`."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()))
+
+
+def _matching(fs: Any, pattern: str, fixed: str) -> tuple[list[str], list[str]]:
+    """Files that match a glob, and those among which what marks a folder as ours is looked for.
+
+    Locally links to folders are followed, as fsspec does not. `fixed`: the glob's plain part.
+    """
+    if not isinstance(fs, LocalFileSystem):
+        found = [name for name, info in fs.glob(pattern, detail=True).items() if info["type"] == "file"]
+        return found, found
+    if "**" in pattern:
+        like = re.compile(glob_translate(pattern))
+        names = list(list_tree(fs, fixed or "/"))
+        return [name for name in names if like.match(name)], names
+    found = [name for name in glob.glob(pattern) if os.path.isfile(name)]
+    return found, found
+
+
+def _missing(text: str, fs: Any, path: str) -> Source:
+    """What a text that is no path can still mean: a split of a saved dict, or a name on the hub."""
+    folder, _, split = path.rpartition(":")
+    if folder and split and fs.isdir(folder) and _is_saved_dataset(fs, folder):
+        return Source(path if isinstance(fs, LocalFileSystem) else text, "dataset")
+    if HUB_NAME.fullmatch(text) and _extension(text) is None and not text.startswith("."):
+        return Source(text, "dataset")
+    raise AuditError(f"{text}: no such file or folder")
+
+
+def _is_saved_dataset(fs: Any, folder: str) -> bool:
+    return bool(fs.exists(f"{folder}/dataset_dict.json") or fs.exists(f"{folder}/state.json"))
+
+
+def _extension(path: str) -> str | None:
+    """The extension of KINDS that a name ends in, without what says that it is compressed."""
+    name = unpacked_name(path)
+    extension = next((extension for extension in KINDS if name.endswith(extension)), None)
+    return None if extension and packing(path) and KINDS[extension] not in _TEXT else extension  # no Parquet in a gzip
+
+
+def _format(path: str) -> str:
+    extension = _extension(path)
+    if extension is None:
+        raise AuditError(f"{path}: unsupported kind of file; captions are read from {_READ}")
+    return KINDS[extension]
