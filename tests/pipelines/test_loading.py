@@ -90,8 +90,8 @@ def test_weights_hash_follows_weights_and_settings_alone(copy: Path) -> None:
 @pytest.mark.parametrize(
     "architecture, reason",
     [
-        ("FluxPipeline", "no unconditional branch"),
-        ("QwenImagePipeline", "a template around a blank"),
+        ("FluxPipeline", "takes packed latents"),
+        ("QwenImagePipeline", "put into a template"),
         ("KandinskyPipeline", "no family of be-audit reads it"),
     ],
 )
