@@ -78,8 +78,6 @@ def _claim(folder: Folder, fingerprint: Fingerprint, stop: Stop | None) -> int:
     seen: tuple[int, bytes] = (0, b"")
     since, said = time.monotonic(), False
     while True:
-        if stop is not None:
-            stop.check()
         newest = _newest(folder)
         if Run.find(folder) is not None:
             return 0
@@ -109,6 +107,8 @@ def _claim(folder: Folder, fingerprint: Fingerprint, stop: Stop | None) -> int:
             if not said:
                 print(f"{folder.url}: process {facts.pid} on {facts.host} plans this run: waiting", file=sys.stderr)
                 said = True
+        if stop is not None:
+            stop.check()
         time.sleep(0.2)
 
 

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from audit.base.errors import AuditError, Drained
+from audit.base.fingerprint import digest
 from audit.base.stopping import Stop
 from audit.run.read import read_scores
 from audit.run.run import Run
@@ -87,6 +88,7 @@ def test_bad_input_found_by_an_actor_ends_the_job(inputs: tuple[str, str], tmp_p
         scan(mine, stop)
     facts = json.loads((tmp_path / "run/run.json").read_text())
     facts["fingerprint"]["model"]["weights_sha256"] = "0" * 64
+    facts["digest"] = digest(facts["fingerprint"])
     (tmp_path / "run/run.json").write_text(json.dumps(facts))
     stage = Stage.open(Run.open(str(tmp_path / "run")), SCAN)
     with pytest.raises(AuditError, match="other weights than the run was begun with"):

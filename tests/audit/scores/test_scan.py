@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from audit.base.errors import AuditError
+from audit.base.fingerprint import digest
 from audit.engines.job import JobSpec
 from audit.engines.rank import find_rank
 from audit.run.read import dataset, read_scores, read_stage
@@ -107,7 +108,7 @@ def test_workers_change_nothing(config: ScanConfig, tmp_path: Path) -> None:
     done = scan(other)
     assert (done.complete, done.committed_now, done.exit_code) == (True, 9, 0)
     assert_same(table(other), table(config), ids=False)
-    pids = {made.worker["pid"] for made in Stage.open(Run.open(other.output), SCAN).done().values()}
+    pids = {made.worker.pid for made in Stage.open(Run.open(other.output), SCAN).done().values()}
     assert os.getpid() not in pids
 
 
@@ -300,6 +301,7 @@ def test_a_model_changed_under_a_worker_is_refused(config: ScanConfig, tmp_path:
     scan(other := replace(config, output=str(tmp_path / "run")))
     facts = json.loads((tmp_path / "run" / "run.json").read_text())
     facts["fingerprint"]["model"]["weights_sha256"] = "0" * 64
+    facts["digest"] = digest(facts["fingerprint"])
     (tmp_path / "run" / "run.json").write_text(json.dumps(facts))
     with pytest.raises(AuditError, match="other weights than the run was begun with"):
         JobSpec(SCAN.opener, other.output, "cpu", 8, 0.05).open()
