@@ -38,7 +38,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Slice:
-    """One unit of work: `count` rows of a source from `start` (of one file, where the source has files)."""
+    """One unit of work: `count` rows of a source from `start` (of one file, where the source has files).
+
+    `count` 0: nobody has counted them (a tar); progress then counts parts.
+    """
 
     start: int
     count: int

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from audit.base.commits import Ledger, damaged
 from audit.base.errors import AuditError
 from audit.run.run import Run
-from audit.run.schema import DETECTORS, SCORE_MASKS, WINDOWS
+from audit.run.schema import DETECTORS, SCORE_COLUMNS, SCORE_MASKS, TRAJECTORY_COLUMNS, WINDOWS
 from audit.run.stage import REFINE, SCAN, STAGES, TRAJECTORIES, Stage, StageKind
 
 RESOLVED = ("status", "error", "num_tokens", "truncated", *DETECTORS, "ld_std", "refined", *WINDOWS)
@@ -42,7 +42,13 @@ def dataset(run: Run, kind: StageKind = SCAN, shards: Sequence[int] | None = Non
     fs = run.folder.fs
     filesystem = None if run.folder.local else pa.fs.PyFileSystem(pa.fs.FSSpecHandler(fs))
     with damaged(run.url):
-        return pads.dataset(files, format="ipc", filesystem=filesystem)
+        found = pads.dataset(files, format="ipc", filesystem=filesystem)
+    # a detector that is younger than the run, or than some of its shards, has nulls there
+    columns = {SCAN: SCORE_COLUMNS, REFINE: TRAJECTORY_COLUMNS, TRAJECTORIES: TRAJECTORY_COLUMNS}.get(kind, {})
+    younger = [(name, columns[name][0]) for name in DETECTORS if name in columns and name not in found.schema.names]
+    return (
+        found.replace_schema(pa.schema([*found.schema, *(pa.field(*each) for each in younger)])) if younger else found
+    )
 
 
 def take_rows(run: Run, found: pads.Dataset, columns: Sequence[str] | None, filter: Any = None) -> pa.Table:

@@ -17,7 +17,8 @@ from audit.reports.sql import run_query
 from audit.run.read import dataset, read_rows, read_scores, read_stage, resolve_duplicates
 from audit.run.run import Run
 from audit.run.schema import SCORE_COLUMNS, SCORE_MASKS, tensor_values
-from audit.run.stage import REFINE, Stage
+from audit.run.select import best_rows
+from audit.run.stage import REFINE, SCAN, Stage
 from audit.scores.scan import ScanConfig, scan
 
 
@@ -136,6 +137,23 @@ def test_chosen_columns_and_masks(run: Run) -> None:
         masks = read_scores(run, [name], masks=True)[name]
         assert masks.null_count == 4  # three duplicates and the empty row
         assert tensor_values(masks.drop_null()).shape == (8, 16, 2)
+
+
+def test_a_score_that_is_younger_than_the_run_or_a_part_of_it_has_nulls(run: Run, tmp_path: Path) -> None:
+    """Scanned before the detector existed, and gone on with after: nulls in the old shards, whoever reads."""
+    other = Run.open(shutil.copytree(run.url, tmp_path / "run"))
+    stage = Stage.open(other, SCAN)
+    query = tmp_path / "q.sql"
+    query.write_text("SELECT row_id, cosine FROM scores ORDER BY row_id")
+    for shard in (0, 1, 2):
+        stage.ledger.commit(shard, read_table(other.folder, stage.file(shard)).drop_columns(["cosine"]))
+        left = [row for row in read_scores(other).to_pylist() if row["cosine"] is not None]
+        assert all(row["row_id"] >> 32 > shard or row["duplicate_of"] is not None for row in left)
+        assert {row["row_id"]: row["cosine"] for row in run_query(str(query), other.url).to_pylist()} == {
+            row["row_id"]: row["cosine"] for row in read_scores(other).to_pylist()
+        }
+    with pytest.raises(AuditError, match="--by cosine: the run has no scores in this column"):
+        best_rows(other, "cosine")
 
 
 def test_rows_by_id_in_the_order_asked_for(run: Run) -> None:
