@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -124,11 +125,8 @@ def test_facts_count_what_was_scored_found_and_spent(tmp_path: Path) -> None:
     assert sum(facts["histogram"]["copied"]) == 2
     assert facts["decided"] == 3
 
-    path = tmp_path / "RUN/run.json"
-    stored = json.loads(path.read_text())
-    stored["fingerprint"]["extra_evaluation"] = True
-    path.write_text(json.dumps(stored))
-    run = Run.open(run.url)
+    made = replace(run.fingerprint, extra_evaluation=True)
+    run = Run(run.folder, replace(run.facts, fingerprint=made))
     assert report_facts(run, find_flagged(run, "ld_energy", 5, None))["cost"]["evaluations"] == 2 * 11 + 2 * 50 * 6
 
 
