@@ -16,6 +16,7 @@ from audit.base.errors import AuditError, Broken, Damaged, Drained
 from audit.base.options import config_of, given_beside, options_from
 from audit.base.stopping import stop_on_signals
 from audit.base.storage import Folder, check_kept
+from audit.base.text import reasons
 from audit.cli.demo import DemoConfig
 from audit.cli.demo import demo as run_demo
 from audit.cli.doctor import doctor
@@ -186,6 +187,8 @@ def index_build(ctx: click.Context, **values: Any) -> None:
     used = done.info.descriptor
     click.echo(f"{done.index}: {done.ok:,} of {done.rows:,} pictures indexed, type {done.info.type}.")
     click.echo(f"Described by {used.name}, {used.preprocessing['resize']}.")
+    if done.info.left_out:
+        click.echo(f"left out: {reasons(done.info.left_out)}", err=True)
     for line in done.error_examples:
         click.echo(f"not readable: {line}", err=True)
     ctx.exit(3 if done.errors else 0)
