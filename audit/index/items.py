@@ -91,7 +91,7 @@ def described(item: Item, text: bytes | None, facts: bytes | None) -> Item:
             by_name = {str(name).lower(): value for name, value in content.items()}
             item.url = first_text(by_name, URLS)
             item.caption = first_text(by_name, ("caption", *CAPTIONS))
-            item.key = first_text(by_name, ("key",)) or item.key
+            item.key = first_text(by_name, ("uid", "key")) or item.key  # img2dataset's own `key` is a number
     if text is not None:
         item.caption = text.decode("utf-8", "replace")
     return item

@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from audit.base.errors import AuditError
 from audit.base.ours import our_files
@@ -111,7 +114,20 @@ def _find(given: str, columns: Columns, left: Counter[str]) -> list[Source]:
             ".npy embeddings; a saved data set)"
         )
     left.update(_others(files, parquet))
+    left["dead URLs"] += sum(
+        _not_downloaded(path) for path in files if path.endswith(".parquet") and path not in parquet
+    )
     return sources
+
+
+def _not_downloaded(path: str) -> int:
+    """Rows of a metadata table of img2dataset whose picture could not be had."""
+    with fsspec.open(path, "rb") as file:
+        parquet = pq.ParquetFile(file)
+        if not {"url", "status", "error_message"} <= set(parquet.schema_arrow.names):
+            return 0
+        status = parquet.read(columns=["status"]).column(0).cast(pa.string())
+        return int(pc.sum(pc.not_equal(status, "success")).as_py() or 0)
 
 
 def _others(files: dict[str, int], tables: Sequence[str]) -> Counter[str]:
@@ -119,9 +135,15 @@ def _others(files: dict[str, int], tables: Sequence[str]) -> Counter[str]:
     stems = {os.path.splitext(path)[0] for path in files if path.lower().endswith(PICTURES)}
     tars = {os.path.splitext(path)[0] for path in files if path.endswith(".tar")}
     left: Counter[str] = Counter()
+    sidecars = {f"{stem}.parquet" for stem in tars}
     for path in files.keys() - set(tables):
         stem = os.path.splitext(path)[0]
-        if path.endswith(".tar") or path.lower().endswith(PICTURES) or (path.endswith(TEXTS) and stem in stems):
+        if (
+            path in sidecars
+            or path.endswith(".tar")
+            or path.lower().endswith(PICTURES)
+            or (path.endswith(TEXTS) and stem in stems)
+        ):
             continue
         if path.lower().endswith((".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")):
             left["compressed tars: unpack them"] += 1
