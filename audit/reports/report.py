@@ -95,7 +95,7 @@ def report(config: ReportConfig) -> ReportSummary:
     exports = [name for name in config.format if name != "html"]
     tables = {"flagged": flagged.table, "denylist": flagged.deny}
     files = write_exports(folder, tables, exports, facts) if exports else []
-    if exports and flagged.candidates.num_rows:
+    if "parquet" in exports and flagged.candidates.num_rows:
         files.append("exports/candidates.parquet")
         folder.write(files[-1], table_as(flagged.candidates, "parquet"))
     stated = write_statement(folder, facts)
