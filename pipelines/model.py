@@ -21,6 +21,7 @@ from pipelines.errors import ModelError
 from pipelines.schedules import NoiseLevel, Schedule, Unit, VariancePreserving, schedule_of
 
 DECODE_AT_ONCE = 4  # pictures the VAE decodes together: its activations are far larger than the denoiser's
+LONGEST = 1 << 16  # characters of a caption that are tokenized: far more than any text encoder takes
 
 
 class TextFacts(NamedTuple):
@@ -237,8 +238,15 @@ class DiffusionModel(ABC):
 
     @torch.inference_mode()
     def encode(self, captions: list[str]) -> Embeddings:
-        """Captions to embeddings, through the pipeline's own encode_prompt; the text is not cleaned."""
-        encoded, facts = self.embed(captions)
+        """Captions to embeddings, through the pipeline's own encode_prompt; the text is not cleaned.
+
+        Of a caption longer than LONGEST the beginning is tokenized, which fills the text encoder all the same: 5 MB
+        took a minute. Its `num_tokens` are those of that beginning.
+        """
+        encoded, facts = self.embed([caption[:LONGEST] for caption in captions])
+        longer = torch.tensor([len(caption) > LONGEST for caption in captions])
+        if bool((longer & ~facts.truncated.cpu()).any()):  # blanks without end, and perhaps text behind them
+            encoded, facts = self.embed(captions)
         return Embeddings(encoded["prompt_embeds"], self.conditions(encoded), *facts)
 
     @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import humanize
 from tabulate import tabulate
@@ -29,3 +29,8 @@ def grid(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[boo
     align = ["right" if side else "left" for side in right] or ["left"] * len(head)
     text = tabulate(rows, head, tablefmt="simple", disable_numparse=True, colalign=align if rows else None)
     return [line.rstrip() for line in text.splitlines()]
+
+
+def reasons(counts: Mapping[str, int]) -> str:
+    """`2 hidden, 1 of other kinds`: how much was left out, by reason."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items()))

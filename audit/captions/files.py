@@ -152,11 +152,11 @@ def find_caption_column(
         if is_text_list(kinds[named]):
             return named, True, f"named by {flag}, a row a caption of its lists"
         if texts:
-            lists = flag == "--caption-col" and is_json_list(_first_text(source, named, text, lists=True))
+            lists = flag == "--caption-col" and _holds_json_lists(source, named, text)
             return named, lists, f"named by {flag}" + (", a row a caption of its lists" if lists else "")
     blank: list[str] = []
     for name in texts:
-        if len(texts) == 1 or _first_text(source, name, text) is not None:
+        if len(texts) == 1 or _first_texts(source, name, text):
             why = f"{', '.join(blank)} {'has' if len(blank) == 1 else 'have'} no text" if blank else ""
             others = [other for other in texts if other != name and other not in blank]
             return name, False, why or (f"before {', '.join(others)}" if others else "by its name")
@@ -188,17 +188,23 @@ def _short(text: str) -> str:
     return text if len(text) <= 400 else text[:400] + "..."
 
 
-def _first_text(source: Source, name: str, text: TextFormat, lists: bool = False) -> str | None:
-    """The first value of a column that is not blank; None where all are. Of a hub's data set the first rows count."""
+def _holds_json_lists(source: Source, name: str, text: TextFormat) -> bool:
+    """Whether a column of text holds lists of captions written as JSON: its name is a plural, and so are its values."""
+    values = _first_texts(source, name, text, 100, lists=True) if name.lower().endswith("s") else []
+    return bool(values) and all(map(is_json_list, values))
+
+
+def _first_texts(source: Source, name: str, text: TextFormat, count: int = 1, lists: bool = False) -> list[str]:
+    """The first values of a column that are not blank; [] where all are. Of a hub's data set the first rows count."""
     hub = source.format == "dataset" and HUB_NAME.fullmatch(source.path) is not None
+    found: list[str] = []
     for table in stream(source.path, source.format, name, (), text, as_lists=lists):
-        values = pc.utf8_trim_whitespace(table.column(0).cast(pa.large_string()))
-        filled = table.filter(pc.fill_null(pc.greater(pc.binary_length(values), 0), False))
-        if filled.num_rows:
-            return str(filled.column(0).cast(pa.string())[0].as_py())
-        if hub:
-            return ""
-    return None
+        values = table.column(0).cast(pa.large_string())
+        filled = pc.greater(pc.binary_length(pc.utf8_trim_whitespace(values)), 0)
+        found += values.filter(pc.fill_null(filled, False)).slice(0, count - len(found)).to_pylist()
+        if hub or len(found) == count:
+            return found or [""]
+    return found
 
 
 def _all_missing(source: Source, name: str) -> bool:

@@ -20,6 +20,7 @@ from fsspec.utils import glob_translate
 from audit.base.errors import AuditError
 from audit.base.ours import our_files
 from audit.base.storage import check_name, list_tree
+from audit.base.text import reasons
 from audit.captions.streams import HUB_NAME
 from audit.captions.text_lines import PACKED, first_line, packing, unpacked_name
 
@@ -76,8 +77,8 @@ def find_captions(inputs: Sequence[str | os.PathLike[str]]) -> Found:
             sources[check_name(source.path)] = source
     if not sources:
         raise AuditError("no caption files given: pass files, folders, globs or data set names")
-    reasons = Counter(reason for path, reason in left.items() if path not in sources)
-    return Found([sources[path] for path in sorted(sources)], reasons)
+    counts = Counter(reason for path, reason in left.items() if path not in sources)
+    return Found([sources[path] for path in sorted(sources)], counts)
 
 
 def _expand(text: str, left: dict[str, str]) -> list[Source]:
@@ -105,7 +106,7 @@ def _expand(text: str, left: dict[str, str]) -> list[Source]:
     except Exception as error:  # every file system driver has its own exceptions
         raise AuditError(f"{text}: cannot be listed: {first_line(error)}") from error
     if not files:
-        beside = f"; there are {reasons_line(Counter(here.values()))}" if here else ""
+        beside = f"; there are {reasons(Counter(here.values()))}" if here else ""
         raise AuditError(f"{text}: no file there that captions are read from: {_READ}{beside}")
     paths = {name: name if local else fs.unstrip_protocol(name) for name in names}
     left.update({paths[name]: reason for name, reason in here.items()})
@@ -130,11 +131,6 @@ def _readable(names: Iterable[str], ours: set[str], root: str, asked: str, left:
         else:
             files.append(name)
     return files
-
-
-def reasons_line(reasons: Counter[str] | dict[str, int]) -> str:
-    """`2 hidden, 1 of other kinds`."""
-    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(reasons.items()))
 
 
 def _matching(fs: Any, pattern: str, fixed: str) -> tuple[list[str], list[str]]:

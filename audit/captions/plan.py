@@ -26,8 +26,9 @@ from audit.base.ours import MARK
 from audit.base.progress import Progress
 from audit.base.seal import Seal, read_sealed
 from audit.base.storage import Folder
+from audit.base.text import reasons
 from audit.captions.files import CaptionFile, Described, describe, is_text
-from audit.captions.find import Found, find_captions, reasons_line
+from audit.captions.find import Found, find_captions
 from audit.captions.rows import BATCH_ROWS, Rows, caption_text, find_column, is_empty
 from audit.captions.streams import reading, stream
 from audit.captions.text_lines import PLAIN, TextFormat
@@ -71,7 +72,7 @@ class PlanFacts:
             f"carried: {', '.join(self.carried) or 'nothing'}"
         ]
         if self.left_out:
-            lines.append(f"left out: {reasons_line(self.left_out)}")
+            lines.append(f"left out: {reasons(self.left_out)}")
         return lines + [f"note: {note}" for note in self.notes]
 
 

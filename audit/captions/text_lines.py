@@ -112,7 +112,8 @@ def csv_rows(path: str, raw: IO[bytes], text: TextFormat) -> Iterator[tuple[int,
         except StopIteration:
             return
         except csv.Error as error:
-            raise AuditError(f"{path}: line {reader.line_num}: not CSV: {error}") from error
+            dump = "; a dump that knows no quotes and no header: pass --no-header" if delimiter == "\t" else ""
+            raise AuditError(f"{path}: line {reader.line_num}: not CSV: {error}{dump}") from error
         if width == 1 and not row:
             row = [""]  # in a file of one column, a blank line is a caption that is not there
         if row:

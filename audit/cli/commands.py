@@ -16,6 +16,7 @@ from audit.base.errors import AuditError, Broken, Damaged, Drained
 from audit.base.options import config_of, given_beside, options_from
 from audit.base.stopping import stop_on_signals
 from audit.base.storage import Folder, check_kept
+from audit.base.text import reasons
 from audit.cli.demo import DemoConfig
 from audit.cli.demo import demo as run_demo
 from audit.cli.doctor import doctor
@@ -26,6 +27,8 @@ from audit.index import index_info as read_index_info
 from audit.mitigation.mitigate import MitigateConfig
 from audit.mitigation.mitigate import mitigate as run_mitigate
 from audit.mitigation.prompt import MitigatePromptConfig, mitigate_prompt
+from audit.reports.drop import DropConfig
+from audit.reports.drop import drop as drop_rows
 from audit.reports.report import ReportConfig
 from audit.reports.report import report as write_report
 from audit.reports.sql import answer_as, queries, question, run_query
@@ -186,6 +189,8 @@ def index_build(ctx: click.Context, **values: Any) -> None:
     used = done.info.descriptor
     click.echo(f"{done.index}: {done.ok:,} of {done.rows:,} pictures indexed, type {done.info.type}.")
     click.echo(f"Described by {used.name}, {used.preprocessing['resize']}.")
+    if done.info.left_out:
+        click.echo(f"left out: {reasons(done.info.left_out)}", err=True)
     for line in done.error_examples:
         click.echo(f"not readable: {line}", err=True)
     ctx.exit(3 if done.errors else 0)
@@ -270,6 +275,21 @@ def report(ctx: click.Context, **values: Any) -> None:
         click.echo(f"not finished: {line}", err=True)
     click.echo(f"Report: {done.html or done.output}")
     ctx.exit(3 if done.unfinished else 0)
+
+
+@cli.command()
+@options_from(DropConfig)
+def drop(**values: Any) -> None:
+    """Write a caption table without what was found.
+
+    Rows go whose caption reproduces a training picture (verdicts global and local), repeats included; columns, order
+    and row groups stay. Without -o it only says what would go.
+    """
+
+    done = drop_rows(config_of(DropConfig, values))
+    for line in done.unfinished:
+        click.echo(f"not finished: {line}", err=True)
+    click.echo("\n".join(done.lines()))
 
 
 @cli.command()

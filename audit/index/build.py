@@ -24,7 +24,7 @@ from audit.base.stopping import Stop
 from audit.base.storage import Folder
 from audit.index import ann
 from audit.index.descriptors import find_descriptor, open_descriptor
-from audit.index.embed import described, embed_part
+from audit.index.embed import LEFT_OUT, described, embed_part
 from audit.index.facts import (
     FACTS,
     FAISS,
@@ -109,7 +109,7 @@ def build_index(config: IndexConfig, stop: Stop | None = None) -> IndexSummary:
         raise AuditError("--rows-per-part and --batch-size must be at least 1")
     folder = Folder(config.output)
     columns = Columns(config.image_col, config.url_col, config.caption_col, config.key_col)
-    sources = find_sources(config.images, columns)
+    sources, left_out = find_sources(config.images, columns)
     weights = find_descriptor(config.sscd)
     descriptor = open_descriptor(weights, config.device, config.preprocessing)
     if config.type != "auto":
@@ -126,9 +126,10 @@ def build_index(config: IndexConfig, stop: Stop | None = None) -> IndexSummary:
     with ThreadPoolExecutor(8) as pool, _progress(work, done) as progress:
         for number, (source, part) in enumerate(work):
             if number not in done:
-                batches = described(source, part, descriptor, config.batch_size, pool)
-                done[number] = embed_part(number, source, part, batches, descriptor.dim, ledger, stop, progress)
-    info = _finish(folder, ledger, done, descriptor, weights, config)
+                left = Counter[str]()
+                batches = described(source, part, descriptor, config.batch_size, pool, left)
+                done[number] = embed_part(number, source, part, batches, descriptor.dim, ledger, stop, progress, left)
+    info = _finish(folder, ledger, done, descriptor, weights, config, left_out)
     return IndexSummary(config.output, info.rows, info.ok, info.errors, info.error_examples, len(work), resumed, info)
 
 
@@ -168,6 +169,7 @@ def _finish(
     descriptor: Descriptor,
     weights: Path,
     config: IndexConfig,
+    left_out: Counter[str],
 ) -> IndexInfo:
     """Gather the parts' vectors, build the search index, measure it; `index_info.json` last says that all is there."""
     counts = Counter[str]()
@@ -220,6 +222,7 @@ def _finish(
         ok=total,
         errors=counts["error"],
         error_examples=examples,
+        left_out=dict(left_out + _left_out(counts)),
         **facts,
         **recall,
         seconds={
@@ -230,6 +233,11 @@ def _finish(
     )
     folder.write(INFO, to_json(info))
     return info
+
+
+def _left_out(counts: Counter[str]) -> Counter[str]:
+    """Reason -> how often, of the counts of commits."""
+    return Counter({name.removeprefix(LEFT_OUT): count for name, count in counts.items() if name.startswith(LEFT_OUT)})
 
 
 def _gather(folder: Folder, done: dict[int, Commit], total: int, dim: int, scratch: Path) -> list[str]:

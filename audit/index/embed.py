@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
@@ -22,6 +23,7 @@ from audit.index.sources import read_bytes
 if TYPE_CHECKING:
     from pipelines.descriptor import Descriptor
 
+LEFT_OUT = "left out: "  # before a reason, in the counts of a commit
 ALL_FAILED = 10  # from this many rows on, a part without one readable picture is a wrong folder, not bad luck
 
 
@@ -40,12 +42,14 @@ def embed_part(
     ledger: Ledger,
     stop: Stop,
     progress: Progress,
+    left: Counter[str],
 ) -> Commit:
     """Gather a part's vectors and commit its table.
 
     Args:
         batches: what `described` yields.
         dim: length of a vector.
+        left: reason -> how often; filled by `described`.
     Raises:
         AuditError: a part of ten rows and more without one readable picture.
         Drained: a stop was asked for.
@@ -69,25 +73,39 @@ def embed_part(
         raise AuditError(f"part {number} ({where}): not one picture could be read; the first: {errors[0].error}")
     table = _table(number, source.kind, items, embeddings, dim)
     counts = {"ok": len(items) - len(errors), "error": len(errors)}
+    counts |= {LEFT_OUT + reason: count for reason, count in left.items() if count}
     seconds = {"part": time.perf_counter() - start}
     return ledger.commit(number, table, counts, seconds)
 
 
 def described(
-    source: Source, part: Slice, descriptor: Descriptor, batch_size: int, pool: ThreadPoolExecutor
+    source: Source,
+    part: Slice,
+    descriptor: Descriptor,
+    batch_size: int,
+    pool: ThreadPoolExecutor,
+    left: Counter[str],
 ) -> Iterator[tuple[list[Item], np.ndarray]]:
-    """A part's rows with their vectors, float32 [rows, dim], NaN where there is none."""
+    """A part's rows with their vectors, float32 [rows, dim], NaN where there is none; `left` counts what is no row."""
     given = source.vectors(part)
     if given is not None:
         items = list(source.items(part))
         yield items, _checked(given, items, descriptor, source)
         return
-    for batch, prepared in _prepared(source.items(part), descriptor, batch_size, pool):
+    for batch, prepared in _prepared(_rows(source.items(part), left), descriptor, batch_size, pool):
         pictures = [picture for picture in prepared if picture is not None]
         vectors = np.full((len(batch), descriptor.dim), np.nan, np.float32)
         if pictures:
             vectors[[picture is not None for picture in prepared]] = descriptor.embed(pictures).numpy()
         yield batch, vectors
+
+
+def _rows(items: Iterator[Item], left: Counter[str]) -> Iterator[Item]:
+    for item in items:
+        if item.left_out is None:
+            yield item
+        else:
+            left[item.left_out] += 1
 
 
 def _prepared(

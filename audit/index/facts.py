@@ -50,7 +50,7 @@ class IndexInfo:
         weights: path of the descriptor's file. dim: length of a vector. parts: units of work.
         rows: pictures seen; ok: in the index; errors: not readable, the first of them in error_examples.
         training_rows, num_lists, num_probe: of the FAISS index. recall_*: measured on recall_rows vectors.
-        seconds: by step. files: of the search index.
+        seconds: by step. files: of the search index. left_out: reason -> files and members that gave no picture.
     """
 
     fingerprint: str
@@ -73,6 +73,7 @@ class IndexInfo:
     recall_rows: int
     seconds: dict[str, float] = field(default_factory=dict)
     files: dict[str, FileFacts] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def read_index_facts(folder: Folder) -> IndexFacts:

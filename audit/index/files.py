@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import fsspec
 
 from audit.index.items import PICTURES, Item, Slice, described, listing_facts, read_file, slices
+
+TEXTS = (".txt", ".json", ".caption")
+"""What lies beside a picture under its name: its caption, or url, caption and key as JSON."""
 
 
 class FolderSource:
@@ -20,7 +24,7 @@ class FolderSource:
     def __init__(self, url: str, files: dict[str, int]) -> None:
         self.url, self.files = url, {path: size for path, size in files.items() if path.lower().endswith(PICTURES)}
         self.paths = list(self.files)
-        self.beside = {path for path in files if path.endswith((".txt", ".json"))}
+        self.beside = {path for path in files if path.endswith(TEXTS)}
 
     def facts(self) -> dict[str, Any]:
         return {"kind": self.kind, "url": self.url, **listing_facts(self.files)}
@@ -31,16 +35,29 @@ class FolderSource:
     def items(self, part: Slice) -> Iterator[Item]:
         for path in self.paths[part.start : part.start + part.count]:
             stem = os.path.splitext(path)[0]
-            text = {ext: read_file(stem + ext) for ext in (".txt", ".json") if stem + ext in self.beside}
+            text = {ext: read_file(stem + ext) for ext in TEXTS if stem + ext in self.beside}
             key = path[len(self.url) :].lstrip("/") or os.path.basename(path)
-            yield described(Item(key, locator={"file": path}), text.get(".txt"), text.get(".json"))
+            caption = text.get(".txt", text.get(".caption"))
+            yield described(Item(key, locator={"file": path}), caption, text.get(".json"))
 
     def vectors(self, part: Slice) -> None:
         return None
 
 
+class _Member(NamedTuple):
+    """Where a member's content lies in its tar."""
+
+    extension: str
+    offset: int
+    size: int
+
+
 class TarSource:
-    """Webdataset tars as img2dataset writes them: KEY.jpg, KEY.txt, KEY.json; one tar is one part."""
+    """Webdataset tars: KEY.jpg, KEY.txt or KEY.caption, KEY.json, in any order; one tar is one part.
+
+    A key is a member's name up to its last dot; what webdataset itself takes for a key, the name up to the first dot
+    of its last component, lends its texts where that has none (KEY.jpg and KEY.crop.jpg of one KEY.txt).
+    """
 
     kind = "tar"
 
@@ -54,39 +71,69 @@ class TarSource:
         return [Slice(0, 0, path) for path in self.files]
 
     def items(self, part: Slice) -> Iterator[Item]:
-        key = ""
-        found: dict[str, tarfile.TarInfo] = {}
+        left: Counter[str] = Counter()
         with fsspec.open(part.file, "rb") as file:
-            try:
-                # "r:" refuses compressed tars, whose members cannot be found again by offset
-                with tarfile.open(fileobj=file, mode="r:") as tar:
-                    for member in tar:
-                        folder, _, name = member.name.rpartition("/")
-                        stem, _, ext = name.partition(".")
-                        if found and f"{folder}/{stem}" != key:
-                            yield from self._item(tar, part.file, key, found)
-                            found = {}
-                        key = f"{folder}/{stem}"
-                        if member.isfile():
-                            found[f".{ext.lower()}"] = member
-                    yield from self._item(tar, part.file, key, found)
-                file.seek(max(0, self.files[part.file] - 1024))
-                if file.read().strip(b"\0"):  # tarfile takes a cut header for the end
-                    raise tarfile.ReadError("no end mark")
-            except tarfile.ReadError as error:
+            pictures, texts, error = _members(file, self.files[part.file], left)
+            used: set[str] = set()
+            for name, picture in pictures:
+                key = name.rpartition(".")[0]
+                own = key if key in texts else _first_dot(key)
+                used.add(own)
+                found = {text.extension: _content(file, text) for text in texts.get(own, [])}
+                where = {"file": part.file, "offset": picture.offset, "size": picture.size}
+                item = Item(key.lstrip("/"), locator=where, data=_content(file, picture))
+                yield described(item, found.get(".txt", found.get(".caption")), found.get(".json"))
+            if error is not None:
                 yield Item(os.path.basename(part.file), error=f"{part.file}: not a whole, uncompressed tar: {error}")
-
-    @staticmethod
-    def _item(tar: tarfile.TarFile, path: str, key: str, found: dict[str, tarfile.TarInfo]) -> Iterator[Item]:
-        def content(ext: str) -> bytes | None:
-            file = tar.extractfile(found[ext]) if ext in found else None
-            return file.read() if file else None
-
-        picture = next((ext for ext in PICTURES if ext in found), None)
-        if picture is not None:
-            where = {"file": path, "offset": found[picture].offset_data, "size": found[picture].size}
-            item = Item(key.lstrip("/"), locator=where, data=content(picture))
-            yield described(item, content(".txt"), content(".json"))
+        left["texts without a picture in tars"] = sum(len(texts[key]) for key in texts.keys() - used)
+        yield from (Item(part.file, left_out=reason) for reason in left.elements())
 
     def vectors(self, part: Slice) -> None:
         return None
+
+
+def _members(
+    file: IO[bytes], size: int, left: Counter[str]
+) -> tuple[list[tuple[str, _Member]], dict[str, list[_Member]], tarfile.ReadError | None]:
+    """Of a tar: its pictures by name in order, the texts of every key, and what is wrong with it; from headers alone.
+
+    What is neither is counted in `left`.
+    """
+    pictures: list[tuple[str, _Member]] = []
+    texts: dict[str, list[_Member]] = {}
+    try:
+        # "r:" refuses compressed tars, whose members cannot be found again by offset
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # it keeps them all otherwise
+                key, dot, extension = member.name.rpartition(".")
+                last = member.name.rpartition("/")[2]
+                found = _Member(f".{extension.lower()}", member.offset_data, member.size)
+                if member.isdir():
+                    continue
+                if not member.isreg():
+                    left["links in tars"] += 1
+                elif last.startswith("."):
+                    left["hidden in tars"] += 1
+                elif dot and found.extension in PICTURES:
+                    pictures.append((member.name, found))
+                elif dot and found.extension in TEXTS:
+                    texts.setdefault(key, []).append(found)
+                else:
+                    left["of other kinds in tars"] += 1
+        file.seek(max(0, size - 1024))
+        if file.read().strip(b"\0"):  # tarfile takes a cut header for the end
+            raise tarfile.ReadError("no end mark")
+    except tarfile.ReadError as error:
+        return pictures, texts, error
+    return pictures, texts, None
+
+
+def _first_dot(key: str) -> str:
+    folder, slash, name = key.rpartition("/")
+    return folder + slash + name.partition(".")[0]
+
+
+def _content(file: IO[bytes], member: _Member) -> bytes:
+    file.seek(member.offset)
+    return file.read(member.size)

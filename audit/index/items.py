@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import threading
+import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +18,8 @@ from PIL import Image, ImageOps
 
 from audit.base.identity import CAPTIONS, URLS
 
+_MANY_PIXELS = 1 << 24  # pictures above this are decoded one at a time: eight of the largest would fill the memory
+_one_at_a_time = threading.Lock()
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 
 
@@ -26,6 +31,7 @@ class Item:
         locator: where its pixels are, for `read_bytes`; {} when there are none.
         data: the encoded picture where it came with the row, else None and the locator is read.
         error: why there is no picture.
+        left_out: why this is no row of the index at all: it is counted by that reason, and goes.
     """
 
     key: str
@@ -34,6 +40,7 @@ class Item:
     locator: dict[str, Any] | None = None
     data: bytes | None = None
     error: str | None = None
+    left_out: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,7 @@ def described(item: Item, text: bytes | None, facts: bytes | None) -> Item:
             by_name = {str(name).lower(): value for name, value in content.items()}
             item.url = first_text(by_name, URLS)
             item.caption = first_text(by_name, ("caption", *CAPTIONS))
-            item.key = first_text(by_name, ("key",)) or item.key
+            item.key = first_text(by_name, ("uid", "key")) or item.key  # img2dataset's own `key` is a number
     if text is not None:
         item.caption = text.decode("utf-8", "replace")
     return item
@@ -117,6 +124,13 @@ def read_file(path: str) -> bytes:
 
 
 def decode(data: bytes) -> Image.Image:
-    """An encoded picture as RGB, turned as its EXIF says. Raises whatever the decoder does on broken input."""
-    with Image.open(io.BytesIO(data)) as opened:
+    """An encoded picture as RGB, turned as its EXIF says.
+
+    Raises whatever the decoder does on broken input; above Pillow's 179 million pixels DecompressionBombError, from the
+    header alone.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # from 89 million on; the limit is its double
+        opened = Image.open(io.BytesIO(data))
+    with opened, _one_at_a_time if opened.width * opened.height > _MANY_PIXELS else nullcontext():
         return ImageOps.exif_transpose(opened).convert("RGB")

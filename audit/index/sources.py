@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import fsspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from audit.base.errors import AuditError
+from audit.base.ours import our_files
 from audit.base.storage import list_tree
-from audit.index.files import FolderSource, TarSource
+from audit.index.files import TEXTS, FolderSource, TarSource
 from audit.index.items import PICTURES, Columns, Source, read_file
 from audit.index.tables import DatasetSource, NpySource, ParquetSource, holds_pictures, read_cell
 
@@ -38,17 +43,29 @@ def read_bytes(locator: dict[str, Any]) -> bytes:
         raise AuditError(f"{locator.get('file')}: the picture the index points at cannot be read: {error}") from error
 
 
-def list_files(fs: Any, root: str, remote: bool) -> dict[str, int]:
-    """Every file below a folder (or the file itself) with its size, sorted by path; hidden ones left out."""
-    return {
-        fs.unstrip_protocol(path) if remote else path: size
-        for path, size in list_tree(fs, root).items()
-        if not any(part.startswith(".") for part in path[len(root) :].split("/"))
-    }
+def list_files(fs: Any, root: str, remote: bool, left: Counter[str]) -> dict[str, int]:
+    """Every file below a folder (or the file itself) with its size, sorted by path.
+
+    Hidden ones, and those of a run, an index or a report (base/ours.py), are counted in `left`.
+    """
+    listed = list_tree(fs, root)
+    ours = our_files(fs, listed)
+    files = {}
+    for path, size in listed.items():
+        if path in ours:
+            left["of be-audit's own"] += 1
+        elif any(part.startswith(".") for part in path[len(root) :].split("/")):
+            left["hidden"] += 1
+        else:
+            files[fs.unstrip_protocol(path) if remote else path] = size
+    return files
 
 
-def find_sources(images: Sequence[str], columns: Columns) -> list[Source]:
-    """What each argument is: a folder, tars, parquet, a saved or hub data set, embeddings.
+def find_sources(images: Sequence[str], columns: Columns) -> tuple[list[Source], Counter[str]]:
+    """What each argument is: a folder, tars, parquet, a saved or hub data set, embeddings; and what is left out.
+
+    Returns:
+        the sources, and reason -> files that are part of none.
 
     Raises:
         AuditError: nothing there, or nothing in it that is a picture or an embedding.
@@ -56,12 +73,13 @@ def find_sources(images: Sequence[str], columns: Columns) -> list[Source]:
     if not images:
         raise AuditError("no pictures named: be-audit index build IMAGES... (a folder, parquet, tars, a data set)")
     found: list[Source] = []
+    left: Counter[str] = Counter()
     for given in images:
-        found.extend(_find(given, columns))
-    return found
+        found.extend(_find(given, columns, left))
+    return found, left
 
 
-def _find(given: str, columns: Columns) -> list[Source]:
+def _find(given: str, columns: Columns, left: Counter[str]) -> list[Source]:
     try:
         fs, root = fsspec.core.url_to_fs(given if "://" in given else os.path.abspath(os.path.expanduser(given)))
         there = fs.exists(root)
@@ -72,7 +90,7 @@ def _find(given: str, columns: Columns) -> list[Source]:
             return [DatasetSource({"file": hub[1], "revision": hub[2], "split": hub[3], "hub": True}, columns)]
         raise AuditError(f"{given}: no such file or folder")
     url = fs.unstrip_protocol(root) if "://" in given else root
-    files = list_files(fs, root, "://" in given)
+    files = list_files(fs, root, "://" in given, left)
     names = {path[len(url) :].lstrip("/") for path in files}
     if {"dataset_dict.json", "state.json"} & names:
         return [DatasetSource({"file": url, "revision": None, "split": None, "hub": False}, columns)]
@@ -84,6 +102,7 @@ def _find(given: str, columns: Columns) -> list[Source]:
     parquet = [path for path in files if path.endswith(".parquet")]
     npy = {path: size for path, size in files.items() if path.endswith(".npy") and "text_emb" not in path}
     if npy and not sources:
+        left.update(_others(files, [*npy, *parquet]))
         return [NpySource(url, npy, parquet, columns)]
     if sources:  # beside tars and pictures, img2dataset's parquet holds what it knew of them, not pictures
         parquet = [path for path in parquet if holds_pictures(path)]
@@ -94,4 +113,42 @@ def _find(given: str, columns: Columns) -> list[Source]:
             f"{given}: holds no pictures (files {', '.join(PICTURES)}; .tar; .parquet with image bytes or embeddings; "
             ".npy embeddings; a saved data set)"
         )
+    left.update(_others(files, parquet))
+    left["dead URLs"] += sum(
+        _not_downloaded(path) for path in files if path.endswith(".parquet") and path not in parquet
+    )
     return sources
+
+
+def _not_downloaded(path: str) -> int:
+    """Rows of a metadata table of img2dataset whose picture could not be had."""
+    with fsspec.open(path, "rb") as file:
+        parquet = pq.ParquetFile(file)
+        if not {"url", "status", "error_message"} <= set(parquet.schema_arrow.names):
+            return 0
+        status = parquet.read(columns=["status"]).column(0).cast(pa.string())
+        return int(pc.sum(pc.not_equal(status, "success")).as_py() or 0)
+
+
+def _others(files: dict[str, int], tables: Sequence[str]) -> Counter[str]:
+    """Reason -> files that are no picture, no tar, no text beside a picture and none of `tables`."""
+    stems = {os.path.splitext(path)[0] for path in files if path.lower().endswith(PICTURES)}
+    tars = {os.path.splitext(path)[0] for path in files if path.endswith(".tar")}
+    left: Counter[str] = Counter()
+    sidecars = {f"{stem}.parquet" for stem in tars}
+    for path in files.keys() - set(tables):
+        stem = os.path.splitext(path)[0]
+        if (
+            path in sidecars
+            or path.endswith(".tar")
+            or path.lower().endswith(PICTURES)
+            or (path.endswith(TEXTS) and stem in stems)
+        ):
+            continue
+        if path.lower().endswith((".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")):
+            left["compressed tars: unpack them"] += 1
+        elif path.endswith(TEXTS) and stem.removesuffix("_stats") not in tars | {""}:
+            left["texts without a picture"] += 1
+        else:
+            left["of other kinds"] += 1
+    return left

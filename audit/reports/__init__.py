@@ -7,6 +7,7 @@ facts.py       what its first screen says
 html.py        the page; pictures.py: what an opened row shows
 statement.py   a section of a model card, and the same as JSON
 export.py      the same rows as parquet, JSONL and CSV
+drop.py        `be-audit drop`: a caption table without what was found
 sql.py         `be-audit sql`: questions to a run
 dictionary.py  docs/data-dictionary.md, from the columns
 """

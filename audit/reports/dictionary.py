@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pyarrow as pa
 
 from audit.reports.export import READING, TABLES
-from audit.reports.flagged import DENY_COLUMNS, FLAGGED_COLUMNS
+from audit.reports.flagged import CANDIDATE_COLUMNS, DENY_COLUMNS, FLAGGED_COLUMNS
 from audit.run.schema import CONFIRMED_COLUMNS, MATCH_COLUMNS, MITIGATED_COLUMNS, SCORE_COLUMNS, TRAJECTORY_COLUMNS
 
 _VARIES = {
@@ -50,6 +50,7 @@ def data_dictionary() -> str:
         _section("Run: mitigated/", "One row an image of a mitigated copy.", MITIGATED_COLUMNS),
         _section("Export: flagged", TABLES["flagged"], FLAGGED_COLUMNS),
         _section("Export: denylist", TABLES["denylist"], DENY_COLUMNS),
+        _section("Export: candidates", TABLES["candidates"], CANDIDATE_COLUMNS),
         f"## Reading the exports\n\n{READING}\n",
     ]
     return "\n".join(parts)

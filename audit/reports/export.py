@@ -22,6 +22,8 @@ TABLES = {
     "denylist": "What to drop from a training set: every row, repeats included, whose caption reproduces a training "
     "picture (`source` is caption), and every training picture that was reproduced (`source` is picture). Where "
     "confirm has not run it holds the flagged captions, with a null `verdict`.",
+    "candidates": "Every URL that came with a flagged caption, once each, as img2dataset takes it (docs/url-lists.md); "
+    "parquet only, and only where the run kept URLs.",
 }
 READING = (
     "A verdict `global` means that a generated image is a copy of a training picture (SSCD > 0.5), `local` that a "

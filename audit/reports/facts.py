@@ -153,7 +153,7 @@ def _not_checked(
     if failed := stages.get(TRAJECTORIES.name, {}).get("error", 0):
         lines.append(f"{failed:,} images could not be generated (column `error` of trajectories/ says why).")
     if unread := stages.get(CONFIRM.name, {}).get("unreadable", 0):
-        lines.append(f"{unread:,} comparisons are by SSCD alone: the training pictures could not be read.")
+        lines.append(f"{unread:,} comparisons decided nothing: the training pictures could not be read.")
     if confirmed["threshold"] is None:
         lines.append("Copied regions: no local threshold could be had; only copies of whole pictures were told.")
     index = confirmed["index_facts"]

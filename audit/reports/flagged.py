@@ -68,6 +68,14 @@ DENY_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
 }
 """Columns of the deny list: what to drop from a training set."""
 
+CANDIDATE_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
+    "url": (pa.string(), "URL the caption came with"),
+    "caption": (pa.string(), "the caption"),
+    "key": (pa.string(), "key the caption came with, where the run kept one"),
+    "uid": (pa.string(), "the same: img2dataset gives `key` a number of its own"),
+}
+"""Columns of the list of URLs that img2dataset takes as it is."""
+
 
 @dataclass(frozen=True)
 class Flagged:
@@ -80,6 +88,7 @@ class Flagged:
         scores: of all scored distinct captions by `by`, float32, best first.
         by: score column. threshold: what rows had to exceed, None when the best `top_k` were taken.
         above: scored captions above the threshold. taken: how many of them were taken, the best, beside candidates.
+        candidates: CANDIDATE_COLUMNS; no rows where the run kept no URLs.
         counts: rows of the committed shards by status after duplicates are resolved, and distinct scored captions.
     """
 
@@ -91,6 +100,7 @@ class Flagged:
     above: int
     taken: int
     counts: dict[str, int]
+    candidates: pa.Table
 
 
 def find_flagged(run: Run, by: str, threshold: float | None, top_k: int | None) -> Flagged:
@@ -119,9 +129,9 @@ def find_flagged(run: Run, by: str, threshold: float | None, top_k: int | None) 
     taken = min(above, MOST if top_k is None else top_k)
     ids = first["row_id"].to_numpy()
     chosen = np.arange(len(ids)) < taken
-    candidates = Stage.find(run, TRAJECTORIES)
-    if candidates is not None:
-        suspects = candidates.items.filter(pc.invert(candidates.items["clean"]))
+    begun = Stage.find(run, TRAJECTORIES)
+    if begun is not None:
+        suspects = begun.items.filter(pc.invert(begun.items["clean"]))
         chosen |= np.isin(ids, suspects["row_id"].to_numpy())
     same = pc.coalesce(scores["duplicate_of"], scores["row_id"]).to_numpy()
     table = _flagged_table(run, read_rows(run, ids[chosen]), same, by, verdicts)
@@ -130,7 +140,8 @@ def find_flagged(run: Run, by: str, threshold: float | None, top_k: int | None) 
     counts |= {"rows": scores.num_rows, "duplicates": int(pc.sum(pc.is_valid(scores["duplicate_of"])).as_py() or 0)}
     counts["distinct"] = first.num_rows
     deny = deny_list(run, scores["row_id"].to_numpy(), same, table, verdicts is not None)
-    return Flagged(table, deny, values[:valid], by, threshold, above, taken, counts)
+    candidates = url_list(run, scores["row_id"].to_numpy(), same, table)
+    return Flagged(table, deny, values[:valid], by, threshold, above, taken, counts, candidates)
 
 
 def read_verdicts(run: Run) -> pa.Table | None:
@@ -231,6 +242,24 @@ def deny_list(run: Run, row_ids: np.ndarray, same: np.ndarray, flagged: pa.Table
         gap["source"] = pa.array(["picture"] * pictures.num_rows, pa.string())
         tables.append(pa.table([gap[name] if name in gap else pictures[name] for name in schema.names], schema=schema))
     return pa.concat_tables(tables)
+
+
+def url_list(run: Run, row_ids: np.ndarray, same: np.ndarray, flagged: pa.Table) -> pa.Table:
+    """Every URL that came with a flagged caption, repeats included, once each: what img2dataset downloads.
+
+    Arguments as of `deny_list`.
+    """
+    url, key = source_columns(list(run.plan.keep_schema.names))
+    schema = pa.schema([pa.field(n, k, metadata={"description": text}) for n, (k, text) in CANDIDATE_COLUMNS.items()])
+    if url is None:
+        return schema.empty_table()
+    wanted = ["row_id", "caption", url, *([key] if key else [])]
+    rows = read_rows(run, row_ids[np.isin(same, flagged["row_id"].to_numpy())], wanted).sort_by("row_id")
+    rows = rows.filter(pc.greater(pc.binary_length(rows[url].cast(pa.string())), 0))
+    _, first = np.unique(rows[url].cast(pa.string()).to_numpy(), return_index=True)
+    rows = rows.take(pa.array(np.sort(first)))
+    keys = rows[key].cast(pa.string()) if key else pa.nulls(rows.num_rows, pa.string())
+    return pa.table([rows[url].cast(pa.string()), rows["caption"], keys, keys], schema=schema)
 
 
 def copied_pictures(run: Run) -> pa.Table | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from audit.base.errors import AuditError
 from audit.base.options import option
 from audit.base.storage import Folder, join
-from audit.reports.export import EXPORTS, write_exports
+from audit.reports.export import EXPORTS, table_as, write_exports
 from audit.reports.facts import report_facts
 from audit.reports.flagged import default_score, find_flagged
 from audit.reports.html import write_page
@@ -95,6 +95,9 @@ def report(config: ReportConfig) -> ReportSummary:
     exports = [name for name in config.format if name != "html"]
     tables = {"flagged": flagged.table, "denylist": flagged.deny}
     files = write_exports(folder, tables, exports, facts) if exports else []
+    if "parquet" in exports and flagged.candidates.num_rows:
+        files.append("exports/candidates.parquet")
+        folder.write(files[-1], table_as(flagged.candidates, "parquet"))
     stated = write_statement(folder, facts)
     if "html" in config.format:
         write_page(run, folder, flagged, facts, files)

@@ -18,7 +18,7 @@ SCORE_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "status": (pa.string(), "ok, error (see error) or empty (null or blank caption, not scored)"),
     "error": (pa.string(), "why a row failed"),
     "duplicate_of": (pa.int64(), "row_id of the first row with the same caption, which holds the scores"),
-    "num_tokens": (pa.int32(), "tokens of the caption, without start and end"),
+    "num_tokens": (pa.int32(), "tokens of the caption (of its first 65,536 characters), without start and end"),
     "truncated": (pa.bool_(), "the caption is longer than the tokenizer's length; the rest was not seen"),
     **{name: (F32, found.text) for name, found in _DETECTORS.items()},
     "ld_std": (F32, "standard deviation of ld over the noises"),
@@ -110,6 +110,7 @@ _COMPARISON: dict[str, tuple[pa.DataType, str]] = {
     "ls_energy": (F32, "the same under the energy mask, divided by its mean"),
     "ls_score": (F32, "the same under the score-difference map, divided by its mean"),
 }
+_COMPARISON["unreadable"] = (pa.string(), "why the picture could not be read; the comparison decides nothing then")
 MEASURED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     **_COMPARISON,
     **{

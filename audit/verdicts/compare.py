@@ -223,6 +223,8 @@ def match_image(
             there = {word: mask for word, mask in MASKS.items() if mask in distances}
             match |= {f"distance_{word}": distances[mask] for word, mask in there.items()}
             match |= {f"correlation_distance_{word}": unlike[mask] for word, mask in there.items()}
+        elif id in references.unreadable:
+            match["unreadable"] = references.unreadable[id]
         matches.append(match)
     return matches
 
@@ -239,7 +241,10 @@ def decide(match: Mapping[str, Any], match_mask: str, threshold: float) -> dict[
     kept = {name: value for name, value in match.items() if name not in by_mask}
     kept["distance"] = match.get(f"distance_{match_mask}")
     kept["correlation_distance"] = match.get(f"correlation_distance_{match_mask}")
-    kept["verdict"] = verdict_of(match["sscd"], kept["correlation_distance"], threshold)
+    unreadable = match.get("unreadable") is not None
+    kept["verdict"] = (
+        "no_reference" if unreadable else verdict_of(match["sscd"], kept["correlation_distance"], threshold)
+    )
     return kept
 
 
@@ -251,8 +256,12 @@ def verdict_of(sscd: float, correlation_distance: float | None, threshold: float
 
 
 def best_verdict(verdicts: Sequence[str]) -> str:
-    """The best of some verdicts; no_reference for none at all."""
-    return min(verdicts, key=VERDICTS.index, default="no_reference")
+    """The best of some verdicts; no_reference for none at all, and where something is left that was not compared.
+
+    A copy is a copy whatever else could not be read; that there is none cannot be said then.
+    """
+    best = min(verdicts, key=VERDICTS.index, default="no_reference")
+    return "no_reference" if best == "none" and "no_reference" in verdicts else best
 
 
 def best_match(matches: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

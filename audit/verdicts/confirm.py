@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ from audit.verdicts.beside import Beside
 from audit.verdicts.candidates import ConfirmConfig, choose
 from audit.verdicts.compare import COPY, VERDICT_VERSION, References, statistic_of
 from audit.verdicts.crops import TrainingCrops
+from audit.verdicts.match_shard import own_pictures
 from audit.verdicts.null import NullPictures, check_pictures, draw_pictures, pictures_null, threads
 
 if TYPE_CHECKING:
@@ -70,7 +72,8 @@ class ConfirmSummary:
     Attributes:
         candidates: rows confirmed. verdicts: how many of each. null: the local threshold and what it rests on.
         failed: trajectories that failed. quarantined: shards given up. unreadable: comparisons with training pictures
-            that could not be read any more.
+            that could not be read any more; why_unreadable: the first reason.
+        with_picture: candidates whose own picture is in the index. dead_urls: URLs that img2dataset could not download.
         committed_now: shards done by this call.
     """
 
@@ -83,6 +86,9 @@ class ConfirmSummary:
     unreadable: int
     committed_now: int
     seconds: float
+    why_unreadable: str = ""
+    with_picture: int = 0
+    dead_urls: int = 0
 
     @property
     def decided(self) -> int:
@@ -91,8 +97,8 @@ class ConfirmSummary:
 
     @property
     def exit_code(self) -> int:
-        """0 complete, 3 with failed trajectories or shards, or with candidates that have no verdict."""
-        return 3 if self.failed or self.quarantined or self.decided < self.candidates else 0
+        """0 complete, 3 with failed trajectories or shards, candidates without a verdict or pictures not to be read."""
+        return 3 if self.unreadable or self.failed or self.quarantined or self.decided < self.candidates else 0
 
     def lines(self) -> list[str]:
         """For people."""
@@ -110,14 +116,23 @@ class ConfirmSummary:
         elif np.isinf(null.threshold):
             what = "no image was generated" if self.failed else "the index holds no pixels"
             lines.append(f"No local threshold: {what}; only global copies can be told.")
-        if self.unreadable:
-            lines.append(f"{self.unreadable} training pictures could not be read any more: compared by sscd alone.")
         if self.failed:
             lines.append(f"{self.failed} trajectories failed: be-audit status {self.run}")
         if self.decided < self.candidates:
             left = self.candidates - self.decided
             lines.append(
                 f"{left} candidates have no verdict yet: give the command again; why: be-audit status {self.run}"
+            )
+        if self.candidates:
+            dead = f"; {self.dead_urls:,} URLs were dead when its pictures were downloaded" if self.dead_urls else ""
+            lines.append(
+                f"{self.with_picture:,} of {self.candidates:,} candidates have their own picture in the index, "
+                f"{self.candidates - self.with_picture:,} have not{dead}."
+            )
+        if self.unreadable:
+            lines.append(
+                f"{self.unreadable:,} comparisons with training pictures that cannot be read decided nothing "
+                f"(no_reference): {self.why_unreadable}: give the command again when they are back."
             )
         return lines
 
@@ -144,6 +159,7 @@ def confirm(config: ConfirmConfig, stop: Stop | None = None) -> ConfirmSummary:
     captions = images.filter(pc.equal(images["image_index"], 0)).drop_columns(["image_index"])
     asked = MatchFingerprint(trajectories.facts.digest, index.fingerprint, descriptor.sha256, config.neighbours)
     matching = Stage.begin(run, MATCH, asked, captions, _recorded(config), config.replace)
+    _take_back(matching, index)
     with Beside(matching, trajectories, config, stop):
         generated = run_stage(trajectories, trajectories.missing(), config, stop)
     ready = trajectories.done()
@@ -174,6 +190,9 @@ def confirm(config: ConfirmConfig, stop: Stop | None = None) -> ConfirmSummary:
     null = _null_of(stage).null()
     # 4. verdicts of what was matched
     ready = matching.done()
+    for shard, made in stage.done().items():
+        if made.counts.get("unreadable") and shard in ready and ready[shard].finished >= made.finished:
+            stage.ledger.drop(shard)  # it was matched again
     outcome = run_stage(stage, [shard for shard in stage.missing() if shard in ready], config, stop)
     counts = sum_counts(stage.done().values())
     committed = (generated, matched, outcome)
@@ -187,7 +206,31 @@ def confirm(config: ConfirmConfig, stop: Stop | None = None) -> ConfirmSummary:
         unreadable=counts.get("unreadable", 0),
         committed_now=sum(len(each.committed) for each in committed),
         seconds=time.monotonic() - started,
+        why_unreadable=_why_unreadable(matching) if counts.get("unreadable") else "",
+        with_picture=len(own_pictures(run, index, candidates)),
+        dead_urls=index.info.left_out.get("dead URLs", 0),
     )
+
+
+def _unreadable(matching: Stage) -> Iterator[tuple[int, int, str]]:
+    """Of every comparison with a picture that could not be read: shard, id of the picture, reason."""
+    for shard, made in matching.done().items():
+        if made.counts.get("unreadable"):
+            matches = read_table(matching.run.folder, matching.file(shard), ["matches"])["matches"].to_pylist()
+            bad = (match for each in matches for match in each if match.get("unreadable") is not None)
+            yield from ((shard, match["reference_id"], match["unreadable"]) for match in bad)
+
+
+def _why_unreadable(matching: Stage) -> str:
+    return next((reason for *_, reason in _unreadable(matching)), "")
+
+
+def _take_back(matching: Stage, index: Index) -> None:
+    """Take matches back that missed a picture which can be read now: they are made again, without --replace."""
+    references = References(index, (1, 1))
+    back = {shard for shard, id, _ in _unreadable(matching) if references.pixels(id) is not None}
+    for shard in back:
+        matching.ledger.drop(shard)
 
 
 def resume(run: Run, stop: Stop | None = None) -> None:
@@ -239,7 +282,9 @@ def _check_scan(run: Run) -> None:
 
 def _null_pictures(run: Run, index: Index, config: ConfirmConfig) -> NullPictures | None:
     """The training pictures of the null; None where the index holds no pixels, and nothing local can be decided."""
-    if not len(index) or References(index, (1, 1)).pixels(int(index.ids()[0])) is None:
+    references = References(index, (1, 1))
+    first = int(index.ids()[0]) if len(index) else -1
+    if not len(index) or (references.pixels(first) is None and first not in references.unreadable):
         return None
     sample = max(config.null_pictures, sample_needed(config.match_fpr, config.num_images))
     found = draw_pictures(index, config.neighbours + 1, sample, run.fingerprint.seed)

@@ -71,7 +71,7 @@ class ConfirmJob:
             on_rows(1)
         table = confirmed_table(rows)
         counts = dict(collections.Counter(table["verdict"].to_pylist()))
-        counts["unreadable"] = sum(match.get("distance") is None for row in rows for match in row["matches"])
+        counts["unreadable"] = sum(match.get("unreadable") is not None for row in rows for match in row["matches"])
         return self.ledger.commit(shard, table, counts, {"wall": time.monotonic() - started})
 
     def _image_size(self, shard: int) -> tuple[int, int] | None:

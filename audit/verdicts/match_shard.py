@@ -87,7 +87,7 @@ class MatchJob:
             {**item, "num_images": images[item["row_id"]], "matches": matches[item["row_id"]]}
             for item in items.select(["row_id", "caption"]).to_pylist()
         ]
-        unreadable = sum("s" not in match for each in matches.values() for match in each)
+        unreadable = sum("unreadable" in match for each in matches.values() for match in each)
         counts = {"ok": len(rows), "unreadable": unreadable}
         seconds = {"wall": time.monotonic() - started}
         on_rows(len(rows))

@@ -137,7 +137,7 @@ def pictures_null(found: NullPictures, crops: TrainingCrops, masks: Masks, fpr: 
     if len(smallest) < needed:
         raise AuditError(
             f"{index.folder.url}: only {len(smallest):,} of its pictures could be read and compared, {needed:,} are "
-            f"needed for a false-positive rate of {fpr:g}: build the index again, or give --ls-threshold"
+            f"needed for a false-positive rate of {fpr:g}: give the command again when they are back, or --ls-threshold"
         )
     return Null.of(PICTURES, np.array(smallest), fpr, num_images, near)
 

@@ -22,6 +22,7 @@ from audit.verdicts.compare import (
     References,
     as_trained,
     best_match,
+    best_verdict,
     decide,
     gate,
     masks_at,
@@ -169,6 +170,7 @@ class _Stored:
 
     def __init__(self, pixels: dict[int, np.ndarray | None]) -> None:
         self.pixels = pixels.get
+        self.unreadable = {8: "8.jpg: gone"}
 
 
 def test_match_image_by_hand() -> None:
@@ -196,7 +198,9 @@ def test_match_image_by_hand() -> None:
     assert (same["correlation_distance"], same["distance"], same["verdict"]) == (0, 0, "local")
     assert "distance_first" not in same
     assert (own["own"], own["rank"], own["image_index"]) == (True, -1, 2)
-    assert "s" not in own and decide(own, "first", 0.5)["verdict"] == "none"  # its pixels are gone: sscd alone
+    assert "s" not in own and own["unreadable"] == "8.jpg: gone"
+    for sscd in (0.1, 0.9):  # its pixels are gone: it decides nothing, however alike
+        assert decide({**own, "sscd": sscd}, "first", 0.5)["verdict"] == "no_reference"
     (copied,) = match_image(image, 0, masks, [Neighbour(7, 0.6, 0)], None, stored, facts)  # type: ignore[arg-type]
     assert (decide(copied, "energy", 0.5)["verdict"], copied["s"], copied["ls_norm"]) == ("global", 0, 0)
 
@@ -300,3 +304,12 @@ def test_sixteen_images_a_candidate_have_a_finite_threshold_or_a_line_that_says_
     check_pictures(enough, index, 0.05, 16)
     one, sixteen = null_of(index, 0.05, 400), null_of(index, 0.05, len(enough), 16)
     assert len(enough) == 312 and np.isfinite(sixteen.threshold) and sixteen.threshold < one.threshold
+
+
+def test_what_could_not_be_compared_leaves_no_none() -> None:
+    """A copy is one whatever else is missing; that there is none cannot be said then."""
+    assert (
+        best_verdict(["none", "no_reference"]) == best_verdict(["no_reference"]) == best_verdict([]) == "no_reference"
+    )
+    assert best_verdict(["none", "no_reference", "local"]) == "local"
+    assert best_verdict(["none", "none"]) == "none"

@@ -1,0 +1,207 @@
+"""`be-audit drop`: a caption table without the rows whose captions reproduce training pictures."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from audit.base.errors import AuditError
+from audit.base.options import option
+from audit.base.progress import Progress
+from audit.base.storage import Folder
+from audit.captions import find_captions
+from audit.captions.files import CaptionFile, describe
+from audit.captions.find import Source
+from audit.captions.rows import text
+from audit.captions.streams import open_input, reading
+from audit.reports.flagged import default_score, read_verdicts
+from audit.run.run import DEFAULT_RUN, Run
+from audit.run.schema import COPIES, SCORES
+from audit.run.select import best_rows
+from audit.run.status import run_status
+from audit.scores.calibrate import load_thresholds
+
+SHOWN = 20  # captions that a dry run prints
+
+
+@dataclass(frozen=True)
+class DropConfig:
+    """Whose verdicts, which table, where to. Every field is a flag of `be-audit drop`."""
+
+    run: str = option(DEFAULT_RUN, "Run folder.", argument=True, envvar="BE_AUDIT_RUN")
+    captions: tuple[str, ...] = option((), "Caption tables, parquet.", argument=True)
+    output: str | None = option(
+        None, "File or, of several, folder of the clean table; nothing is written without.", short="-o"
+    )
+    caption_col: str | None = option(None, "Caption column; found as scan finds it.")
+    by: str | None = option(None, "Score of --threshold; default the one confirm picked by.", choices=SCORES)
+    threshold: float | None = option(None, "Drop the captions scored above this too, confirmed or not.")
+    thresholds: str | None = option(None, "Drop those above the threshold in this file too (be-audit calibrate).")
+
+
+@dataclass(frozen=True)
+class DropSummary:
+    """What was dropped, or would be.
+
+    Attributes:
+        captions: different captions to drop. files: of each table its path, rows and rows dropped, and where it was
+            written (None in a dry run). examples: the first captions that were found. unfinished: what of the run is
+            not done.
+    """
+
+    captions: int
+    files: list[tuple[str, int, int, str | None]]
+    examples: list[str]
+    unfinished: list[str]
+
+    def lines(self) -> list[str]:
+        """For people."""
+        lines = []
+        for path, rows, dropped, written in self.files:
+            where = f", the other {rows - dropped:,} are in {written}" if written else " would go"
+            lines.append(f"{path}: {dropped:,} of {rows:,} rows{' dropped' if written else ''}{where}")
+        if not any(written for *_, written in self.files):
+            lines += [f"  {example}" for example in self.examples]
+            lines.append("Nothing was written: name the clean table with -o.")
+        return lines
+
+
+def drop(config: DropConfig) -> DropSummary:
+    """Write caption tables without the captions a run found to be reproduced, repeats included; without -o, only tell.
+
+    Rows are told by their caption, exactly as it is, so the table need not be the one that was scanned: it may have
+    more columns or more rows. Row groups stay what they are, less the rows that go; so does the order.
+
+    Raises:
+        AuditError: no run, no verdicts and no threshold, a table that is not parquet, or an output that is there.
+    """
+    if not config.captions:
+        raise AuditError("give the run and the caption tables: be-audit drop RUN CAPTIONS -o CLEAN")
+    run = Run.open(config.run)
+    captions = pa.array(_flagged_captions(run, config), pa.string())
+    tables = [_table(source, config.caption_col) for source in find_captions(config.captions).sources]
+    targets = _targets([file.path for file in tables], config.output)
+    files, examples = [], dict[str, None]()
+    for file, target in zip(tables, targets, strict=True):
+        dropped = _drop_rows(file, captions, target, examples)
+        files.append((file.path, file.rows, dropped, target))
+    unfinished = [
+        f"{stage.stage}: {stage.done:,} of {stage.shards:,} shards are done"
+        for stage in run_status(run.url).stages
+        if not stage.complete
+    ]
+    return DropSummary(len(captions), files, list(examples), unfinished)
+
+
+def _flagged_captions(run: Run, config: DropConfig) -> list[str]:
+    """The captions with a verdict of a copy, and those above a threshold where one is given."""
+    by, threshold = config.by or default_score(run), config.threshold
+    if config.thresholds is not None:
+        if threshold is not None:
+            raise AuditError("--threshold and --thresholds: give one of them")
+        threshold = load_thresholds(config.thresholds, run).threshold(by)
+    verdicts = read_verdicts(run)
+    if verdicts is None and threshold is None:
+        raise AuditError(
+            f"{run.url}: no verdicts yet: run `be-audit confirm {run.url}`, or drop by score with --threshold"
+        )
+    found: dict[str, None] = {}
+    if verdicts is not None:
+        copies = verdicts.filter(pc.is_in(verdicts["verdict"], pa.array(COPIES)))
+        found.update(dict.fromkeys(copies["caption"].to_pylist()))
+    if threshold is not None:
+        found.update(dict.fromkeys(best_rows(run, by, threshold=threshold)["caption"].to_pylist()))
+    return list(found)
+
+
+def _table(source: Source, caption_col: str | None) -> CaptionFile:
+    if source.format != "parquet":
+        raise AuditError(f"{source.path}: not parquet: `drop` keeps a table as it is, which it can with parquet alone")
+    file = describe(source, caption_col).file
+    if file.lists:
+        raise AuditError(f"{file.path}: {file.caption_col!r} holds lists of captions: make a row a caption first")
+    return file
+
+
+def _targets(paths: list[str], output: str | None) -> list[str | None]:
+    """Where every table goes: the output itself for one, below it under their own names for several."""
+    if output is None:
+        return [None] * len(paths)
+    if len(paths) == 1 and not os.path.isdir(output):
+        targets = [output]
+    else:
+        top = os.path.commonpath([os.path.dirname(path) for path in paths]) if "://" not in paths[0] else ""
+        targets = [
+            f"{output.rstrip('/')}/{path[len(top) :].lstrip('/') if top else path.rsplit('/', 1)[1]}" for path in paths
+        ]
+    if len(set(targets)) < len(targets):
+        raise AuditError(f"-o {output}: two of the tables have one name: give them one after the other")
+    for target in targets:
+        fs, name = fsspec.core.url_to_fs(target)
+        if fs.exists(name):
+            raise AuditError(f"-o {target}: is there already: give a new name")
+    return list(targets)
+
+
+def _drop_rows(file: CaptionFile, captions: pa.Array, target: str | None, examples: dict[str, None]) -> int:
+    """Rows of a table with one of the captions; without them the table is written to `target`, row group by row group.
+
+    Raises:
+        AuditError: it cannot be read, or not be written.
+    """
+    dropped = 0
+    with open_input(file.path) as opened, reading(file.path), tempfile.TemporaryDirectory() as temporary:
+        source = pq.ParquetFile(opened)
+        copy = Path(temporary, "clean.parquet")
+        writer = None if target is None else _writer_like(source, copy)
+        bar = Progress(source.num_row_groups, "row groups", "dropping")
+        with bar:
+            for table in _row_groups(source, None if writer else [file.caption_col]):
+                at = table.schema.get_field_index(file.caption_col)
+                values = text(table.column(at))
+                found = pc.is_in(values, value_set=captions)
+                dropped += pc.sum(found).as_py() or 0
+                for caption in values.filter(found).slice(0, SHOWN).to_pylist():
+                    if len(examples) < SHOWN:
+                        examples[caption] = None
+                if writer is not None:
+                    kept = table.filter(pc.invert(found))
+                    writer.write_table(kept, row_group_size=max(kept.num_rows, 1))
+                bar.add(1)
+        if writer is not None and target is not None:
+            writer.close()
+            folder, _, name = target.rpartition("/")
+            Folder(folder or ".").put(name, copy)
+    return dropped
+
+
+def _row_groups(source: pq.ParquetFile, columns: list[str] | None) -> Iterator[pa.Table]:
+    return (source.read_row_group(group, columns=columns) for group in range(source.num_row_groups))
+
+
+def _writer_like(source: pq.ParquetFile, path: Path) -> pq.ParquetWriter:
+    """A writer with the schema, the metadata and the compression of a file."""
+    metadata = source.metadata
+    codecs, nested = {}, False
+    if metadata.num_row_groups:
+        for at in range(metadata.num_columns):
+            column = metadata.row_group(0).column(at)
+            codecs[column.path_in_schema] = column.compression
+            nested = nested or ".list.item" in column.path_in_schema
+    known = {codec.lower() if codec != "UNCOMPRESSED" else "none" for codec in codecs.values()}
+    compression = (
+        next(iter(known))
+        if len(known) == 1
+        else {name: "none" if codec == "UNCOMPRESSED" else codec.lower() for name, codec in codecs.items()}
+    )
+    return pq.ParquetWriter(
+        path, source.schema_arrow, compression=compression or "snappy", use_compliant_nested_type=not nested
+    )

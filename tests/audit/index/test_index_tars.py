@@ -1,0 +1,155 @@
+"""Tars as webdataset reads them, and what is left out of an index, counted by reason."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from audit.index import Index, IndexConfig, IndexSummary, build_index
+from audit.index.items import decode
+
+
+def picture(seed: int, kind: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 255, (32, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def tar_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def build(tmp_path: Path, images: Path) -> tuple[IndexSummary, list[tuple[str, str | None]]]:
+    done = build_index(IndexConfig(images=(str(images),), output=str(tmp_path / "index"), sscd="testbed"))
+    index = Index.open(str(tmp_path / "index"))
+    facts = index.facts(index.ids()).to_pylist()
+    for id, row in zip(index.ids().tolist(), facts, strict=True):  # the pixels are found again, by offset
+        found = index.picture(id)
+        assert found is not None and found.size == (40, 32), row
+    return done, [(row["key"], row["caption"]) for row in facts]
+
+
+def test_dots_in_names(tmp_path: Path) -> None:
+    members = []
+    for at in range(6):
+        members += [(f"a/shop.v{at}.photo.jpg", picture(at)), (f"a/shop.v{at}.photo.txt", f"caption {at}".encode())]
+    tar_of(tmp_path / "in" / "00000.tar", members)
+    _, rows = build(tmp_path, tmp_path / "in")
+    assert rows == [(f"a/shop.v{at}.photo", f"caption {at}") for at in range(6)]
+
+
+def test_members_in_any_order(tmp_path: Path) -> None:
+    texts = [(f"{at}.txt", f"caption {at}".encode()) for at in range(6)]
+    tar_of(tmp_path / "in" / "00000.tar", [(f"{at}.jpg", picture(at)) for at in range(6)] + texts[::-1])
+    _, rows = build(tmp_path, tmp_path / "in")
+    assert rows == [(str(at), f"caption {at}") for at in range(6)]
+
+
+def test_kinds_of_pictures_and_of_captions(tmp_path: Path) -> None:
+    members = [
+        ("a.jpeg", picture(0)),
+        ("a.caption", b"of a .caption"),
+        ("b.JPG", picture(1)),
+        ("b.json", json.dumps({"caption": "of a .json", "url": "u"}).encode()),
+        ("c.webp", picture(2, "WEBP")),
+        ("c.txt", b"of a .txt"),
+        ("d.PNG", picture(3, "PNG")),
+        ("d.txt", b"of d"),
+        ("d.crop.png", picture(4, "PNG")),  # of webdataset's sample d
+        ("e.tiff", picture(5, "TIFF")),
+    ]
+    tar_of(tmp_path / "in" / "00000.tar", members)
+    done, rows = build(tmp_path, tmp_path / "in")
+    assert rows == [
+        ("a", "of a .caption"),
+        ("b", "of a .json"),
+        ("c", "of a .txt"),
+        ("d", "of d"),
+        ("d.crop", "of d"),
+        ("e", None),
+    ]
+    assert done.info.left_out == {}
+
+
+def test_what_gave_no_picture_is_counted_by_reason(tmp_path: Path) -> None:
+    members = [
+        ("._0.jpg", b"\0\5\x16\7 of a Mac"),
+        ("0.jpg", picture(0)),
+        ("0.cls", b"7"),
+        ("0.txt", b"a sofa"),
+        ("lost.txt", b"a text alone"),
+        ("lost.json", b"{}"),
+    ]
+    folder = tmp_path / "in"
+    tar_of(folder / "00000.tar", members)
+    tar_of(folder / "00001.tar", [("1.jpg", picture(1)), ("1.npy", b"x")])
+    (folder / "old.tar.gz").write_bytes(b"x")
+    (folder / ".DS_Store").write_bytes(b"x")
+    (folder / "notes.md").write_text("x")
+    status = ["success", "failed_to_download", "success"]
+    table = {"url": ["u", "v", "w"], "status": status, "error_message": [None, "HTTP Error 404", None]}
+    pq.write_table(pa.table(table), folder / "00000.parquet")
+    done, rows = build(tmp_path, folder)
+    assert rows == [("0", "a sofa"), ("1", None)] and done.errors == 0
+    assert done.info.left_out == {
+        "hidden in tars": 1,
+        "of other kinds in tars": 2,
+        "texts without a picture in tars": 2,
+        "compressed tars: unpack them": 1,
+        "hidden": 1,
+        "of other kinds": 1,
+        "dead URLs": 1,
+    }
+    again, _ = build(tmp_path, folder)
+    assert again.resumed == 2 and again.info.left_out == done.info.left_out
+
+
+def test_our_own_pictures_beside_the_training_pictures_are_none(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    (folder / "run" / "report" / "pictures").mkdir(parents=True)
+    (folder / "0.png").write_bytes(picture(0, "PNG"))
+    (folder / "run" / "report" / "pictures" / "1.png").write_bytes(picture(1, "PNG"))
+    (folder / "run" / "report" / "report.json").write_text(
+        json.dumps(dict.fromkeys(("format", "made", "digest", "run"), 1))
+    )
+    done, rows = build(tmp_path, folder)
+    assert rows == [("0.png", None)] and done.info.left_out == {"of be-audit's own": 2}
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header promises so many pixels."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+
+
+def test_a_decompression_bomb_is_a_row_error(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "bomb.png").write_bytes(bomb(30_000, 30_000))
+    (folder / "good.jpg").write_bytes(picture(0))
+    done, rows = build(tmp_path, folder)
+    assert rows == [("good.jpg", None)] and done.errors == 1
+    assert "bomb.png: DecompressionBombError" in done.error_examples[0]
+    with pytest.raises(Image.DecompressionBombError):
+        decode(bomb(30_000, 30_000))

@@ -1,0 +1,81 @@
+"""`be-audit drop`: the clean table is the old one less the rows that were found, and nothing else is changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from audit.base.errors import AuditError
+from audit.cli.commands import cli
+from audit.reports.drop import DropConfig, drop
+from tests.fabricate import add_confirm, make_run
+
+COPIED, LOCAL, CLEAN = "a copied sofa", "a poster copied in part", "a sofa of its own"
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """RUN, in which the two best-scored captions are copies, and `table.parquet`, larger than what was scanned."""
+    captions = [COPIED, LOCAL, CLEAN, "another", "one more", "the last"]
+    run = make_run(tmp_path, captions, scores=[6.0, 5.0, 4.0, 3.0, 2.0, 1.0])
+    add_confirm(run, ["global", "local", "none"])
+    table = pa.table(
+        {
+            "n": pa.array(range(10), pa.int16()),
+            "TEXT": [CLEAN, COPIED, None, "", COPIED, COPIED, COPIED, "never scanned", LOCAL, CLEAN],
+            "nested": [[{"a": at}] for at in range(10)],
+        }
+    ).replace_schema_metadata({"made by": "somebody"})
+    pq.write_table(table, tmp_path / "table.parquet", row_group_size=2, compression="zstd")
+    return tmp_path
+
+
+def test_the_clean_table_is_the_old_one_less_those_rows(work: Path) -> None:
+    before = pq.read_table(work / "table.parquet")
+    done = drop(DropConfig(str(work / "RUN"), (str(work / "table.parquet"),), str(work / "clean.parquet")))
+    assert done.files == [(str(work / "table.parquet"), 10, 5, str(work / "clean.parquet"))]
+    after = pq.ParquetFile(work / "clean.parquet")
+    assert after.read().equals(before.take([0, 2, 3, 7, 9]))
+    assert after.schema_arrow.metadata[b"made by"] == b"somebody"
+    assert [after.metadata.row_group(at).num_rows for at in range(after.num_row_groups)] == [1, 2, 0, 1, 1]
+    assert after.metadata.row_group(0).column(0).compression == "ZSTD"
+    with pytest.raises(AuditError, match=r"clean\.parquet: is there already"):
+        drop(DropConfig(str(work / "RUN"), (str(work / "table.parquet"),), str(work / "clean.parquet")))
+
+
+def test_without_an_output_it_only_says(work: Path) -> None:
+    done = CliRunner().invoke(cli, ["drop", str(work / "RUN"), str(work / "table.parquet")])
+    assert done.exit_code == 0
+    assert f"{work}/table.parquet: 5 of 10 rows would go" in done.output and "Nothing was written" in done.output
+    assert COPIED in done.output and LOCAL in done.output and CLEAN not in done.output
+    assert sorted(path.name for path in work.glob("*.parquet") if "clean" in path.name) == []
+
+
+def test_several_tables_go_below_a_folder(work: Path) -> None:
+    for name in ("a/x.parquet", "b/x.parquet"):
+        (work / "in" / name).parent.mkdir(parents=True)
+        pq.write_table(pq.read_table(work / "table.parquet"), work / "in" / name)
+    done = drop(DropConfig(str(work / "RUN"), (str(work / "in"),), str(work / "out")))
+    assert [dropped for _, _, dropped, _ in done.files] == [5, 5]
+    assert pq.read_table(work / "out/a/x.parquet").num_rows == pq.read_table(work / "out/b/x.parquet").num_rows == 5
+
+
+def test_a_threshold_drops_unconfirmed_captions_too(work: Path) -> None:
+    done = drop(DropConfig(str(work / "RUN"), (str(work / "table.parquet"),), threshold=3.5))
+    assert done.captions == 3 and done.files[0][2] == 7
+
+
+def test_what_it_cannot_do_is_one_line(work: Path) -> None:
+    (work / "x.csv").write_text("TEXT\na sofa\n")
+    with pytest.raises(AuditError, match=r"x\.csv: not parquet"):
+        drop(DropConfig(str(work / "RUN"), (str(work / "x.csv"),)))
+    with pytest.raises(AuditError, match="give the run and the caption tables"):
+        drop(DropConfig(str(work / "RUN")))
+    (work / "other").mkdir()
+    make_run(work / "other", ["a", "b"], scores=[1.0, 2.0])
+    with pytest.raises(AuditError, match=r"no verdicts yet: run `be-audit confirm"):
+        drop(DropConfig(str(work / "other" / "RUN"), (str(work / "table.parquet"),)))
