@@ -23,7 +23,7 @@ LAZY = {
     "audit.mitigation.config": {"pipelines.alignment"},
     "audit.mitigation.mitigate_shard": {"pipelines"},
     "audit.mitigation.prompt": {"pipelines"},
-    "audit.scores.model": {"pipelines.loading"},
+    "audit.scores.model": {"pipelines.folders", "pipelines.loading"},
     "audit.scores.prompt": {"pipelines"},
     "audit.scores.scan": {"pipelines.formulas", "pipelines.loading"},
     "audit.scores.scorer": {"pipelines"},

@@ -32,17 +32,6 @@ def table_bytes(table: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def read_table(folder: Folder, name: str, columns: list[str] | None = None) -> pa.Table:
-    """Read an Arrow IPC file of a stage, all columns or some.
-
-    Raises:
-        Damaged: it is not there, or not whole.
-    """
-    with damaged(folder.path(name)):
-        table = pa.ipc.open_file(pa.BufferReader(folder.read(name))).read_all()
-        return table if columns is None else table.select(columns)
-
-
 @contextmanager
 def damaged(path: str, way_out: str = "be-audit verify --repair does it again") -> Iterator[None]:
     """Turn what a missing or broken file of ours makes its reader raise into one line that names it."""
@@ -203,6 +192,20 @@ class Ledger:
         if (made.stage, made.shard, made.fingerprint, made.file) != mine:
             return None
         return made
+
+    def table(self, shard: int, columns: list[str] | None = None) -> pa.Table:
+        """The results of a committed shard, all columns or some.
+
+        Raises:
+            Damaged: there is no commit, no file, or the file is not the one that was committed, to the byte.
+        """
+        made, path = self.read(shard), self.folder.path(self.file(shard))
+        with damaged(path):
+            data = self.folder.read(self.file(shard))
+            if made is None or hashlib.sha256(data).hexdigest() != made.sha256:
+                raise ValueError("contents do not match the commit's sha256")
+            table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
+            return table if columns is None else table.select(columns)
 
     def shards(self) -> list[int]:
         """Shards that have a commit file, readable or not."""

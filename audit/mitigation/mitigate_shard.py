@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from audit.base.commits import Commit, read_table
+from audit.base.commits import Commit
 from audit.base.errors import AuditError
 from audit.engines.failures import check_failures, together_or_alone
 from audit.engines.job import JobSpec
@@ -149,9 +149,9 @@ class MitigateJob:
 
     def _read(self, shard: int) -> list[dict[str, Any]]:
         """The shard's rows, unmitigated: columns of mitigated/ and, for the work here, `masks` and `best`."""
-        verdicts = read_table(self.run.folder, self.confirmed.file(shard), ["row_id", "best"]).to_pylist()
+        verdicts = self.confirmed.table(shard, ["row_id", "best"]).to_pylist()
         best = {row["row_id"]: row["best"] for row in verdicts}
-        table = read_table(self.run.folder, self.trajectories.file(shard))
+        table = self.trajectories.table(shard)
         whole = table.filter(pc.is_null(table["error"]))
         masks = {name: tensor_values(whole[name]) for name in TRAJECTORY_MASKS if not whole[name].null_count}
         known = {}

@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from audit.base.commits import read_table
 from audit.base.progress import Progress
 from audit.base.storage import Folder
 from audit.run.run import Run
@@ -53,10 +52,10 @@ def write_rows(run: Run, folder: Folder, listed: set[int]) -> dict[int, dict[str
     written: set[str] = set()
     with ThreadPoolExecutor(8) as pool, Progress(len(done), "shards", "pictures") as progress:
         for shard in done:
-            verdicts = read_table(run.folder, confirmed.file(shard)).to_pylist() if shard in decided else []  # type: ignore[union-attr]
+            verdicts = confirmed.table(shard).to_pylist() if shard in decided else []  # type: ignore[union-attr]
             of = {row["row_id"]: row for row in verdicts}
             moved = mitigated(shard)
-            table = read_table(run.folder, trajectories.file(shard))
+            table = trajectories.table(shard)
             table = table.filter(pc.is_in(table["row_id"], value_set=_array(listed)))
             rows: dict[int, list[dict[str, Any]]] = {}
             for image in _images(table):
@@ -82,7 +81,7 @@ def _mitigated(run: Run, confirmed: Stage | None) -> Callable[[int], dict[tuple[
     done = set(stage.done())
 
     def read(shard: int) -> dict[tuple[int, int], dict[str, Any]]:
-        rows = read_table(run.folder, stage.file(shard)).to_pylist() if shard in done else []
+        rows = stage.table(shard).to_pylist() if shard in done else []
         return {(row["row_id"], row["image_index"]): row for row in rows}
 
     return read

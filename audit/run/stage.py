@@ -319,6 +319,10 @@ class Stage:
         """Where the results of a shard lie."""
         return self.ledger.file(shard)
 
+    def table(self, shard: int, columns: list[str] | None = None) -> pa.Table:
+        """The results of a committed shard, all columns or some. Raises Damaged: not what was committed."""
+        return self.ledger.table(shard, columns)
+
     def done(self) -> dict[int, Commit]:
         """Every valid commit of its shards."""
         return self.ledger.done(self.shards)

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from audit.base.commits import Ledger, read_table
+from audit.base.commits import Ledger
 from audit.base.stopping import Stop
 from audit.captions import is_empty, read_shard
 from audit.run.run import Run
@@ -134,7 +134,7 @@ def _check_stage(stage: Stage, found: Verified) -> int:
 
 def _check_rows(run: Run, shard: int) -> str | None:
     """What is wrong with a scanned shard's rows, against the plan and the input; None when nothing is."""
-    table = read_table(run.folder, Stage.open(run, SCAN).file(shard))
+    table = Stage.open(run, SCAN).table(shard)
     planned = run.plan.shards["row_count"][shard].as_py()
     if table.num_rows != planned:
         return f"{table.num_rows} rows where {planned} were planned"

@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from audit.base.commits import read_table
 from audit.base.errors import AuditError
 from audit.base.facts import read_facts, to_json
 from audit.base.stopping import Stop
@@ -216,7 +215,7 @@ def _unreadable(matching: Stage) -> Iterator[tuple[int, int, str]]:
     """Of every comparison with a picture that could not be read: shard, id of the picture, reason."""
     for shard, made in matching.done().items():
         if made.counts.get("unreadable"):
-            matches = read_table(matching.run.folder, matching.file(shard), ["matches"])["matches"].to_pylist()
+            matches = matching.table(shard, ["matches"])["matches"].to_pylist()
             bad = (match for each in matches for match in each if match.get("unreadable") is not None)
             yield from ((shard, match["reference_id"], match["unreadable"]) for match in bad)
 
@@ -316,7 +315,7 @@ def _run_masks(trajectories: Stage, column: str, at_most: int = 256) -> tuple[ND
     chosen = [shards[at] for at in _spread(len(shards), 64)]
     each = -(-at_most // max(len(chosen), 1))
     for shard in chosen:
-        table = read_table(trajectories.run.folder, trajectories.file(shard), [column, "image", "error"])
+        table = trajectories.table(shard, [column, "image", "error"])
         table = table.filter(pc.is_null(table["error"]))
         if table.num_rows:
             masks.append(tensor_values(table[column])[_spread(table.num_rows, each)])
@@ -335,7 +334,7 @@ def _captions_null(matching: Stage, config: ConfirmConfig) -> Null:
     clean = set(matching.items.filter(matching.items["clean"])["row_id"].to_pylist())
     statistics, copies = [], 0
     for shard in sorted(matching.done()):
-        for row in read_table(matching.run.folder, matching.file(shard)).to_pylist():
+        for row in matching.table(shard).to_pylist():
             value = statistic_of(row["matches"], config.match_mask) if row["row_id"] in clean else None
             if value is not None and row["num_images"] == config.num_images:
                 statistics.append(value)

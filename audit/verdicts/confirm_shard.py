@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from audit.base.commits import Commit, read_table
+from audit.base.commits import Commit
 from audit.base.errors import AuditError
 from audit.engines.job import JobSpec
 from audit.index import Index
@@ -62,7 +62,7 @@ class ConfirmJob:
 
     def __call__(self, shard: int, on_rows: Callable[[int], None]) -> Commit:
         started = time.monotonic()
-        matched = {row["row_id"]: row for row in read_table(self.run.folder, self.matching.file(shard)).to_pylist()}
+        matched = {row["row_id"]: row for row in self.matching.table(shard).to_pylist()}
         size = self._image_size(shard)
         references = None if size is None else References(self.index, size)
         rows = []
@@ -76,7 +76,7 @@ class ConfirmJob:
 
     def _image_size(self, shard: int) -> tuple[int, int] | None:
         """(H, W) of the generated images; None where none was."""
-        images = read_table(self.run.folder, self.trajectories.file(shard), ["image"])["image"]
+        images = self.trajectories.table(shard, ["image"])["image"]
         images = images.filter(pc.is_valid(images))
         return decode_png(images[0].as_py()).shape[:2] if len(images) else None
 

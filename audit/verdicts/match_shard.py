@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from audit.base.commits import Commit, read_table
+from audit.base.commits import Commit
 from audit.base.identity import KEYS, ROW_NUMBERS, URLS, all_named
 from audit.engines.job import JobSpec
 from audit.index import Index
@@ -66,7 +66,7 @@ class MatchJob:
     def __call__(self, shard: int, on_rows: Callable[[int], None]) -> Commit:
         started = time.monotonic()
         items = self.stage.rows(shard)
-        made = read_table(self.run.folder, self.trajectories.file(shard))
+        made = self.trajectories.table(shard)
         made = made.filter(pc.is_null(made["error"]))
         masks = {
             name: tensor_values(made[name]) for name in TRAJECTORY_MASKS if made.num_rows and not made[name].null_count

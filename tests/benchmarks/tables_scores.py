@@ -118,7 +118,7 @@ def matches(passes: Passes, first: Arrays, whole: Arrays, work: Path) -> Arrays:
     index = Index.open(path)
     vectors = index.load_descriptor(None, "cpu")(list(whole["images"])).numpy()
     ids, cosines = index.search(vectors, 10)
-    own = index.own(passes.frame.TEXT.tolist(), passes.frame.URL.tolist(), None)
+    own = index.own([("url", passes.frame.URL.tolist()), ("caption", passes.frame.TEXT.tolist())])
     references, masks = References(index, whole["images"].shape[1:3]), masks_by_name(passes, first, whole)
     best: dict[str, list[float]] = {name: [] for name in MATCH_SCORES}
     nothing = dict.fromkeys(("key", "url", "caption"))

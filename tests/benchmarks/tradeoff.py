@@ -91,7 +91,7 @@ class Bench:
 
     def usual_loss(self, loss: str, mask: str) -> float:
         """Median first-step loss of the ordinary captions."""
-        scores = {**vars(self.usual), **self.usual.windows()}
+        scores = {**self.usual.first, **self.usual.windows()}
         return float(np.median(scores["magnitude" if loss == "magnitude" else MASK_LOSS[mask]]))
 
     def images(self, point: Point) -> tuple[Any, dict[str, Any]]:

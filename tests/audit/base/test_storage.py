@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import s3fs
 
-from audit.base.commits import Ledger, read_table
-from audit.base.errors import AuditError
+from audit.base.commits import Ledger
+from audit.base.errors import AuditError, Damaged
 from audit.base.storage import Folder, join
 from audit.run.read import read_scores, read_stage
 from audit.run.run import Run
@@ -103,13 +103,15 @@ def test_a_ledger_believes_files_not_names(folder: Folder) -> None:
     made = ledger.commit(7, table, {"ok": 3}, {"score": 1.23456})
     assert ledger.read(7) == made and (made.rows, made.counts, made.seconds) == (3, {"ok": 3}, {"score": 1.2346})
     assert ledger.done([6, 7]) == {7: made} and ledger.shards() == [7]
-    assert read_table(folder, made.file).equals(table) and read_table(folder, made.file, ["x"]).num_rows == 3
+    assert ledger.table(7).equals(table) and ledger.table(7, ["x"]).num_rows == 3
     assert ledger.problem(made, deep=True) is None
     assert Ledger(folder, "scan", "another", "scores").read(7) is None
     assert Ledger(folder, "other", "print", "scores").read(7) is None
     assert Ledger(folder, "scan", "print", "scores", "second").read(7) is None
     folder.write(made.file, folder.read(made.file)[:-1] + b"?")
     assert ledger.problem(made) is None and "sha256" in str(ledger.problem(made, deep=True))
+    with pytest.raises(Damaged, match="sha256"):
+        ledger.table(7)
     folder.write(made.file, b"")
     assert "0 bytes" in str(ledger.problem(made)) and ledger.done() == {}
     folder.remove(made.file)

@@ -140,7 +140,9 @@ def test_a_row_is_what_the_mitigator_gives_it_alone(run: MitigateConfig) -> None
 
 def test_rows_at_or_below_the_trigger_are_left_as_they_are(run: MitigateConfig) -> None:
     known = stored(run)
-    scores = sorted(row["ld_energy"] for row in known.values())  # the scan's score, of this noise
+    confirmed = read_stage(Run.open(run.run), "trajectories")
+    assert confirmed is not None
+    scores = sorted(confirmed.filter(pc.equal(confirmed["image_index"], 0))["ld"].to_pylist())
     done = mitigate(replace(run, threshold=float(scores[1])))
     assert done.untriggered == 2
     for row in rows_of(run):
@@ -216,7 +218,7 @@ def test_an_index_without_pixels_leaves_distances_out(run: MitigateConfig, work:
         (["--clip", "/no/such"], "give the folder of a transformers CLIPModel"),
         (["--loss", "cosine"], "not one of 'ld', 'magnitude'"),
         (["--target", "-1"], "--target"),
-        (["--prompt", "a cat"], "give a run or --prompt, not both"),
+        (["--prompt", "a cat"], "goes with a run, not with --prompt: leave one of them out"),
     ],
 )
 def test_mistakes_are_one_line_before_any_work(run: MitigateConfig, flags: list[str], says: str) -> None:
@@ -260,7 +262,7 @@ def test_a_prompt_is_shown_before_and_after(sd1: str, tmp_path: Path) -> None:
     ("flags", "says"),
     [
         (["--prompt", " "], "--prompt: is empty"),
-        (["--prompt", "a cat", "--thresholds", "t.json"], "--thresholds: needs a run"),
+        (["--prompt", "a cat", "--thresholds", "t.json"], "--thresholds: goes with a run, not with --prompt"),
         (["--prompt", "a cat", "-o", "/no/such/folder/x.png", "--iterations", "1"], "cannot be written"),
     ],
 )

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from audit.base.commits import read_table
 from audit.base.errors import AuditError
 from audit.reports.sql import run_query
 from audit.run.read import dataset, read_rows, read_scores, read_stage, resolve_duplicates
@@ -118,7 +117,7 @@ def test_a_row_whose_trajectory_failed_is_not_refined(run: Run, tmp_path: Path) 
     other = Run.open(shutil.copytree(run.url, tmp_path / "run"))
     stage = Stage.open(other, REFINE)
     shard = stage.shards[0]
-    table = read_table(other.folder, stage.file(shard))
+    table = stage.table(shard)
     failed = table["row_id"][0].as_py()
     errors = pa.array(["boom", *[None] * (table.num_rows - 1)], pa.string())
     stage.ledger.commit(shard, table.set_column(3, "error", errors))
@@ -146,7 +145,7 @@ def test_a_score_that_is_younger_than_the_run_or_a_part_of_it_has_nulls(run: Run
     query = tmp_path / "q.sql"
     query.write_text("SELECT row_id, cosine FROM scores ORDER BY row_id")
     for shard in (0, 1, 2):
-        stage.ledger.commit(shard, read_table(other.folder, stage.file(shard)).drop_columns(["cosine"]))
+        stage.ledger.commit(shard, stage.table(shard).drop_columns(["cosine"]))
         left = [row for row in read_scores(other).to_pylist() if row["cosine"] is not None]
         assert all(row["row_id"] >> 32 > shard or row["duplicate_of"] is not None for row in left)
         assert {row["row_id"]: row["cosine"] for row in run_query(str(query), other.url).to_pylist()} == {

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 
-from audit.base.commits import read_table, table_bytes
+from audit.base.commits import table_bytes
 from audit.base.errors import AuditError
 from audit.base.storage import Folder
 from audit.run.read import read_scores
@@ -157,7 +157,7 @@ def rewrite(run: Path, change: Callable[[pa.Table], pa.Table], shard: int = 2) -
     ledger = Stage.open(opened, SCAN).ledger
     made = ledger.read(shard)
     assert made is not None
-    ledger.commit(shard, change(read_table(opened.folder, made.file)), made.counts)
+    ledger.commit(shard, change(ledger.table(shard)), made.counts)
 
 
 def set_column(table: pa.Table, name: str, values: list[object]) -> pa.Table:

@@ -251,7 +251,8 @@ def test_captions_that_are_all_empty(sd1: str, tmp_path: Path) -> None:
     assert "0.0 captions/s" in be_audit("scan", path, "-o", run, "--model", sd1, "--dry-run").out
     assert not run.exists()
     found = be_audit("scan", path, "-o", run, "--model", sd1)
-    assert found.code == 0 and "3 rows, 0 unique captions: 0 scored, 0 duplicates, 3 empty, 0 failed." in found.out
+    assert found.code == 3 and "No caption has text" in found.err
+    assert "3 rows, 0 unique captions: 0 scored, 0 duplicates, 3 empty, 0 failed." in found.out
     assert read_scores(Run.open(str(run)))["status"].to_pylist() == ["empty"] * 3
 
 

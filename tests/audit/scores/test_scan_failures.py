@@ -100,7 +100,7 @@ def test_a_device_that_breaks_stops_every_stage_and_never_exits_0(
     flags = ("--model", sd1, "--steps", 2, "--rows-per-shard", 1, "--max-error-rate", 0, "-o", run)
     scan = ("scan", tmp_path / "x.parquet", *flags)
     confirm = ("confirm", run, "--index", index, "--top-k", 12, "--max-error-rate", 0, "--ls-threshold", 0.1)
-    monkeypatch.setattr("audit.verdicts.confirm.SHARD_IMAGES", 1)
+    monkeypatch.setattr("audit.verdicts.candidates.SHARD_IMAGES", 1)
     assert be_audit("index", "build", tmp_path / "pictures", "-o", index, "--sscd", "testbed").code == 0
 
     def breaks(*command: object) -> None:

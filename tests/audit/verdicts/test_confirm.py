@@ -19,7 +19,6 @@ from click.testing import CliRunner
 from PIL import Image
 
 from audit import testbed
-from audit.base.commits import read_table
 from audit.base.errors import AuditError, Drained
 from audit.base.seal import Seal
 from audit.base.stopping import Stop
@@ -190,7 +189,7 @@ def test_what_is_generated_is_matched_while_the_rest_is(run: ConfirmConfig) -> N
     confirm(many)
     opened = Run.open(run.run)
     matching, trajectories = Stage.open(opened, MATCH), Stage.open(opened, TRAJECTORIES)
-    first = read_table(opened.folder, matching.file(0))
+    first = matching.table(0)
     matching.ledger.drop(0)
     matching.ledger.drop(1)
     trajectories.ledger.drop(1)  # not generated yet
@@ -199,7 +198,7 @@ def test_what_is_generated_is_matched_while_the_rest_is(run: ConfirmConfig) -> N
         while not matching.ledger.done([0]) and time.monotonic() < until:
             time.sleep(0.1)
     assert set(matching.ledger.done()) == {0}
-    assert read_table(opened.folder, matching.file(0)).equals(first)
+    assert matching.table(0).equals(first)
     assert confirm(many).exit_code == 0 and matching.complete
 
 
@@ -208,7 +207,7 @@ def test_the_threshold_rests_on_masks_of_all_candidates(run: ConfirmConfig) -> N
     confirm(run)
     stage = Stage.open(Run.open(run.run), TRAJECTORIES)
     assert stage is not None
-    every = tensor_values(read_table(stage.run.folder, stage.file(0))["energy_mask"])
+    every = tensor_values(stage.table(0)["energy_mask"])
     masks, size = _run_masks(stage, "energy_mask", 4)
     assert size == (128, 128) or size == (64, 64)
     np.testing.assert_array_equal(masks, every[[0, 8, 15, 23]])
