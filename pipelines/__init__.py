@@ -6,7 +6,24 @@ Names are imported when they are asked for: a program that only wants the list o
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what a type checker sees; without it every name is Any
+    from pipelines import formulas as formulas
+    from pipelines.attention import MaskSource as MaskSource
+    from pipelines.detectors import FirstStep as FirstStep
+    from pipelines.detectors import detector as detector
+    from pipelines.errors import ModelError as ModelError
+    from pipelines.first_step import FirstStepScorer as FirstStepScorer
+    from pipelines.first_step import FirstStepScores as FirstStepScores
+    from pipelines.folders import find_model as find_model
+    from pipelines.loading import load as load
+    from pipelines.mitigated_pipeline import MitigatedPipeline as MitigatedPipeline
+    from pipelines.mitigation import Mitigation as Mitigation
+    from pipelines.mitigation import Mitigator as Mitigator
+    from pipelines.model import DiffusionModel as DiffusionModel
+    from pipelines.trajectory import Trajectories as Trajectories
+    from pipelines.trajectory import TrajectorySampler as TrajectorySampler
 
 _API = {
     "DiffusionModel": "pipelines.model",

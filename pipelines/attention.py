@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipelines.formulas import attention_probabilities, resize_mask
 
-Token = Literal["eos", "bos", "padding"]
-Step = Literal["first", "final", "energy", "none"]
 TOKENS: tuple[str, ...] = ("eos", "bos", "padding")
 STEPS: tuple[str, ...] = ("first", "final", "energy", "none")
 Reader = Callable[[Any, tuple[Any, ...], dict[str, Any]], Tensor]
@@ -31,8 +29,8 @@ class MaskSource:
         layers: names of attention modules, averaged; empty for the family's own, the paper's two (`paper_layers`).
     """
 
-    step: Step = "first"
-    token: Token = "eos"
+    step: str = "first"
+    token: str = "eos"
     layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -102,7 +100,7 @@ def capture_attention(
     layers: tuple[str, ...],
     eos_positions: Tensor,
     latent_size: tuple[int, int],
-    token: Token = "eos",
+    token: str = "eos",
     token_layers: tuple[str, ...] = (),
     known: list[str] | None = None,
     reader: Reader | None = None,
@@ -191,7 +189,7 @@ def _query_and_key(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return query, key
 
 
-def _token_attention(probabilities: Tensor, eos_positions: Tensor, token: Token) -> Tensor:
+def _token_attention(probabilities: Tensor, eos_positions: Tensor, token: str) -> Tensor:
     """[B, HW, L] -> [B, HW]: the attention paid to one token (or to EOS and all padding after it)."""
     if token == "bos":
         return 1 - probabilities[..., 0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipelines.attention import MaskSource
 from pipelines.errors import ModelError
 from pipelines.families import find_family, supported
-from pipelines.mitigation import Loss, Mitigator
+from pipelines.mitigation import Mitigator
 from pipelines.model import DiffusionModel, Embeddings
 
 ENCODED_OPTIONS = ("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
@@ -48,7 +48,7 @@ class MitigatedPipeline:
         pipe: Any,
         threshold: float | None,
         target: float,
-        loss: Loss = "ld",
+        loss: str = "ld",
         mask: Literal["first", "final", "energy"] = "first",
         learning_rate: float = 0.05,
         iterations: int = 10,

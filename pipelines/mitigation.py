@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from pipelines.model import DiffusionModel, Embeddings
 from pipelines.trajectory import TrajectorySampler
 
 Array = NDArray[np.float32]
-Loss = Literal["ld", "magnitude"]
 LOSSES: tuple[str, ...] = ("ld", "magnitude")
 HALF_SCALE = 1024.0  # of the loss in float16: gradients of single embedding entries fall below its smallest number
 BACK_OFF, LEAST_SCALE = 16.0, 2.0**-10  # where gradients overflow, the scale is divided by the one, down to the other
@@ -105,7 +104,7 @@ class Mitigator:
     def __init__(
         self,
         model: DiffusionModel,
-        loss: Loss = "ld",
+        loss: str = "ld",
         target: float = 1.0,
         threshold: float | None = None,
         mask_source: MaskSource | None = None,

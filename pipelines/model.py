@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipelines.attention import AttentionCapture, Token, capture_attention, cross_attention
+from pipelines.attention import AttentionCapture, capture_attention, cross_attention
 from pipelines.batching import AdaptiveBatches
 from pipelines.errors import ModelError
 from pipelines.schedules import NoiseLevel, Schedule, Unit, VariancePreserving, schedule_of
@@ -285,7 +285,7 @@ class DiffusionModel(ABC):
         return self.schedule.step(output, level, latents)
 
     def capture(
-        self, layers: tuple[str, ...], prompts: Embeddings, token: Token = "eos", token_layers: tuple[str, ...] = ()
+        self, layers: tuple[str, ...], prompts: Embeddings, token: str = "eos", token_layers: tuple[str, ...] = ()
     ) -> AbstractContextManager[AttentionCapture]:
         """Capture attention in the block, as `capture_attention`."""
         grid = self.latent_shape[1:]

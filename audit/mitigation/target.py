@@ -57,5 +57,7 @@ def clean_target(run: Run, trajectories: Stage, config: MovingConfig, mask: str)
     sampler = open_sampler(run.fingerprint, load_run_model(run, config.device), 1, config.batch_size)
     found = sampler(captions, [0] * len(captions), decode=False)
     assert column in TRAJECTORY_COLUMNS
-    first = {**found.first, **found.windows(), "ld_first_mask": found.first.get("ld")}
+    first = {**found.first, **found.windows()}
+    if "ld" in found.first:
+        first["ld_first_mask"] = found.first["ld"]
     return float(np.nanmedian(first[column]))

@@ -46,7 +46,8 @@ class ScanConfig(ScoringConfig):
     )
     world_size: int | None = option(None, "Machines that share the run; default 1.", min=1)
     self_check: bool = option(
-        True, "Before a scan of more than 10,000 rows, compare one batch with the plain formulas on every device."
+        True,
+        "Before more than 10,000 rows with --mask first, compare one batch with the plain formula on every device.",
     )
     dry_run: bool = option(False, "Plan, time one batch, print the estimate, write nothing.")
 

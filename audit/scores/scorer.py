@@ -132,7 +132,9 @@ def final_mask_columns(sampler: TrajectorySampler, captions: list[str], on_batch
     found = sampler(repeated, list(range(count)) * len(captions), decode=False, on_batch=on_trajectories)
     singles = {**found.first, **found.windows(), "mask": found.be_mask, "energy_mask": found.energy_mask}
     columns = {
-        name: values.reshape(len(captions), count, *values.shape[1:]).mean(1) for name, values in singles.items()
+        name: values.reshape(len(captions), count, *values.shape[1:]).mean(1)
+        for name, values in singles.items()
+        if values is not None
     }
     return {
         **columns,

@@ -1,7 +1,7 @@
 """Before a long scan: one batch on the user's own model and device against the plain formulas.
 
-The plain side makes two separate U-Net calls a prompt, one latent at a time, through the model's own attention
-processors, with nothing cached or captured; `magnitude` is the norm of the difference.
+The plain side makes two separate calls of the denoiser a prompt, one latent at a time, through the model's own
+attention processors, with nothing cached or captured; `magnitude` is the norm of the difference.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def plain_magnitudes(run: Run, model: DiffusionModel, captions: Sequence[str]) -
     import torch
 
     made = run.fingerprint
-    timestep = model.timesteps(made.steps)[0]
+    level, unit = model.levels(made.steps)[0], model.unit(made.steps)
     found = np.zeros(len(captions), np.float32)
     with torch.no_grad():
         noises = model.noise_bank(made.num_noises, made.seed).to(model.device, model.dtype)
@@ -57,9 +57,7 @@ def plain_magnitudes(run: Run, model: DiffusionModel, captions: Sequence[str]) -
             prompt = model.encode([caption])
             norms = []
             for noise in noises.split(1):
-                one, other = (
-                    model.to_noise(model.predict(noise, timestep, each), noise, timestep) for each in (prompt, empty)
-                )
-                norms.append(float((one.float() - other.float()).norm()))
+                one, other = (model.predict(noise, level, each, made.guidance_scale) for each in (prompt, empty))
+                norms.append(float(model.difference(one, other, level, unit).float().norm()))
             found[at] = np.mean(norms)
     return found

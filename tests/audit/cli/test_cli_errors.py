@@ -224,7 +224,9 @@ def test_weights_that_cannot_be_read_are_one_line(tmp_path: Path, sd1: str) -> N
     captions = parquet(tmp_path / "x.parquet")
     for more in ([], ["--dry-run"]):
         found = be_audit("scan", captions, "-o", tmp_path / "run", "--model", model, *more)
-        assert found.code == 2 and found.err.startswith(f"Error: --model {model}: cannot be loaded: "), found
+        errors = [line for line in found.err.splitlines() if not line.startswith("plan: ")]
+        assert found.code == 2 and errors[0].startswith(f"Error: --model {model}: cannot be loaded: "), found
+        assert len(errors) == 1
         assert len(found.err.strip().splitlines()) == 1
 
 
