@@ -189,9 +189,6 @@ def confirm(config: ConfirmConfig, stop: Stop | None = None) -> ConfirmSummary:
     null = _null_of(stage).null()
     # 4. verdicts of what was matched
     ready = matching.done()
-    for shard, made in stage.done().items():
-        if made.counts.get("unreadable") and shard in ready and ready[shard].finished >= made.finished:
-            stage.ledger.drop(shard)  # it was matched again
     outcome = run_stage(stage, [shard for shard in stage.missing() if shard in ready], config, stop)
     counts = sum_counts(stage.done().values())
     committed = (generated, matched, outcome)
@@ -225,10 +222,13 @@ def _why_unreadable(matching: Stage) -> str:
 
 
 def _take_back(matching: Stage, index: Index) -> None:
-    """Take matches back that missed a picture which can be read now: they are made again, without --replace."""
+    """Take back matches that missed a picture which can be read now, and first their verdicts: they are made again."""
+    verdicts = Stage.find(matching.run, CONFIRM)
     references = References(index, (1, 1))
     back = {shard for shard, id, _ in _unreadable(matching) if references.pixels(id) is not None}
-    for shard in back:
+    for shard in sorted(back):
+        if verdicts is not None:
+            verdicts.ledger.drop(shard)
         matching.ledger.drop(shard)
 
 
