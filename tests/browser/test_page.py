@@ -109,7 +109,7 @@ def test_a_script_injected_into_the_page_is_stopped_by_the_policy(browser: WebDr
     assert any("Content Security Policy" in line for line in console(browser))
 
 
-@pytest.mark.parametrize("name", ["ld_energy", "caption", "best_sscd", "p_value"])
+@pytest.mark.parametrize("name", ["ld_energy", "caption", "best_sscd", "q_value"])
 def test_sorting_by_a_column_both_ways_with_missing_values_last(browser: WebDriver, plain: Path, name: str) -> None:
     show_all(browser, plain)
     rows = [row for row in exported(plain) if row[name] is not None]
