@@ -139,15 +139,16 @@ def test_5_a_confirm_that_loses_files_under_its_feet_never_exits_0(
 ) -> None:
     run = world.before("confirm", tmp_path / "run")
     confirm = importlib.import_module("audit.verdicts.confirm")
-    begin = confirm._begin_verdicts
+    null_of, lost = confirm._null_of, list[Path]()
 
     def lose(*arguments: object) -> object:
-        made = begin(*arguments)
-        next(run.glob("trajectories/*/000/00001.arrow")).unlink()
-        return made
+        if not lost:  # once
+            lost.append(max(run.glob("trajectories/**/*.arrow")))
+            lost[0].unlink()
+        return null_of(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(confirm, "_begin_verdicts", lose)
+        patch.setattr(confirm, "_null_of", lose)
         found = be_audit(*world.command("confirm", run))
     assert found.code == 3 and "2 candidates have no verdict yet" in found.out, found
     assert be_audit("report", run).code == 3 and be_audit("mitigate", run, "--iterations", 1).code == 3
