@@ -247,20 +247,22 @@ def open_scheduler(class_name: str, config: Mapping[str, Any], allowed: tuple[ty
     """diffusers' scheduler of a configuration, what it leaves out filled in by its class.
 
     Raises:
-        ModelError: a class that none of the `allowed` schedules reads, or values it does not take.
+        ModelError: a class that none of the `allowed` schedules reads, values it does not take, or a library it lacks.
     """
     import diffusers
 
-    known = [name for kind in allowed for name in kind.classes]
+    known = [name for schedule in allowed for name in schedule.classes]
     if class_name not in known:
         raise ModelError(
             f"its scheduler is {class_name}, whose noise levels this family is not read with; read are "
             f"{', '.join(sorted(known))}"
         )
+    kind = getattr(diffusers, class_name)
     try:
-        return getattr(diffusers, class_name).from_config(dict(config))
-    except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
-        raise ModelError(f"its scheduler's configuration is not taken by {class_name}: {error}") from error
+        return kind.from_config(dict(config))
+    except Exception as error:  # diffusers checks little: a wrong value raises whatever its arithmetic happens to
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"its scheduler's configuration is not taken by {class_name}: {reason}") from error
 
 
 def schedule_of(scheduler: Any, allowed: tuple[type[Schedule], ...], **options: Any) -> Schedule:
