@@ -16,6 +16,7 @@ from audit.base.errors import AuditError
 from audit.base.fingerprint import digest, file_sha256
 from audit.base.options import option
 from audit.base.stopping import Stop
+from audit.engines.config import EngineFlags
 from audit.index import Index
 from audit.mitigation.config import MovingConfig, find_clip, trigger_column
 from audit.mitigation.target import clean_target
@@ -25,7 +26,6 @@ from audit.run.schema import COPIES, MITIGATED_COLUMNS, VERDICTS
 from audit.run.select import with_images
 from audit.run.stage import CONFIRM, MITIGATE, TRAJECTORIES, Stage, run_stage
 from audit.scores.calibrate import load_thresholds
-from audit.scores.config import ENGINES
 from audit.verdicts.candidates import ConfirmConfig, TrajectoriesFingerprint
 from audit.verdicts.confirm import ConfirmFingerprint
 
@@ -33,24 +33,18 @@ MEASURES = ("ld", "magnitude", "sscd", "alignment")  # whose means the summary h
 
 
 @dataclass(frozen=True)
-class MitigateConfig(MovingConfig):
-    """Which copies of a run to mitigate, and how. Every field is a flag of `be-audit mitigate`."""
+class CopiesFlags(MovingConfig):
+    """Which copies of a run to mitigate, and how."""
 
     run: str = option(DEFAULT_RUN, "Run folder with a confirm.", argument=True, envvar="BE_AUDIT_RUN")
     thresholds: str | None = option(None, "Trigger: the threshold in this file (be-audit calibrate).")
     top_k: int | None = option(None, "Mitigate this many captions, global copies first; default all copies.", min=1)
-    engine: str = option("local", "Where shards run.", choices=ENGINES)
-    workers: int = option(0, "Worker processes; 0 is one a GPU.", min=0, max=1024)
-    max_error_rate: float = option(
-        0.05, "A shard with a larger share of failed images is not committed.", min=0.0, max=1.0
-    )
-    max_shard_retries: int = option(3, "Tries of a shard before it is given up.", min=1)
-    batch_timeout: float = option(
-        3600.0,
-        "Seconds without a finished batch after which a worker process is killed and replaced; 0 never.",
-        min=0.0,
-    )
     replace: bool = option(False, "Discard an earlier mitigation that was begun differently.")
+
+
+@dataclass(frozen=True)
+class MitigateConfig(EngineFlags, CopiesFlags):
+    """Which copies of a run to mitigate, how, and where it runs. Every field is a flag of `be-audit mitigate`."""
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from audit.base.options import option
 from audit.captions import TextFormat
+from audit.engines.config import EngineFlags
 from audit.run.run import DEFAULT_RUN
 
 DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 DEVICE_HELP = "auto, cpu, cuda, cuda:N or mps."
 MODEL_HELP = "Hub id, diffusers folder or .safetensors checkpoint; `testbed` is the embedded model."
-ENGINES = ("local", "ray")
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class CaptionFlags:
 
 
 @dataclass(frozen=True)
-class ScoringConfig(ModelFlags, CaptionFlags):
-    """Which captions, which model, which scores, and where it runs; captions and output come first."""
+class ScoreFlags:
+    """How captions are read, and which scores they get."""
 
     caption_col: str | None = option(None, "Caption column; found by itself (TEXT, caption, text, prompt, ...).")
     delimiter: str | None = option(None, "Of CSV files: a character, or tab; default a comma, a tab for .tsv.")
@@ -66,19 +66,13 @@ class ScoringConfig(ModelFlags, CaptionFlags):
     batch_size: int = option(32, "Latents in one call of the denoiser; halved when memory runs out.", min=1)
     rows_per_shard: int = option(1024, "Rows of a shard: what a kill can lose.", min=1)
     extra_evaluation: bool = option(False, "One more evaluation a caption, for the anisotropy score.")
-    engine: str = option("local", "Where shards run.", choices=ENGINES)
-    workers: int = option(0, "Worker processes; 0 is one a GPU.", min=0, max=1024)
-    max_error_rate: float = option(
-        0.05, "A shard with a larger share of failed rows (and more than one) is not committed.", min=0.0, max=1.0
-    )
-    max_shard_retries: int = option(3, "Tries of a shard before it is given up.", min=1)
-    batch_timeout: float = option(
-        3600.0,
-        "Seconds without a finished batch after which a worker process is killed and replaced; 0 never.",
-        min=0.0,
-    )
 
     @property
     def text_format(self) -> TextFormat:
         """How text files of captions are written. Raises AuditError naming the flag that makes no sense."""
         return TextFormat.of(self.delimiter, self.no_header, self.encoding)
+
+
+@dataclass(frozen=True)
+class ScoringConfig(EngineFlags, ScoreFlags, ModelFlags, CaptionFlags):
+    """Which captions, which model, which scores, and where it runs: in this order, the bases' last first."""

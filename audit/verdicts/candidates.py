@@ -14,13 +14,14 @@ from audit.base.fingerprint import digest
 from audit.base.options import option
 from audit.base.storage import Folder
 from audit.captions import is_empty, plan_captions, read_shard
+from audit.engines.config import EngineFlags
 from audit.index.build import DEFAULT_INDEX
 from audit.run.read import read_rows, read_scores
 from audit.run.run import DEFAULT_RUN, Run
 from audit.run.schema import DEFAULT_SCORE, MASK_DETECTORS, MASKS, SCORES, WINDOWS
 from audit.run.select import best_rows, distinct, with_images
 from audit.scores.calibrate import load_thresholds
-from audit.scores.config import DEVICE_HELP, ENGINES
+from audit.scores.config import DEVICE_HELP
 from audit.statistics.null import sample_needed
 
 DEFAULT_TOP_K = 100
@@ -28,8 +29,8 @@ SHARD_IMAGES = 32  # trajectories a shard: what a kill can lose
 
 
 @dataclass(frozen=True)
-class ConfirmConfig:
-    """Which rows to confirm, against what, and how strictly. Every field is a flag of `be-audit confirm`."""
+class CandidateFlags:
+    """Which rows to confirm, against what, and how strictly."""
 
     run: str = option(DEFAULT_RUN, "Run folder.", argument=True, envvar="BE_AUDIT_RUN")
     index: str = option(DEFAULT_INDEX, "Index of the training pictures.", envvar="BE_AUDIT_INDEX")
@@ -53,18 +54,12 @@ class ConfirmConfig:
     null_pictures: int = option(1000, "Else on this many different training pictures, or more where K needs it.", min=1)
     device: str = option("auto", DEVICE_HELP)
     batch_size: int = option(32, "Latents in one U-Net call; halved when memory runs out.", min=1)
-    engine: str = option("local", "Where trajectories run.", choices=ENGINES)
-    workers: int = option(0, "Worker processes; 0 is one a GPU.", min=0, max=1024)
-    max_error_rate: float = option(
-        0.05, "A shard with a larger share of failed images is not committed.", min=0.0, max=1.0
-    )
-    max_shard_retries: int = option(3, "Tries of a shard before it is given up.", min=1)
-    batch_timeout: float = option(
-        3600.0,
-        "Seconds without a finished batch after which a worker process is killed and replaced; 0 never.",
-        min=0.0,
-    )
     replace: bool = option(False, "Discard an earlier confirm that was begun differently.")
+
+
+@dataclass(frozen=True)
+class ConfirmConfig(EngineFlags, CandidateFlags):
+    """Which rows to confirm, how strictly, and where it runs. Every field is a flag of `be-audit confirm`."""
 
 
 @dataclass(frozen=True)
