@@ -27,7 +27,7 @@ def some_captions(count: int) -> list[str]:
     return [f"a {adjectives[i % 6]} {nouns[i % 5]} number {i}" for i in range(count)]
 
 
-SLOW = ("processes", "sampling", "browser", "faults", "benchmark")
+SLOW = ("processes", "sampling", "simulation", "browser", "faults", "benchmark")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,6 +18,8 @@ from tests.command import be_audit
 from tests.conftest import some_captions
 from tests.tiny import save_model
 
+pytestmark = pytest.mark.sampling
+
 KINDS = {"pixart": ("epsilon", "T5's end token"), "sd3": ("velocity", "no mask of joint attention")}
 STEPS = ("--steps", 3, "--device", "cpu")
 

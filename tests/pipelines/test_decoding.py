@@ -60,6 +60,7 @@ def test_what_is_never_finite_is_an_error(model_folders: dict[str, Path]) -> Non
         TrajectorySampler(model, steps=2)(["a house"])
 
 
+@pytest.mark.slow
 def test_decoding_backs_off_by_itself(model_folders: dict[str, Path]) -> None:
     model, captions = open_sd1(model_folders, Small), [f"house {i}" for i in range(5)]
     Small.calls = Small.evaluations = 0

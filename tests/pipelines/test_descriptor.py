@@ -138,6 +138,7 @@ def test_unusable_files_are_named(tmp_path: Path) -> None:
         load_descriptor(testbed.DESCRIPTOR, preprocessing="crop-224")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sscd", "sscd_distilled"])
 def test_sscd_tells_copies_from_unrelated_photographs(name: str) -> None:
     """At 0.5: no unrelated pair above, and at most 3 in 100 copies below (pictures of about 100 pixels among them)."""

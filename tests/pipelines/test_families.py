@@ -116,6 +116,7 @@ def test_watching_changes_nothing(model: DiffusionModel) -> None:
             assert set(seen.masks) == set(layers)
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_the_batch(model: DiffusionModel) -> None:
     captions = [f"a house with {i} windows" for i in range(5)]
     one, many = (FirstStepScorer(model, batch_size=size, num_noises=2)(captions) for size in (1, 7))
@@ -124,6 +125,7 @@ def test_results_do_not_depend_on_the_batch(model: DiffusionModel) -> None:
     np.testing.assert_allclose(many.energy_mask, one.energy_mask, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_loads_are_bit_identical(model: DiffusionModel) -> None:
     again = load(find_model(model.name), "cpu", "float32")
     assert torch.equal(again.encode(CAPTIONS).hidden, model.encode(CAPTIONS).hidden)
@@ -163,6 +165,7 @@ def test_padding_is_never_looked_at_where_it_is_masked(models: dict[str, Diffusi
     assert prompts.eos_positions.tolist() == prompts.num_tokens.tolist()
 
 
+@pytest.mark.sampling
 def test_mitigation_lowers_the_loss(model: DiffusionModel) -> None:
     prompts, noises = CAPTIONS, model.noise_bank(2, 0)
     mitigator = Mitigator(

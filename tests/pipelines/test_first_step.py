@@ -62,6 +62,7 @@ def test_scores_are_the_plain_formulas(
     assert_equal(scorer(CAPTIONS), [reference.score(caption, num_noises=2, seed=3) for caption in CAPTIONS])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ("sd1", "sd2"))  # padded with end-of-text and with another token
 @pytest.mark.parametrize("token", ("bos", "padding"))
 def test_masks_of_other_tokens(
@@ -72,6 +73,7 @@ def test_masks_of_other_tokens(
     assert_equal(scorer(CAPTIONS), [reference.score(caption, token=token) for caption in CAPTIONS])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ("sd1", "sdxl"))
 def test_masks_of_other_layers(
     model_folders: dict[str, Path], open_model: Callable[[str], DiffusionModel], kind: str
@@ -93,12 +95,14 @@ def test_energy_as_the_mask(model_folders: dict[str, Path], open_model: Callable
         np.testing.assert_allclose(found.energy_mask[row], expected["mask"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_other_guidance_and_steps(model_folders: dict[str, Path], open_model: Callable[[str], DiffusionModel]) -> None:
     scorer = FirstStepScorer(open_model("sd2"), steps=7, guidance_scale=3.0, extra_evaluation=True)
     reference = Reference(model_folders["sd2"], guidance_scale=3.0)
     assert_equal(scorer(CAPTIONS), [reference.score(caption, steps=7) for caption in CAPTIONS])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_batch_size_changes_nothing(open_model: Callable[[str], DiffusionModel], kind: str) -> None:
     model, captions = open_model(kind), [f"a house with {i} windows" for i in range(9)] + CAPTIONS

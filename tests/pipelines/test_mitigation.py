@@ -20,6 +20,8 @@ from pipelines.mitigated_pipeline import MitigatedPipeline
 from pipelines.mitigation import Mitigator
 from tests.tiny import save_model
 
+pytestmark = pytest.mark.sampling
+
 CAPTIONS = ["a red house", "two dogs on a very long green street", "", "cat"]
 STEPS = 4
 STRIDE = 3e-3  # of the finite differences: longer ones see the curvature of SD2's attention, shorter ones rounding

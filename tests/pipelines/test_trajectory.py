@@ -14,6 +14,8 @@ from pipelines import DiffusionModel, FirstStepScorer, MaskSource, TrajectorySam
 from pipelines.families import StableDiffusion
 from tests.reference import Reference
 
+pytestmark = pytest.mark.sampling
+
 KINDS = ("sd1", "sd2", "sdxl", "testbed")
 CAPTIONS = ["a red house", "two dogs on a very long green street"]
 STEPS = 12  # more than the window of 10

@@ -158,6 +158,7 @@ def test_paths_and_schemes(tmp_path: Path) -> None:
         Folder("nowhere://x")
 
 
+@pytest.mark.processes
 def test_an_audit_on_s3(s3: dict[str, str], sd1: str, tmp_path: Path) -> None:
     """Scan, SIGKILL, resume, refine, status, verify and repair; the same scores as on a disk."""
     captions = [*some_captions(46), *some_captions(2), "", None]
@@ -204,6 +205,7 @@ def test_an_audit_on_s3(s3: dict[str, str], sd1: str, tmp_path: Path) -> None:
     assert found.code == 2 and "  seed: 0 -> 1\n" in found.err
 
 
+@pytest.mark.processes
 def test_workers_share_a_run_on_s3(s3: dict[str, str], sd1: str, tmp_path: Path) -> None:
     pq.write_table(pa.table({"TEXT": some_captions(12)}), tmp_path / "captions.parquet")
     flags = ("--model", sd1, "--rows-per-shard", 3, "--workers", 2)

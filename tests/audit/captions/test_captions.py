@@ -128,6 +128,7 @@ def test_duplicates_are_what_a_dict_finds(parts: Path, tmp_path: Path, rows_per_
     assert plan.num_unique == len(seen)
 
 
+@pytest.mark.slow
 def test_duplicates_over_many_groups_of_hashes(tmp_path: Path) -> None:
     numbers = np.random.default_rng(3).integers(0, 250_000, 600_000)
     pq.write_table(pa.table({"text": numbers.astype("U")}), tmp_path / "many.parquet")
@@ -340,6 +341,7 @@ print(rows, pyarrow.default_memory_pool().max_memory() >> 20)
 """
 
 
+@pytest.mark.slow
 def test_a_giant_row_group_is_never_held_whole(tmp_path: Path) -> None:
     """200 MiB of captions in one row group are planned and read with a tenth of that."""
     texts = pa.array([f"{row} " + "word " * 200 for row in range(200_000)])

@@ -200,6 +200,7 @@ def test_missing_input_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_unreachable_hub_is_one_line(tmp_path: Path) -> None:
     code = "import sys; from audit import captions; captions.describe_captions(['someone/captions@main:train'])"
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}

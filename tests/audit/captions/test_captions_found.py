@@ -348,6 +348,7 @@ def test_published_tables_are_read_with_no_flag(tmp_path: Path, shape: str) -> N
 # --- bounds -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ten_thousand_columns(tmp_path: Path) -> None:
     table = {f"c{at}": [1.0, 2.0] for at in range(10_000)}
     pq.write_table(pa.table({**table, "caption": ["a", "b"]}), tmp_path / "x.parquet", row_group_size=1)

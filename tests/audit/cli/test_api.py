@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 import audit
 
 
@@ -19,6 +21,7 @@ def test_jobs_are_functions_whatever_was_imported_before() -> None:
         assert getattr(audit, name) is not None
 
 
+@pytest.mark.processes
 def test_commands_that_read_load_no_torch() -> None:
     code = "import sys, audit.cli.commands; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

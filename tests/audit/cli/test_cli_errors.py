@@ -244,6 +244,7 @@ def test_commands_without_a_run_say_which_command_makes_one(tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.processes
 def test_a_real_process_prints_no_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "audit.cli", "scan", "gone.parquet", "--model", "testbed"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -326,6 +327,7 @@ def test_flags_in_the_readme_exist() -> None:
             assert used <= flags | {"--help", "-h"}, f"README: be-audit {' '.join(words)}"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("arguments", (["--help"], ["scan", "--help"], ["status", "."], ["--version"]))
 def test_light_commands_do_not_import_torch(tmp_path: Path, arguments: list[str]) -> None:
     code = f"""

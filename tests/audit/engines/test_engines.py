@@ -170,6 +170,7 @@ for line in sys.stdin:
     assert progress.done == 4
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(60)
 def test_a_shard_committed_by_a_worker_that_died_is_not_done_again(tmp_path: Path, ledger: Ledger) -> None:
     """Killed between its commit and saying so."""
@@ -203,6 +204,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.processes
 @pytest.mark.timeout(60)
 def test_a_worker_that_fails_everything_is_replaced_then_retired(tmp_path: Path, ledger: Ledger) -> None:
     """One of three devices is broken for good: the other two do all the work, and no shard is given up."""

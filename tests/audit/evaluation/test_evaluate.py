@@ -20,6 +20,8 @@ from audit.run.run import Run
 from tests.command import be_audit
 from tests.fabricate import add_confirm, make_run
 
+pytestmark = pytest.mark.simulation
+
 # memorised a to d, clean w to z: of the 16 pairs 13 are in order, one is tied -> AUC 13.5 / 16
 SCORES = {"a": 9.0, "b": 8.0, "c": 5.0, "d": 2.0, "w": 6.0, "x": 2.0, "y": 1.0, "z": 0.5}
 LABELS = {"a": "global", "b": "local", "c": "local", "d": "global", "w": "none", "x": "none", "y": "None", "z": "none"}

@@ -46,6 +46,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.sampling
 @pytest.mark.parametrize("type_", TYPES)
 def test_near_copies_are_found_with_exact_cosines(
     type_: str, planted: tuple[Path, np.ndarray, np.ndarray], tmp_path: Path
@@ -65,6 +66,7 @@ def test_near_copies_are_found_with_exact_cosines(
     assert info.type == type_ and info.copy_recall_at_1 >= TYPES[type_] - 0.3 and 0 <= info.recall_at_10 <= 1
 
 
+@pytest.mark.sampling
 def test_the_largest_auto_type_finds_near_copies(tmp_path: Path) -> None:
     """OPQ, HNSW over the lists and product codes, as `auto` takes beyond ten million, at a size a test can train."""
     rng = np.random.default_rng(1)
@@ -88,6 +90,7 @@ def test_flat_search_equals_numpy(planted: tuple[Path, np.ndarray, np.ndarray], 
     assert np.array_equal(ids[:10], alone)
 
 
+@pytest.mark.sampling
 def test_recall_says_when_an_index_finds_little(planted: tuple[Path, np.ndarray, np.ndarray], tmp_path: Path) -> None:
     folder, _, _ = planted
     vectors = np.load(folder / "vectors.npy").astype(np.float16)

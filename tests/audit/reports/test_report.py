@@ -45,6 +45,7 @@ def test_captions_equal_up_to_case_numbers_and_order_are_near_equal() -> None:
     assert groups.labels[0] == "Plate # Blue"
 
 
+@pytest.mark.slow
 def test_grouping_fifty_thousand_captions_takes_seconds() -> None:
     captions = [
         f"Brand {n % 900} Model {n} in colour {n % 13} with word{n % 7} and tail{n % 11}" for n in range(50_000)
@@ -215,6 +216,7 @@ def test_source_columns_are_found_by_name_in_any_case() -> None:
     assert source_columns(["width"]) == (None, None)
 
 
+@pytest.mark.processes
 def test_report_needs_no_torch(tmp_path: Path) -> None:
     import subprocess
     import sys

@@ -75,6 +75,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, sd1: str) -> Run:
     return Run.open(str(root / "run"))
 
 
+@pytest.mark.sampling
 def test_no_null_score_for_an_ok_row(run: Run) -> None:
     found = read_scores(run)
     ok = found.filter(pa.compute.equal(found["status"], "ok"))
@@ -100,6 +101,7 @@ def test_refined_rows_carry_their_windows(run: Run) -> None:
     assert others["ld_all"].null_count == others.num_rows > 0
 
 
+@pytest.mark.sampling
 def test_several_images_of_a_row_are_averaged(run: Run, tmp_path: Path, sd1: str) -> None:
     inputs = [entry["path"] for entry in run.fingerprint.inputs]
     config = ScanConfig(tuple(map(str, inputs)), str(tmp_path / "run"), sd1, refine=0.2, steps=3, num_noises=3)

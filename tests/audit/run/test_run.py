@@ -75,6 +75,7 @@ FLAGS: list[tuple[tuple[object, ...], str]] = [
 ]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("flags, line", FLAGS, ids=lambda value: str(value[0]) if isinstance(value, tuple) else "")
 def test_another_flag_is_refused_with_nothing_touched(config: ScanConfig, flags: Any, line: str) -> None:
     before = tree(Path(config.output))

@@ -27,6 +27,8 @@ from audit.scores.scan import ScanConfig, scan
 from tests.command import be_audit, tree
 from tests.conftest import some_captions
 
+pytestmark = pytest.mark.faults
+
 SHARDS = 5
 
 

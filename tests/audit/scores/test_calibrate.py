@@ -97,6 +97,7 @@ def test_report_lists_what_is_above_the_threshold(tmp_path: Path) -> None:
     assert done.code == 2 and "steps: 20 -> 50" in done.err
 
 
+@pytest.mark.sampling
 def test_clean_captions_are_scanned_once_and_confirm_takes_the_file(sd1: str, tmp_path: Path) -> None:
     captions, suspects = tmp_path / "clean.txt.csv", tmp_path / "suspects.csv"
     captions.write_text("\n".join(["caption", *some_captions(30), *some_captions(30)]))

@@ -90,6 +90,7 @@ def test_batch_size_changes_nothing(config: ScanConfig, tmp_path: Path, changes:
     assert_same(table(other), table(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", (1, 7, 1000))
 def test_rows_per_shard_change_nothing_but_ids(config: ScanConfig, tmp_path: Path, rows: int) -> None:
     scan(other := replace(config, output=str(tmp_path / "run"), rows_per_shard=rows))
@@ -103,6 +104,7 @@ def test_rows_per_shard_change_nothing_but_ids(config: ScanConfig, tmp_path: Pat
     assert of == table(config)["duplicate_of"].to_pylist()  # one shard: ids are places
 
 
+@pytest.mark.processes
 def test_workers_change_nothing(config: ScanConfig, tmp_path: Path) -> None:
     other = replace(config, output=str(tmp_path / "run"), rows_per_shard=7, workers=2, batch_size=5)
     done = scan(other)
@@ -112,6 +114,7 @@ def test_workers_change_nothing(config: ScanConfig, tmp_path: Path) -> None:
     assert os.getpid() not in pids
 
 
+@pytest.mark.processes
 def test_machines_share_a_run_by_rank(config: ScanConfig, tmp_path: Path) -> None:
     other = replace(config, output=str(tmp_path / "run"), rows_per_shard=7, world_size=3)
     for rank in (2, 0):
@@ -166,6 +169,7 @@ def test_evaluations_equal_unique_captions(
     assert scan(other).committed_now == 0 and watched.latents == noises * 51
 
 
+@pytest.mark.sampling
 def test_mask_of_the_final_step_is_the_papers_score(six: Path, sd1: str, tmp_path: Path) -> None:
     output = str(tmp_path / "run")
     scan(ScanConfig((str(six),), output, sd1, mask="final", steps=12, store_masks="float16", num_noises=2))
@@ -187,6 +191,7 @@ def test_mask_of_the_final_step_is_the_papers_score(six: Path, sd1: str, tmp_pat
         assert found[name] == pytest.approx(first[name], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_masks_are_stored_as_asked(config: ScanConfig, tmp_path: Path, sd1: str) -> None:
     scan(bits := replace(config, output=str(tmp_path / "bits"), store_masks="bits"))
     found = FirstStepScorer(load(find_model(sd1), "cpu", "float32"))(some_captions(49))
@@ -202,6 +207,7 @@ def test_masks_are_stored_as_asked(config: ScanConfig, tmp_path: Path, sd1: str)
     assert not {"mask", "energy_mask"} & set(table(none).schema.names)
 
 
+@pytest.mark.sampling
 def test_refinement_is_a_second_stage_that_can_be_gone_on_with(
     config: ScanConfig, tmp_path: Path, watched: type[Watched], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,6 +314,7 @@ def test_a_model_changed_under_a_worker_is_refused(config: ScanConfig, tmp_path:
         JobSpec(SCAN.opener, other.output, "cpu", 8, 0.05).open()
 
 
+@pytest.mark.sampling
 def test_dry_run_counts_what_refine_adds(config: ScanConfig) -> None:
     plain, refined = estimate(config, print), estimate(replace(config, refine=0.5), print)
     assert plain.refine_seconds == 0 < refined.refine_seconds

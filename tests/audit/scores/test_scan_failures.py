@@ -19,6 +19,8 @@ from tests.audit.conftest import Watched
 from tests.command import be_audit
 from tests.conftest import some_captions
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.fixture
 def config(sd1: str) -> ScanConfig:

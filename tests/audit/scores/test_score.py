@@ -13,6 +13,8 @@ from audit.cli.commands import cli
 from pipelines import FirstStepScorer, TrajectorySampler, find_model, load
 from tests.tiny import save_model
 
+pytestmark = pytest.mark.sampling
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:

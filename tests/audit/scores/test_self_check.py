@@ -14,6 +14,8 @@ from audit.run.run import Run
 from tests.command import be_audit
 from tests.conftest import some_captions
 
+pytestmark = pytest.mark.sampling
+
 
 @pytest.fixture()
 def captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

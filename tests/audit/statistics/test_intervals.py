@@ -30,6 +30,7 @@ def clustered_scores(rng: np.random.Generator, per_class: int = 30, size: int = 
 # --- cluster bootstrap -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.simulation
 def test_bootstrap_coverage_by_simulation():
     rng = np.random.default_rng(0)
     covered, covered_by_rows, num_runs = 0, 0, 300
@@ -45,6 +46,7 @@ def test_bootstrap_coverage_by_simulation():
     assert covered_by_rows / num_runs < 0.75
 
 
+@pytest.mark.simulation
 def test_bootstrap_equals_the_slow_way_of_copying_rows():
     """Rows really copied, cluster by cluster and class by class: the same distribution, so nearly the same interval."""
     rng = np.random.default_rng(1)

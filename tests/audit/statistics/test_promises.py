@@ -41,6 +41,7 @@ def test_images_that_are_alike_make_a_verdict_stricter_never_laxer() -> None:
     assert case.mean_rate < 0.04
 
 
+@pytest.mark.simulation
 @pytest.mark.parametrize(("size", "clean", "copied", "q"), Q_VALUES)
 def test_q_values_bound_the_share_of_false_ones(size: int, clean: int, copied: int, q: float) -> None:
     mean, deviation, found = false_discoveries(size, clean, copied, q)

@@ -247,6 +247,7 @@ def null_of(index: Index, fpr: float, sample: int, num_images: int = 1) -> Null:
         return pictures_null(draw_pictures(index, 11, sample, 0), crops, some_masks(), fpr, num_images)
 
 
+@pytest.mark.simulation
 def test_planted_near_duplicates_do_not_move_the_threshold(index: Index, tmp_path: object) -> None:
     before = null_of(index, 0.05, 400)
     rows = pq.read_table(testbed.PICTURES).to_pylist()
@@ -266,6 +267,7 @@ def test_planted_near_duplicates_do_not_move_the_threshold(index: Index, tmp_pat
     assert after.threshold == pytest.approx(before.threshold, rel=0.02)
 
 
+@pytest.mark.simulation
 def test_the_rate_holds_on_pictures_that_were_not_sampled(index: Index) -> None:
     """Of m fresh pictures BetaBinomial(m, k, n + 1 - k) lie below the threshold of n: exact, both sides.
 
@@ -284,6 +286,7 @@ def test_the_rate_holds_on_pictures_that_were_not_sampled(index: Index) -> None:
         assert caught > power
 
 
+@pytest.mark.simulation
 @pytest.mark.parametrize(("sample", "fpr", "below"), [(400, 0.05, 19), (40, 0.05, 1), (99, 0.01, 0)])
 def test_what_is_below_the_threshold_has_a_p_value_of_the_rate_at_most(
     index: Index, sample: int, fpr: float, below: int
@@ -295,6 +298,7 @@ def test_what_is_below_the_threshold_has_a_p_value_of_the_rate_at_most(
     assert null.p_value(just_below) <= fpr + 1e-12 < null.p_value(null.threshold + 1e-9) + 1 / (sample + 1)  # type: ignore[operator]
 
 
+@pytest.mark.simulation
 def test_sixteen_images_a_candidate_have_a_finite_threshold_or_a_line_that_says_what_they_need(index: Index) -> None:
     few, enough = draw_pictures(index, 11, 400, 0), draw_pictures(index, 11, sample_needed(0.05, 16), 0)
     with pytest.raises(
