@@ -31,6 +31,7 @@ def pairs() -> tuple[list[Image.Image], list[str]]:
     return [Image.open(io.BytesIO(row["image"]["bytes"])) for row in rows], [row["TEXT"] for row in rows]
 
 
+@pytest.mark.sampling
 def test_pairs_score_above_shuffled_pairs(clip: ClipScore, pairs: tuple[list[Image.Image], list[str]]) -> None:
     images, captions = pairs
     own, other = clip(images, captions), clip(images, captions[1:] + captions[:1])

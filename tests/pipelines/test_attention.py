@@ -56,6 +56,7 @@ def test_hooks_leave_when_the_model_fails(model_folders: dict[str, Path]) -> Non
     assert hook_count(model) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SHAPES)
 def test_every_layer_is_an_explicit_softmax(model_folders: dict[str, Path], kind: str) -> None:
     """Layers of every resolution, their mask and their attention over tokens."""

@@ -53,7 +53,9 @@ def assert_equal(found: FirstStepScores, expected: list[dict[str, Any]]) -> None
     np.testing.assert_allclose(found.ld_std, ld_std, rtol=1e-3, atol=1e-4 * float(found.scores["ld"].max()))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", ["sd1", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "sd1")]
+)
 def test_scores_are_the_plain_formulas(
     model_folders: dict[str, Path], open_model: Callable[[str], DiffusionModel], kind: str
 ) -> None:
@@ -85,6 +87,7 @@ def test_masks_of_other_layers(
     assert_equal(found, [reference.score(caption, layers=list(layers)) for caption in CAPTIONS])
 
 
+@pytest.mark.slow
 def test_energy_as_the_mask(model_folders: dict[str, Path], open_model: Callable[[str], DiffusionModel]) -> None:
     """`ld` stays under attention; `ld_energy` and its mask are what the reference gives with that mask."""
     found = FirstStepScorer(open_model("sd1"))(CAPTIONS)

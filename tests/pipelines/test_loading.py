@@ -192,6 +192,7 @@ def test_unknown_dtype(model_folders: dict[str, Path]) -> None:
         load(find_model(str(model_folders["sd1"])), "cpu", "float8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ("sd1", "sd2", "sdxl"))
 def test_bfloat16_is_close(model_folders: dict[str, Path], kind: str) -> None:
     """Half precision in the network, float32 in the reductions: same order of scores, not the same digits."""

@@ -110,6 +110,7 @@ def test_shards_read_in_any_order(parts: Path, tmp_path: Path) -> None:
     assert len({table.schema for table in forward}) == 1, "every shard has the same columns and types"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows_per_shard", [1, 64, 1000])
 def test_duplicates_are_what_a_dict_finds(parts: Path, tmp_path: Path, rows_per_shard: int) -> None:
     plan = make_plan([parts], tmp_path, rows_per_shard=rows_per_shard)

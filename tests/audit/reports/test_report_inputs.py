@@ -12,6 +12,7 @@ from audit.scores.scan import ScanConfig, scan
 from tests.tiny import save_model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, text", [("c.csv", "TEXT\na cat\na dog\n"), ("c.jsonl", '{"text": "a"}\n{"text": "b"}\n')]
 )

@@ -89,6 +89,7 @@ def test_no_null_score_for_an_ok_row(run: Run) -> None:
     assert found["key"].to_pylist() == [f"k{i}" for i in range(12)]
 
 
+@pytest.mark.sampling
 def test_refined_rows_carry_their_windows(run: Run) -> None:
     found, refined = read_scores(run), read_stage(run, "refine")
     assert refined is not None and refined.num_rows == 4

@@ -108,6 +108,7 @@ def change_schedule(config: ScanConfig) -> str:
     return "scheduler.beta_end: 0.012 -> 0.013"
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("change", (change_captions, change_weights, change_schedule))
 def test_changed_files_are_refused_with_nothing_touched(config: ScanConfig, change: Any) -> None:
     line = change(config)
@@ -160,6 +161,7 @@ def test_a_folder_used_again_for_another_run(config: ScanConfig, tmp_path: Path)
     assert be_audit("verify", config.output, "--deep").code == 0
 
 
+@pytest.mark.faults
 def test_planning_that_was_killed_begins_anew(config: ScanConfig) -> None:
     folder = Path(config.output)
     claim = ClaimFacts(Run.open(config.output).fingerprint, this_host(), 4_190_000)  # above the largest pid
@@ -172,6 +174,7 @@ def test_planning_that_was_killed_begins_anew(config: ScanConfig) -> None:
     assert not (folder / "_claims").exists()
 
 
+@pytest.mark.faults
 def test_leftovers_of_dead_processes_alone_are_swept(config: ScanConfig) -> None:
     host = this_host()
     dead = 4_190_000  # above the largest pid
@@ -268,6 +271,7 @@ def test_a_run_of_an_earlier_format_is_refused_by_name(config: ScanConfig) -> No
     assert tree(Path(config.output)) == before
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("content", (b"{", b"[]", b'{"format": 3}', b'{"format": 3, "rows": "many"}'))
 def test_a_run_json_that_lacks_fields_is_one_line(config: ScanConfig, content: bytes) -> None:
     Path(config.output, "run.json").write_bytes(content)

@@ -84,6 +84,7 @@ def test_stored_rows_are_the_reference(config: ScanConfig, captions_file: Path, 
     assert len(first) == 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"batch_size": 1}, {"batch_size": 7}, {"batch_size": 64}])
 def test_batch_size_changes_nothing(config: ScanConfig, tmp_path: Path, changes: dict[str, Any]) -> None:
     scan(other := replace(config, output=str(tmp_path / "run"), **changes))
@@ -160,6 +161,7 @@ def test_finished_run_is_left_alone_and_says_so(config: ScanConfig, monkeypatch:
     assert "60 rows, 50 unique captions: 50 scored, 5 duplicates, 5 empty, 0 failed." in found.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noises", (1, 3))
 def test_evaluations_equal_unique_captions(
     config: ScanConfig, tmp_path: Path, watched: type[Watched], noises: int
