@@ -157,7 +157,7 @@ def test_throughput(run: Run) -> None:
     frame = pd.DataFrame([{"stage": c["stage"], "rows": c["rows"], "wall": c["seconds"]["wall"]} for c in commits])
     groups = frame.groupby("stage").agg(shards=("rows", "size"), rows=("rows", "sum"), wall=("wall", "sum"))
     found = frame_of("throughput", run).set_index("stage")
-    assert {"confirm", "refine", "scan", "trajectories"} == set(found.index)
+    assert {"confirm", "refine", "scan", "trajectories"} <= set(found.index)  # and `match`, in a run that was made
     assert found.index.tolist() == groups.index.tolist()
     assert found["rows"].tolist() == groups["rows"].tolist() and found["shards"].tolist() == groups["shards"].tolist()
     np.testing.assert_allclose(found["rows_per_second"], groups["rows"] / groups["wall"])
