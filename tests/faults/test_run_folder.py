@@ -214,7 +214,7 @@ def workers(process: BaseProcess) -> list[psutil.Process]:
 def test_8_a_stopped_worker_is_killed_and_replaced(tmp_path: Path, sd1: str) -> None:
     source, run, log = parquet(tmp_path / "x.parquet", 60), tmp_path / "run", tmp_path / "log"
     code = (
-        "import sys, audit.engines.local as local; local.SILENCE = 6.0; local.LOADING = 40.0\n"
+        "import sys, audit.engines.local as local; local.SILENCE = 12.0; local.LOADING = 90.0\n"
         "from audit.cli.commands import cli; cli(sys.argv[1:])"
     )
     words = [str(word) for word in scan(source, run, sd1, "--workers", 2)]

@@ -202,8 +202,6 @@ def test_a_second_interrupt_does_not_wait(arguments: list[object], tmp_path: Pat
     assert process.is_alive()
     os.kill(process.pid, signal.SIGINT)
     process.join(60)
-    for worker in owned:
-        worker.resume()
     assert psutil.wait_procs(owned, timeout=60)[1] == []
     assert process.exitcode == 130 and "Interrupted." in log.read_text()
     assert "Traceback" not in log.read_text()
