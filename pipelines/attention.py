@@ -182,10 +182,10 @@ def _query_and_key(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     encoded = args[1] if len(args) > 1 else kwargs["encoder_hidden_states"]
     if module.norm_cross:
         encoded = module.norm_encoder_hidden_states(encoded)
-    query, key = (
-        projected.unflatten(-1, (module.heads, -1)).transpose(1, 2)
-        for projected in (module.to_q(hidden), module.to_k(encoded))
-    )
+    query, key = module.to_q(hidden), module.to_k(encoded)
+    if module.norm_q is not None:  # across all heads (Sana 1.5)
+        query, key = module.norm_q(query), module.norm_k(key)
+    query, key = (values.unflatten(-1, (module.heads, -1)).transpose(1, 2) for values in (query, key))
     return query, key
 
 

@@ -33,9 +33,9 @@ VOCABULARY = (
 REFUSED = {
     "FluxPipeline": "its denoiser takes packed latents with positions of text and image, which no family here gives",
     "QwenImagePipeline": "its prompts are put into a template and its guidance is renormalised, as no family here does",
-    "KolorsPipeline": "its text encoder is ChatGLM, with which no family here encodes",
-    "SanaPipeline": "its text encoder is Gemma, with an instruction before the prompt, as no family here encodes",
-    "IFPipeline": "it draws pixels with dynamic thresholding, as no family here samples",
+    "KolorsPipeline": "its text encoder is ChatGLM, whose tokenizer pads on the left and is read by sentencepiece",
+    "SanaSprintPipeline": "it is distilled to two steps of a scheduler of its own, and told its guidance as a condition",
+    "IFSuperResolutionPipeline": "it enlarges the picture of DeepFloyd IF's stage I: give that stage",
     "HunyuanDiTPipeline": "its denoiser takes two texts and the picture's style, which no family here gives",
     "KandinskyV22CombinedPipeline": "its U-Net is told an embedding of a picture that a prior drew, not the prompt",
 }

@@ -51,7 +51,7 @@ def load(folder: ModelFolder, device: str = "auto", dtype: str = "auto") -> Diff
             pipeline = _load_checkpoint(folder, kind) if folder.checkpoint else _load_folder(folder, kind)
             for name in folder.parts():
                 if name.startswith("tokenizer"):
-                    check_tokenizer(pipeline, name)
+                    check_tokenizer(pipeline, name, folder.family.ends_prompts)
             for path, token in folder.inversions:
                 load_inversion(pipeline, path, token)
             for path, scale in folder.loras:
@@ -139,8 +139,11 @@ def check_finite(part: nn.Module, name: str) -> None:
         raise ModelError(f"{name}/ has {len(bad)} weights that are not finite in {dtype}, {bad[0]} the first")
 
 
-def check_tokenizer(pipeline: Any, name: str) -> None:
+def check_tokenizer(pipeline: Any, name: str, ends_prompts: bool = True) -> None:
     """A tokenizer against its text encoder: length, end token, rows; a length it lacks is the encoder's.
+
+    Args:
+        pipeline: loaded. name: of the tokenizer. ends_prompts: whether this family's prompts are closed by an end token.
 
     Raises:
         ModelError: they do not fit.
@@ -153,14 +156,14 @@ def check_tokenizer(pipeline: Any, name: str) -> None:
             pipeline.tokenizer_max_length = min(pipeline.tokenizer_max_length, positions)
     partner, end = name.replace("tokenizer", "text_encoder"), tokenizer.eos_token_id
     ids = tokenizer("a")["input_ids"]
-    if end is None or not ids or ids[-1] != end:
+    if ends_prompts and (end is None or not ids or ids[-1] != end):
         raise ModelError(f"{name}/ does not end a prompt with its end token ({tokenizer.eos_token}, id {end})")
     rows = encoder.get_input_embeddings().num_embeddings
     highest = max([*tokenizer.get_vocab().values(), *ids])
     if highest >= rows:
         raise ModelError(f"{name}/ gives ids up to {highest}, but {partner}/ has embeddings for {rows}")
     said = getattr(encoder.config, "eos_token_id", None)
-    if said not in (None, end, 2):  # 2 is what CLIP's configurations said by mistake, and its code expects
+    if ends_prompts and said not in (None, end, 2):  # 2 is what CLIP's configurations said by mistake, and its code expects
         raise ModelError(f"{name}/ ends prompts with id {end}, but {partner}/config.json says {said}")
 
 

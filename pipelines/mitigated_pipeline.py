@@ -14,7 +14,10 @@ from pipelines.families import find_family, supported
 from pipelines.mitigation import Mitigator
 from pipelines.model import DiffusionModel, Embeddings
 
-ENCODED_OPTIONS = ("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
+ENCODED_OPTIONS = (
+    *("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3"),
+    *("complex_human_instruction", "max_sequence_length"),
+)
 """Options of a call that end in its encode_prompt."""
 
 
@@ -61,6 +64,8 @@ class MitigatedPipeline:
         known = [family for family in families if family is not None]
         if not known:
             raise ModelError(f"{type(pipe).__name__} cannot be mitigated; supported are {', '.join(supported())}")
+        if "latents" not in inspect.signature(pipe.__call__).parameters:
+            raise ModelError(f"{type(pipe).__name__} cannot be mitigated: it draws its initial noise itself")
         self.pipe, self.family = pipe, known[0]
         self.options: dict[str, Any] = {
             "loss": loss,

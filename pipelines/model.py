@@ -27,7 +27,8 @@ LONGEST = 1 << 16  # characters of a caption that are tokenized: far more than a
 class TextFacts(NamedTuple):
     """Of B prompts, from the ids that were encoded.
 
-    eos_positions: index of the first end token on the text axis (the last position when truncated), [B] int64.
+    eos_positions: index of the first end token on the text axis (the last position when truncated), [B] int64; of the
+        last real token where a family's prompts have no end.
     num_tokens: tokens of the whole caption without start and end, [B] int64. truncated: part of it was not seen, [B].
     """
 
@@ -112,6 +113,7 @@ class DiffusionModel(ABC):
         parts: its folders; the files loaded from them are what a fingerprint hashes.
         denoiser_part: which part is the denoiser. schedules: kinds of noise schedule it is trained with.
         encoded: what the pipeline's encode_prompt returns, in order, by the names its call takes them back under.
+        ends_prompts: whether the tokenizers close every prompt with their end token.
         fixed_tokens: text positions mitigation leaves alone: 1 for a start-of-text token.
         no_mask: why no attention mask is read by default; empty where one is.
         guidance_default: of the pipeline's call. sides_together: whether that takes height and width only together.
@@ -129,6 +131,7 @@ class DiffusionModel(ABC):
     denoiser_part: ClassVar[str]
     schedules: ClassVar[tuple[type[Schedule], ...]] = (VariancePreserving,)
     encoded: ClassVar[tuple[str, ...]] = ("prompt_embeds", "negative_prompt_embeds")
+    ends_prompts: ClassVar[bool] = True
     fixed_tokens: ClassVar[int] = 1
     no_mask: ClassVar[str] = ""
     guidance_default: ClassVar[float] = 7.5
@@ -213,7 +216,7 @@ class DiffusionModel(ABC):
     def set_size(self, size: tuple[int, int]) -> None:
         """Tell the model the (H, W) of its latents, where they are not the usual ones."""
         self.latent_shape = (self.latent_shape[0], *size)
-        scale = self.pipeline.vae_scale_factor
+        scale = getattr(self.pipeline, "vae_scale_factor", 1)  # pixels have none
         self.image_size = (size[0] * scale, size[1] * scale)
 
     # -- what every family has ---------------------------------------------------------------------------------------

@@ -243,6 +243,24 @@ class FlowMatching(Schedule):
         return output if unit == "velocity" else self.predictions(output, latents, level)[1]
 
 
+class FlowSigmas(FlowMatching):
+    """The same flow by a solver that was written for betas: Sana's. Its shift is taken over, its solver is not."""
+
+    classes = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+
+    def __init__(self, scheduler: Any) -> None:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        config = scheduler.config
+        if not config.get("use_flow_sigmas") or config.get("prediction_type") != "flow_prediction":
+            raise ModelError(
+                f"its scheduler has prediction type {config.get('prediction_type')!r} and use_flow_sigmas "
+                f"{config.get('use_flow_sigmas')!r}: read are flow_prediction with flow sigmas"
+            )
+        steps, shift = config["num_train_timesteps"], config["flow_shift"]
+        super().__init__(FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, shift=shift))
+
+
 def open_scheduler(class_name: str, config: Mapping[str, Any], allowed: tuple[type[Schedule], ...]) -> Any:
     """diffusers' scheduler of a configuration, what it leaves out filled in by its class.
 

@@ -18,7 +18,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from audit import testbed
-from tests.tiny_transformers import save_pixart, save_sd3
+from tests.tiny_transformers import save_if, save_pixart, save_sana, save_sd3
 
 SIZE = 16  # latents; pictures are twice as wide
 SCHEDULE: dict[str, Any] = {
@@ -30,7 +30,10 @@ SCHEDULE: dict[str, Any] = {
 }
 
 
-FAMILIES = ("sd1", "sd2", "sdxl", "zero_snr", "distilled", "playground", "pixart", "pixart_alpha", "sd3", "sd3_clip")
+FAMILIES = (
+    *("sd1", "sd2", "sdxl", "zero_snr", "distilled", "playground"),
+    *("pixart", "pixart_alpha", "sd3", "sd3_clip", "sana", "if"),
+)
 """Every kind `save_model` makes."""
 
 
@@ -40,12 +43,14 @@ def save_model(kind: str, folder: Path, seed: int = 0) -> Path:
     Args:
         kind: `sd1` (epsilon), `sd2` (v-prediction, padded with id 0), `sdxl`; `zero_snr` (sd2's with zero terminal
             SNR), `distilled` (sd1's with a guidance embedding), `playground` (sdxl's with EDM noise and latent means);
-            `pixart`, `pixart_alpha`, `sd3`, `sd3_clip` (without T5).
+            `pixart`, `pixart_alpha`, `sd3`, `sd3_clip` (without T5), `sana`, `if` (stage I).
     """
     if kind.startswith("pixart"):
         return save_pixart(folder, alpha=kind == "pixart_alpha")
     if kind.startswith("sd3"):
         return save_sd3(folder, t5=kind == "sd3")
+    if kind in ("sana", "if"):
+        return save_sana(folder) if kind == "sana" else save_if(folder)
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(testbed.PIPELINE / "tokenizer")
     means: dict[str, Any] = {"latents_mean": [-1.6, 1.9, -1.4, 2.5], "latents_std": [8.5, 5.9, 6.6, 5.2]}

@@ -1,4 +1,4 @@
-"""Random transformers of PixArt's and Stable Diffusion 3's shapes, made offline; saved as the folders users have."""
+"""Random models of PixArt's, Stable Diffusion 3's, Sana's and DeepFloyd IF's shapes, made offline and saved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel, SD3Transformer2DModel
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, Gemma2Config, Gemma2Model
+from transformers import GemmaTokenizer, T5Config, T5EncoderModel
 from transformers import T5TokenizerFast as T5Tokenizer
 
 LETTERS = string.ascii_lowercase + string.digits
@@ -137,5 +138,107 @@ def save_sd3(folder: Path, t5: bool = True, **scheduler: Any) -> Path:
         tokenizer_2=clip_tokenizer(),
         text_encoder_3=t5_encoder(long, 32) if t5 else None,
         tokenizer_3=long if t5 else None,
+    ).save_pretrained(folder)
+    return folder
+
+
+def gemma_tokenizer() -> GemmaTokenizer:
+    """One piece a character; a start token, no end; what it does not know is <unk>."""
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS, *string.ascii_uppercase, *".,:->'\n"]
+    return GemmaTokenizer(vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, merges=[])
+
+
+def save_sana(folder: Path) -> Path:
+    """Sana 1.5 (queries and keys are normalised)."""
+    torch.manual_seed(SEED)
+    tokenizer = gemma_tokenizer()
+    transformer = diffusers.SanaTransformer2DModel(
+        sample_size=SIZE,
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=4,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=4,
+        cross_attention_head_dim=8,
+        cross_attention_dim=32,
+        caption_channels=16,
+        qk_norm="rms_norm_across_heads",
+    )
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(2)
+    diffusers.SanaPipeline(
+        transformer=transformer,
+        scheduler=diffusers.DPMSolverMultistepScheduler(
+            use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+        ),
+        vae=diffusers.AutoencoderDC(
+            latent_channels=8,
+            attention_head_dim=8,
+            encoder_block_out_channels=(8, 8, 16),
+            decoder_block_out_channels=(8, 8, 16),
+            encoder_layers_per_block=(1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1),
+            encoder_qkv_multiscales=((), (), ()),
+            decoder_qkv_multiscales=((), (), ()),
+            scaling_factor=0.41407,
+        ),
+        text_encoder=Gemma2Model(
+            Gemma2Config(
+                vocab_size=len(tokenizer),
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=8,
+                query_pre_attn_scalar=8,
+            )
+        ),
+        tokenizer=tokenizer,
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_if(folder: Path) -> Path:
+    """DeepFloyd IF's first stage: a U-Net of pixels."""
+    torch.manual_seed(SEED)
+    tokenizer = t5_tokenizer()
+    diffusers.IFPipeline(
+        unet=diffusers.UNet2DConditionModel(
+            sample_size=2 * SIZE,
+            in_channels=3,
+            out_channels=6,
+            layers_per_block=1,
+            block_out_channels=(16, 32),
+            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+            norm_num_groups=4,
+            cross_attention_dim=16,
+            attention_head_dim=8,
+            encoder_hid_dim=32,
+            encoder_hid_dim_type="text_proj",
+            addition_embed_type="text",
+            addition_embed_type_num_heads=2,
+            act_fn="gelu",
+            resnet_time_scale_shift="scale_shift",
+            time_embedding_act_fn="gelu",
+        ),
+        scheduler=diffusers.DDPMScheduler(
+            beta_schedule="squaredcos_cap_v2",
+            variance_type="learned_range",
+            thresholding=True,
+            dynamic_thresholding_ratio=0.95,
+            sample_max_value=1.5,
+        ),
+        text_encoder=t5_encoder(tokenizer, 32),
+        tokenizer=tokenizer,
+        safety_checker=None,
+        feature_extractor=None,
+        watermarker=None,
+        requires_safety_checker=False,
     ).save_pretrained(folder)
     return folder

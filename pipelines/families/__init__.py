@@ -4,13 +4,17 @@ stable_diffusion.py    Stable Diffusion 1 and 2, and models distilled from them 
 stable_diffusion_xl.py Stable Diffusion XL, Playground v2.5 and other weights of its shape
 pixart.py              PixArt alpha and Sigma
 stable_diffusion_3.py  Stable Diffusion 3 and 3.5
+sana.py                Sana
+deepfloyd_if.py        DeepFloyd IF, stage I
 
 A new family is a subclass of `pipelines.model.DiffusionModel` named in FAMILIES.
 """
 
 from __future__ import annotations
 
+from pipelines.families.deepfloyd_if import DeepFloydIF
 from pipelines.families.pixart import PixArtAlpha, PixArtSigma
+from pipelines.families.sana import Sana
 from pipelines.families.stable_diffusion import StableDiffusion
 from pipelines.families.stable_diffusion_3 import StableDiffusion3
 from pipelines.families.stable_diffusion_xl import StableDiffusionXL
@@ -22,6 +26,8 @@ FAMILIES: tuple[type[DiffusionModel], ...] = (
     PixArtAlpha,
     PixArtSigma,
     StableDiffusion3,
+    Sana,
+    DeepFloydIF,
 )
 
 
