@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import os
 import shutil
 import subprocess
@@ -39,6 +41,19 @@ def test_imports_inside_functions_are_those_that_are_listed() -> None:
 
 def test_the_picture_in_the_docs_is_of_this_code() -> None:
     assert drawing(folder_graph()) in PAGE.read_text(), "python -m tests.architecture --write"
+
+
+@pytest.mark.parametrize("package", ("audit", "pipelines"))
+def test_a_type_checker_sees_every_name_that_is_imported_late(package: str) -> None:
+    """Names behind a module's __getattr__ are Any to users' checkers unless they are imported for them as well."""
+    for_checkers = {}
+    for block in ast.parse((ROOT / package / "__init__.py").read_text()).body:
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING":
+            for line in block.body:
+                assert isinstance(line, ast.ImportFrom)
+                for_checkers |= {each.asname: line.module for each in line.names if each.asname == each.name}
+    module = importlib.import_module(package)
+    assert {name: for_checkers.get(name) for name in module.__all__} == module._API
 
 
 @pytest.mark.parametrize(
