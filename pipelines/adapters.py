@@ -51,7 +51,12 @@ def merge_lora(pipeline: Any, path: Path, scale: float) -> None:
         weight = _weight(getattr(pipeline, part, None), module)
         if weight is None:
             raise ModelError(f"{path}: {part}.{module} is no layer of this model: it was made for another one", "lora")
+        if min(down.ndim, up.ndim) < 2 or not 0 < down.shape[0] == up.shape[1]:
+            shapes = f"{tuple(up.shape)} and {tuple(down.shape)}"
+            raise ModelError(f"{path}: {part}.{module} has factors of shapes {shapes}, which do not multiply", "lora")
         change = _product(up.float(), down.float()) * (scale * alpha / down.shape[0])
+        if not change.isfinite().all():
+            raise ModelError(f"{path}: {part}.{module} is not finite", "lora")
         if change.numel() != weight.numel() or change.shape[0] != weight.shape[0]:
             shapes = f"{tuple(change.shape)} for {tuple(weight.shape)}"
             raise ModelError(f"{path}: {part}.{module} has another shape ({shapes}): made for another model", "lora")
@@ -67,11 +72,16 @@ def _product(up: Tensor, down: Tensor) -> Tensor:
 
 def _pairs(pipeline: Any, raw: dict[str, Tensor], path: Path) -> dict[tuple[str, str], tuple[Tensor, Tensor, float]]:
     """(part, module) -> down, up and alpha of every layer of a file; every tensor is used."""
+    kind = type(pipeline)
+    if not hasattr(kind, "lora_state_dict"):
+        raise ModelError(f"{path}: diffusers has no LoRA for a {kind.__name__}", "lora")
     options = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "unet") else {}
     try:
-        state, alphas = type(pipeline).lora_state_dict(dict(raw), **options)[:2]
+        converted = kind.lora_state_dict(dict(raw), **options)
     except Exception as error:  # the conversions raise whatever a name they do not know leads to
-        raise ModelError(f"{path}: its names are not understood: {str(error).splitlines()[0]}", "lora") from error
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{path}: its names are not understood: {first}", "lora") from error
+    state, alphas = converted[:2] if isinstance(converted, tuple) else (converted, None)  # transformers have no alphas
     alphas = alphas or {}
     left = set(state)
     pairs: dict[tuple[str, str], tuple[Tensor, Tensor, float]] = {}
@@ -83,12 +93,15 @@ def _pairs(pipeline: Any, raw: dict[str, Tensor], path: Path) -> dict[tuple[str,
         up_key = _up(key)
         if up_key not in state:
             raise ModelError(f"{path}: {key} has no partner {up_key}", "lora")
-        part, module = stem.split(".", 1)
+        part, _, module = stem.partition(".")
         said = {**state, **alphas}
         alpha = said.get(f"{stem}.alpha", said.get(f"{key}.alpha"))
+        if isinstance(alpha, Tensor) and alpha.numel() != 1:
+            raise ModelError(f"{path}: {stem}.alpha is no number", "lora")
         left -= {key, up_key, f"{stem}.alpha"}
         down, up = state[key], state[up_key]
-        pairs[part, _module(module)] = (down, up, float(down.shape[0] if alpha is None else alpha))
+        rank = down.shape[0] if down.ndim else 0
+        pairs[part, _module(module)] = (down, up, float(rank if alpha is None else alpha))
     if left:
         raise ModelError(f"{path}: {len(left)} tensors are not understood, {min(left)} the first", "lora")
     return pairs

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,15 @@ WEIGHTS = {
     "transformers": ("model.safetensors", "pytorch_model.bin"),
 }
 """Names of a part's weights, in the order the libraries look for them; shards are listed in NAME.index.json."""
+BOUNDS = (
+    (r"layers|blocks_per|num_blocks", 1000),
+    (r"sample_size|pos_embed_max_size", 1024),
+    (r"num_train_timesteps|steps_offset|max_position_embeddings|solver_order", 100_000),
+    (r"model_max_length|max_length", float("inf")),  # tokenizers without a length say 1e30
+)
+MOST = 1e9
+"""The largest number a configuration may have, by its key and for all others: a library builds what it reads, so that
+a billion layers would take all memory before anything could be said."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,7 @@ def find_weights(folder: Path, part: str, library: str, name: str) -> Weights:
         chosen = folder / part / found[variant]
         if chosen.suffix != ".json":
             return Weights(variant, (chosen,))
-        shards = sorted(set(read_json(folder, f"{part}/{chosen.name}", name).get("weight_map", {}).values()))
+        shards = _shards(read_json(folder, f"{part}/{chosen.name}", name), f"{name}: {part}/{chosen.name}")
         gone = [shard for shard in shards if not (folder / part / shard).is_file()]
         if gone or not shards:
             raise ModelError(
@@ -64,12 +74,52 @@ def find_weights(folder: Path, part: str, library: str, name: str) -> Weights:
     raise ModelError(f"{name}: {part}/ has no weights ({' or '.join(WEIGHTS[library])}); download the model again")
 
 
+def _shards(index: dict[str, Any], file: str) -> list[str]:
+    """The names of the shards an index lists. Raises ModelError: it lists none, or no plain names."""
+    listed = index.get("weight_map")
+    names = list(listed.values()) if isinstance(listed, dict) else []
+    if not names or not all(isinstance(shard, str) and Path(shard).name == shard for shard in names):
+        raise ModelError(f"{file} has no weight_map of files beside it: download the model again")
+    return sorted(set(names))
+
+
 def read_json(path: Path, file: str, name: str) -> dict[str, Any]:
-    """A JSON object of a model's folder. Raises ModelError: not there, or no object."""
+    """A JSON object of a model's folder.
+
+    Raises:
+        ModelError: not there, no object, or with a number that no model has (BOUNDS).
+    """
     try:
-        return dict(json.loads((path / file).read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        found = json.loads((path / file).read_text(encoding="utf-8"))
+        large = {} if file.endswith(".index.json") else _too_large(found)
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{name}: {file} cannot be read ({error}): download the model again") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{name}: {file} is no JSON object: download the model again")
+    for key, most in large.items():
+        value = textwrap.shorten(str(found[key]), 40)
+        raise ModelError(
+            f"{name}: {file} sets {key} to {value}: more than {most:g}, which no model has; download the model again"
+        )
+    return found
+
+
+def _too_large(config: Any) -> dict[str, float]:
+    """Keys with a number above their bound, and the bound."""
+    if not isinstance(config, dict):
+        return {}
+    bounds = {key: next((most for pattern, most in BOUNDS if re.search(pattern, key)), MOST) for key in config}
+    return {key: most for key, most in bounds.items() if _largest(config[key]) > most}
+
+
+def _largest(value: Any) -> float:
+    """The largest absolute number in a JSON value, of those that are finite."""
+    if isinstance(value, (list, tuple)):
+        return max((_largest(each) for each in value), default=0)
+    if isinstance(value, dict):
+        return max((_largest(each) for each in value.values()), default=0)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return abs(value) if number and value not in (float("inf"), float("-inf")) and value == value else 0
 
 
 _hashes: dict[tuple[str, int, int, int], str] = {}  # of files as they were: path, size, modified, inode

@@ -6,19 +6,18 @@ Only small files are read here, no weights: what a folder's configurations tell 
 from __future__ import annotations
 
 import hashlib
-import importlib
-import inspect
 import json
 import logging
+import math
 import os
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipelines.configurations import check_vae, from_config, model_class, naming, read_config, reading
 from pipelines.errors import ModelError
 from pipelines.families import find_family, supported
 from pipelines.files import Weights, file_sha256, find_weights, read_json
@@ -34,7 +33,7 @@ REFUSED = {
     "FluxPipeline": "its denoiser takes packed latents with positions of text and image, which no family here gives",
     "QwenImagePipeline": "its prompts are put into a template and its guidance is renormalised, as no family here does",
     "KolorsPipeline": "its text encoder is ChatGLM, whose tokenizer pads on the left and is read by sentencepiece",
-    "SanaSprintPipeline": "it is distilled to two steps of a scheduler of its own, and told its guidance as a condition",
+    "SanaSprintPipeline": "it is distilled to a scheduler of its own, and told its guidance as a condition",
     "IFSuperResolutionPipeline": "it enlarges the picture of DeepFloyd IF's stage I: give that stage",
     "HunyuanDiTPipeline": "its denoiser takes two texts and the picture's style, which no family here gives",
     "KandinskyV22CombinedPipeline": "its U-Net is told an embedding of a picture that a prior drew, not the prompt",
@@ -67,12 +66,16 @@ class ModelFolder:
 
     def parts(self) -> dict[str, Part]:
         """Parts this folder has: optional ones that its index leaves out are not there."""
-        found = {}
-        for name, part in self.family.parts.items():
-            named = self.index.get(name)
-            if not (part.optional and (not named or named[1] is None)):
-                found[name] = part
-        return found
+        return {
+            name: part
+            for name, part in self.family.parts.items()
+            if not (part.optional and self.class_name(name) is None)
+        }
+
+    def class_name(self, part: str) -> str | None:
+        """The class that the index names for a part; None where it names none."""
+        named = self.index.get(part)
+        return named[1] if isinstance(named, list) and len(named) == 2 and isinstance(named[1], str) else None
 
     def config(self, part: str) -> dict[str, Any]:
         """A part's configuration, what it leaves out filled in by its class."""
@@ -97,12 +100,17 @@ class ModelFolder:
 
     def schedule(self) -> Schedule:
         """Noise levels and units, from configurations alone. Raises ModelError as `open_scheduler`."""
-        with naming(self.name):
-            return self.family.open_schedule(self.open_scheduler(), self.config(self.family.denoiser_part))
+        scheduler = self.open_scheduler()
+        with naming(self.name), reading("scheduler/scheduler_config.json"):
+            found = self.family.open_schedule(scheduler, self.config(self.family.denoiser_part))
+            found.check()
+            return found
 
     def unit(self, steps: int) -> Unit:
         """What the scores of so many sampling steps are differences of."""
-        return self.schedule().unit(steps)
+        schedule = self.schedule()
+        with naming(self.name), reading("scheduler/scheduler_config.json"):
+            return schedule.unit(steps)
 
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the latents, from the configuration alone."""
@@ -204,8 +212,7 @@ def _check(folder: ModelFolder) -> None:
     for name, part in folder.parts().items():
         if not (folder.path / name).is_dir() or not any((folder.path / name).iterdir()):
             raise ModelError(f"{folder.name}: the folder has no {name}/; download the model again")
-        named = folder.index.get(name)
-        kind = named[1] if isinstance(named, list) and len(named) == 2 else None
+        kind = folder.class_name(name)
         if kind is not None and kind not in part.classes:
             raise ModelError(
                 f"{folder.name}: its {name} is a {kind}, and {folder.family.pipeline_class} is read with "
@@ -213,8 +220,11 @@ def _check(folder: ModelFolder) -> None:
             )
     if not (folder.path / "scheduler").is_dir():
         raise ModelError(f"{folder.name}: the folder has no scheduler/; download the model again")
-    with naming(folder.name):
-        folder.family.check(folder.configs(), folder.index)
+    configs = folder.configs()
+    with naming(folder.name), reading("what its config.json files say"):
+        folder.family.check(configs, folder.index)
+        if "vae" in configs:
+            check_vae(configs["vae"], folder.latent_shape()[0], folder.family.denoiser_part)
     folder.schedule()
     if folder.checkpoint is None:
         variants = {
@@ -228,6 +238,12 @@ def _check(folder: ModelFolder) -> None:
                 f"{', '.join(sorted({f'.{variant}.' for variant in variants.values()}))} files"
             )
     else:
+        import diffusers
+
+        if not hasattr(getattr(diffusers, folder.family.pipeline_class), "from_single_file"):
+            raise ModelError(
+                f"{folder.name}: diffusers reads no single file as a {folder.family.pipeline_class}: give a folder"
+            )
         source = "the file's metadata" if folder.prediction_type else f"{folder.path}"
         said = folder.scheduler_config().get("prediction_type", "epsilon")
         folder.notes.append(f"{folder.name}: prediction type {said}, from {source}")
@@ -285,6 +301,8 @@ def _lora(text: str) -> tuple[Path, float]:
         path, number = text.rsplit(":", 1)
         try:
             scale = float(number)
+            if not math.isfinite(scale):
+                raise ValueError(number)
         except ValueError as error:
             raise ModelError(f"{text}: {number!r} is no scale; give FILE or FILE:SCALE", "lora") from error
     if not Path(path).expanduser().is_file():
@@ -313,39 +331,3 @@ def _prediction_type(checkpoint: Path) -> str | None:
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{checkpoint}: cannot be read: {error}") from error
     return "v_prediction" if said.startswith("v") or marked else "epsilon" if said.startswith("eps") else None
-
-
-def model_class(part: Part) -> Any:
-    """The class a part is loaded as."""
-    return getattr(importlib.import_module(part.library), part.classes[0])
-
-
-def from_config(kind: Any, config: Mapping[str, Any]) -> Any:
-    """A diffusers model of a configuration. Raises ModelError: values its class does not take."""
-    try:
-        return kind.from_config(dict(config))
-    except (ValueError, TypeError, RuntimeError, KeyError, IndexError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"its configuration is not taken by {kind.__name__}: {first}") from error
-
-
-def read_config(folder: Path, part: str, kind: Part, name: str) -> dict[str, Any]:
-    """A part's configuration through its class: what the file leaves out is the class's default."""
-    given = read_json(folder, f"{part}/config.json", name)
-    found = model_class(kind)
-    if kind.library == "transformers":
-        return {**found.config_class().to_dict(), **given}
-    signature = inspect.signature(found.__init__).parameters.values()
-    defaults = {each.name: each.default for each in signature if each.default is not inspect.Parameter.empty}
-    return {**defaults, **given}
-
-
-@contextmanager
-def naming(name: str) -> Iterator[None]:
-    """Put a model's name before what a ModelError says, where it is not there yet."""
-    try:
-        yield
-    except ModelError as error:
-        if error.about != "model" or str(error).startswith(name):
-            raise
-        raise ModelError(f"{name}: {error}") from error

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from pipelines.adapters import load_inversion, merge_lora
+from pipelines.configurations import model_class, naming, reading
 from pipelines.errors import ModelError
-from pipelines.folders import ModelFolder, find_model, model_class, naming
+from pipelines.folders import ModelFolder, find_model
 from pipelines.model import DiffusionModel, Embeddings, Part
 
 __all__ = ["DiffusionModel", "Embeddings", "ModelFolder", "find_device", "find_model", "load", "resolve_dtype"]
@@ -22,6 +23,8 @@ __all__ = ["DiffusionModel", "Embeddings", "ModelFolder", "find_device", "find_m
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 HARMLESS = re.compile(r"(^|\.)(position_ids|num_batches_tracked)$")
 """Buffers of older libraries that nothing reads."""
+HARMLESS_NUMBERS = 1 << 26
+"""A network up to this size is built in any case: what is missing is then said by name."""
 
 
 def load(folder: ModelFolder, device: str = "auto", dtype: str = "auto") -> DiffusionModel:
@@ -63,9 +66,9 @@ def load(folder: ModelFolder, device: str = "auto", dtype: str = "auto") -> Diff
                     check_finite(part, name)
                     part.eval().requires_grad_(False)
             return folder.family(pipeline, target, kind, folder.name)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, ModelError | torch.OutOfMemoryError):
-            raise
+    except (ModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the libraries raise whatever a wrong value leads to
         raise ModelError(f"{folder.name}: cannot be loaded: {first_line(error)}") from error
 
 
@@ -92,24 +95,49 @@ def _load_part(folder: ModelFolder, name: str, part: Part, dtype: torch.dtype) -
 
     path = folder.path / name
     if name.startswith("tokenizer"):
-        named = folder.index.get(name)
-        kind = getattr(transformers, named[1] if named else part.classes[0])
+        kind = getattr(transformers, folder.class_name(name) or part.classes[0])
         try:
             return kind.from_pretrained(path, local_files_only=True)
-        except Exception as error:  # its own tokenizers library raises bare ones
+        except BaseException as error:  # its own tokenizers library raises bare ones, and panics
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             raise ModelError(f"{name}/ cannot be read: {first_line(error)}") from error
     options: dict[str, Any] = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     options["torch_dtype" if part.library == "diffusers" else "dtype"] = dtype
     variant = folder.weights(name).variant
     if variant is not None:
         options["variant"] = variant
+    check_amount(folder, name, part)
     try:
         loaded, info = model_class(part).from_pretrained(path, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, IndexError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
         raise ModelError(f"cannot be loaded: {name}/: {first_line(error)}") from error
     mismatched = [entry[0] if isinstance(entry, (tuple, list)) else str(entry) for entry in info["mismatched_keys"]]
     check_keys(name, list(info["missing_keys"]), list(info["unexpected_keys"]), mismatched)
     return loaded
+
+
+def check_amount(folder: ModelFolder, name: str, part: Part) -> None:
+    """Refuse a configuration of more numbers than its files have bytes, before a library takes the memory for them.
+
+    Raises:
+        ModelError: its weights cannot all be there, or the class does not take the configuration.
+    """
+    kind, path = model_class(part), folder.path / name
+    with torch.device("meta"), reading(f"{name}/config.json"):
+        if part.library == "diffusers":
+            network = kind.from_config(folder.config(name))
+        else:
+            network = kind(kind.config_class.from_pretrained(path, local_files_only=True))
+        numbers = sum(parameter.numel() for parameter in network.parameters())
+    there = sum(file.stat().st_size for file in folder.weights(name).files)
+    if numbers > max(there, HARMLESS_NUMBERS):
+        raise ModelError(
+            f"{name}/config.json describes a network of {numbers:,} numbers, but its weights have {there:,} bytes: "
+            "not all of them can be there; download the model again"
+        )
 
 
 def check_keys(part: str, missing: list[str], unknown: list[str], misshapen: list[str]) -> None:
@@ -143,7 +171,7 @@ def check_tokenizer(pipeline: Any, name: str, ends_prompts: bool = True) -> None
     """A tokenizer against its text encoder: length, end token, rows; a length it lacks is the encoder's.
 
     Args:
-        pipeline: loaded. name: of the tokenizer. ends_prompts: whether this family's prompts are closed by an end token.
+        pipeline: loaded. name: of the tokenizer. ends_prompts: whether it closes prompts by an end token.
 
     Raises:
         ModelError: they do not fit.
@@ -163,7 +191,11 @@ def check_tokenizer(pipeline: Any, name: str, ends_prompts: bool = True) -> None
     if highest >= rows:
         raise ModelError(f"{name}/ gives ids up to {highest}, but {partner}/ has embeddings for {rows}")
     said = getattr(encoder.config, "eos_token_id", None)
-    if ends_prompts and said not in (None, end, 2):  # 2 is what CLIP's configurations said by mistake, and its code expects
+    if ends_prompts and said not in (
+        None,
+        end,
+        2,
+    ):  # 2 is what CLIP's configurations said by mistake, and its code expects
         raise ModelError(f"{name}/ ends prompts with id {end}, but {partner}/config.json says {said}")
 
 
@@ -216,7 +248,7 @@ def recorded_loads() -> Iterator[dict[int, tuple[list[str], list[str]]]]:
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return str(error).strip().splitlines()[0][:400] if str(error).strip() else type(error).__name__
 
 
 def find_device(device: str) -> torch.device:

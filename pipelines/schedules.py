@@ -67,6 +67,15 @@ class Schedule(ABC):
         clean, noise = self.predictions(output, latents, level)
         return (level.next_signal * clean + level.next_noise * noise).to(latents.dtype)
 
+    def check(self) -> None:
+        """Raise ModelError where a level has no noise, or signal and noise are not numbers that fit together."""
+        for level in self.levels(min(50, self.most_steps), torch.device("cpu")):
+            if not (0 <= level.signal <= 1 and 0 < level.noise < float("inf")):
+                raise ModelError(
+                    f"its scheduler's level {float(level.timestep):g} has signal {level.signal:g} and noise "
+                    f"{level.noise:g}: nothing is diffused so"
+                )
+
     def unit(self, steps: int) -> Unit:
         """Unit of scores: noise predictions where the first level has signal, else velocities."""
         return "epsilon" if self.levels(steps, torch.device("cpu"))[0].signal > 0 else "velocity"
@@ -214,7 +223,7 @@ class FlowMatching(Schedule):
         scheduler: FlowMatchEulerDiscreteScheduler. mu: of dynamic shifting, where the scheduler has it switched on.
     """
 
-    classes = ("FlowMatchEulerDiscreteScheduler",)
+    classes: ClassVar[tuple[str, ...]] = ("FlowMatchEulerDiscreteScheduler",)
     refused: ClassVar[tuple[str, ...]] = ("stochastic_sampling", "invert_sigmas")
 
     def __init__(self, scheduler: Any, mu: float | None = None) -> None:

@@ -55,13 +55,13 @@ class Sana(DiffusionModel):
     @property
     def instruction(self) -> list[str]:
         """Lines before every prompt: the default of the pipeline's call."""
-        found: list[str] = inspect.signature(type(self.pipeline).__call__).parameters[
-            "complex_human_instruction"
-        ].default
+        found: list[str] = (
+            inspect.signature(type(self.pipeline).__call__).parameters["complex_human_instruction"].default
+        )
         return found
 
     def embed(self, captions: list[str], **options: Any) -> tuple[dict[str, Tensor], TextFacts]:
-        plain = {"do_classifier_free_guidance": False, "device": self.device, "clean_caption": False}
+        plain: dict[str, Any] = {"do_classifier_free_guidance": False, "device": self.device, "clean_caption": False}
         plain |= {"max_sequence_length": MAX_TOKENS, "complex_human_instruction": self.instruction, **options}
         with encoded_ids(self.pipeline.text_encoder) as ids:
             encoded = self.pipeline.encode_prompt(captions, **plain)

@@ -49,6 +49,12 @@ class StableDiffusion3(DiffusionModel):
                 f"the transformer takes {config['in_channels']} channels and gives {config['out_channels']}: "
                 "conditions on a picture are not supported"
             )
+        pooled = sum(int(configs[name]["projection_dim"]) for name in ("text_encoder", "text_encoder_2"))
+        if config["pooled_projection_dim"] != pooled:
+            raise ModelError(
+                f"transformer/ takes a pooled embedding of width {config['pooled_projection_dim']}, but text_encoder "
+                f"and text_encoder_2 give {pooled}"
+            )
         given = configs.get("text_encoder_3", {}).get("d_model")
         if given is not None and config["joint_attention_dim"] != given:
             raise ModelError(

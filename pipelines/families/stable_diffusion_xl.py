@@ -41,9 +41,17 @@ class StableDiffusionXL(StableDiffusion):
             raise ModelError(
                 "it is SDXL's refiner (requires_aesthetics_score), which starts from another model's picture"
             )
-        check_unet(configs["unet"], "text_time")
-        width = int(configs["unet"]["cross_attention_dim"])
+        unet = configs["unet"]
+        check_unet(unet, "text_time")
+        width = int(unet["cross_attention_dim"])
         check_text_width(configs, "unet", width, "text_encoder", "text_encoder_2")
+        pooled = int(configs["text_encoder_2"]["projection_dim"])
+        given, taken = pooled + 6 * int(unet["addition_time_embed_dim"]), unet["projection_class_embeddings_input_dim"]
+        if given != taken:
+            raise ModelError(
+                f"unet/ takes {taken} numbers of pooled text and sizes, but text_encoder_2 and addition_time_embed_dim "
+                f"give {given}"
+            )
 
     def conditions(self, encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"text_embeds": encoded["pooled_prompt_embeds"]}

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from pipelines import DiffusionModel, FirstStepScorer, MaskSource, Mitigator, TrajectorySampler, find_model, load
+from pipelines import (
+    DiffusionModel,
+    FirstStepScorer,
+    MaskSource,
+    MitigatedPipeline,
+    Mitigator,
+    ModelError,
+    TrajectorySampler,
+    find_model,
+    load,
+)
+from pipelines.families import Sana
+from pipelines.model import Embeddings
 from tests.tiny import FAMILIES, save_model
 
 CAPTIONS = ["a red cat", "two dogs on a long hill"]
@@ -142,6 +156,45 @@ def test_two_loads_are_bit_identical(model: DiffusionModel) -> None:
         np.testing.assert_array_equal(one.scores[name], two.scores[name])
 
 
+def ids_seen(model: DiffusionModel, captions: list[str]) -> tuple[Embeddings, dict[str, list[list[int]]]]:
+    """Embeddings, and the ids that every text encoder was given for them."""
+    seen: dict[str, list[list[int]]] = {}
+    handles = []
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        encoder = getattr(model.pipeline, name, None)
+        if encoder is not None:
+
+            def remember(_: Any, args: Any, kwargs: Any, name: str = name) -> None:
+                seen[name] = (args[0] if args else kwargs["input_ids"]).tolist()
+
+            handles.append(encoder.register_forward_pre_hook(remember, with_kwargs=True))
+    found = model.encode(captions)
+    for handle in handles:
+        handle.remove()
+    return found, seen
+
+
+def test_what_is_counted_is_what_the_encoder_saw(model: DiffusionModel) -> None:
+    """End of text, number of tokens and the cut, against the ids that reached the encoders."""
+    found, seen = ids_seen(model, ["a red cat", "", "two dogs on a hill", "word " * 300])
+    longest = "text_encoder_3" if "text_encoder_3" in seen else "text_encoder"
+    tokenizer = getattr(model.pipeline, longest.replace("text_encoder", "tokenizer"))
+    first = model.pipeline.tokenizer
+    assert found.truncated.tolist() == [False, False, False, True]
+    if isinstance(model, Sana):  # which is given an instruction before, a start token and no end
+        counts = [sum(token != tokenizer.pad_token_id for token in row) for row in seen[longest]]
+        assert found.num_tokens.tolist()[:3] == [count - counts[1] for count in counts[:3]]
+        real = found.conditions["encoder_attention_mask"].sum(1) - 1
+        assert found.eos_positions.tolist() == real.tolist()
+        return
+    ends = [row.index(tokenizer.eos_token_id) for row in seen[longest]]
+    started = [row[0] == tokenizer.bos_token_id for row in seen[longest]]
+    counts = [end - start for end, start in zip(ends, started, strict=True)]
+    assert found.num_tokens.tolist()[:3] == counts[:3]
+    assert found.num_tokens[3] > counts[3] == len(seen[longest][3]) - 1 - started[3]
+    assert found.eos_positions.tolist() == [row.index(first.eos_token_id) for row in seen["text_encoder"]]
+
+
 def test_scores_that_are_not_defined_are_not_there(models: dict[str, DiffusionModel]) -> None:
     for kind, model in models.items():
         found = FirstStepScorer(model)(CAPTIONS)
@@ -188,6 +241,31 @@ def test_pixart_alpha_cuts_captions_sooner(models: dict[str, DiffusionModel]) ->
     caption = "word " * 40  # 200 letters and 40 more pieces
     found = {kind: bool(models[kind].encode([caption]).truncated[0]) for kind in ("pixart", "pixart_alpha")}
     assert found == {"pixart": False, "pixart_alpha": True}
+
+
+@pytest.mark.parametrize("kind", ("sd3", "sana"))
+def test_a_lora_of_a_transformer_is_merged(models: dict[str, DiffusionModel], tmp_path: Path, kind: str) -> None:
+    name = "transformer_blocks.1.attn2.to_q" if kind == "sana" else "transformer_blocks.1.attn.to_q"
+    before = models[kind].denoiser.state_dict()
+    weight = before[f"{name}.weight"]
+    down, up = torch.randn(3, weight.shape[1]), torch.randn(weight.shape[0], 3)
+    stem = f"transformer.{name}"
+    save_file({f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}, tmp_path / "my.safetensors")
+    found = load(find_model(models[kind].name, loras=(f"{tmp_path}/my.safetensors:0.5",)), "cpu", "float32")
+    for key, value in found.denoiser.state_dict().items():
+        expected = weight + 0.5 * up @ down if key == f"{name}.weight" else before[key]
+        torch.testing.assert_close(value, expected)
+
+
+def test_families_that_diffusers_has_no_adapters_for_say_so(models: dict[str, DiffusionModel], tmp_path: Path) -> None:
+    file = tmp_path / "my.safetensors"
+    save_file({"a": torch.zeros(1)}, file)
+    with pytest.raises(ModelError, match="diffusers has no LoRA for a PixArtSigmaPipeline"):
+        load(find_model(models["pixart"].name, loras=(str(file),)), "cpu")
+    with pytest.raises(ModelError, match="diffusers reads no single file as a IFPipeline"):
+        find_model(str(file), model_config=models["if"].name)
+    with pytest.raises(ModelError, match="IFPipeline cannot be mitigated: it draws its initial noise itself"):
+        MitigatedPipeline(models["if"].pipeline, 1.0, 0.5)
 
 
 def test_families_refuse_other_schedules(models: dict[str, DiffusionModel]) -> None:
