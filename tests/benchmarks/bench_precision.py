@@ -3,11 +3,12 @@
 On the testbed, and at the first level of random models of PixArt's and SD 3's shape, where the difference of two
 predictions is smallest.
 
-Run: python -m tests.benchmarks.bench_precision
+Run: python -m tests.benchmarks.bench_precision [--captions 128]
 """
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -20,11 +21,12 @@ from audit import testbed
 from pipelines import FirstStepScorer, find_model, load
 from tests.tiny import save_model
 
-CAPTIONS = 128
-
 
 def main() -> None:
-    captions = list(dict.fromkeys(pq.read_table(testbed.CAPTIONS)["TEXT"].to_pylist()))[:CAPTIONS]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--captions", type=int, default=128)
+    count = parser.parse_args().captions
+    captions = list(dict.fromkeys(pq.read_table(testbed.CAPTIONS)["TEXT"].to_pylist()))[:count]
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folders = {"testbed": testbed.PIPELINE}
