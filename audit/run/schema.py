@@ -110,7 +110,10 @@ _COMPARISON: dict[str, tuple[pa.DataType, str]] = {
     "ls_energy": (F32, "the same under the energy mask, divided by its mean"),
     "ls_score": (F32, "the same under the score-difference map, divided by its mean"),
 }
-_COMPARISON["unreadable"] = (pa.string(), "why the picture could not be read; the comparison decides nothing then")
+_COMPARISON["unreadable"] = (
+    pa.string(),
+    "why the comparison decides nothing: its picture, or those the local threshold needs, could not be read",
+)
 MEASURED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     **_COMPARISON,
     **{

@@ -229,19 +229,22 @@ def match_image(
     return matches
 
 
-def decide(match: Mapping[str, Any], match_mask: str, threshold: float) -> dict[str, Any]:
+def decide(match: Mapping[str, Any], match_mask: str, threshold: float, untold: str = "") -> dict[str, Any]:
     """A match as it is measured, under the match mask, with its verdict: MATCH_COLUMNS.
 
     Args:
         match: MEASURED_COLUMNS.
         match_mask: whose mask decides (key of schema.MASKS).
         threshold: correlation distances below it are local copies.
+        untold: why there is no threshold yet (`Null.untold`): what is no global copy has no reference to judge it by.
     """
     by_mask = [f"{name}_{word}" for name in ("distance", "correlation_distance") for word in MASKS]
     kept = {name: value for name, value in match.items() if name not in by_mask}
     kept["distance"] = match.get(f"distance_{match_mask}")
     kept["correlation_distance"] = match.get(f"correlation_distance_{match_mask}")
-    unreadable = match.get("unreadable") is not None
+    if untold and match.get("unreadable") is None and match["sscd"] <= COPY:
+        kept["unreadable"] = f"no local threshold: {untold}"
+    unreadable = kept.get("unreadable") is not None
     kept["verdict"] = (
         "no_reference" if unreadable else verdict_of(match["sscd"], kept["correlation_distance"], threshold)
     )
