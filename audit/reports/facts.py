@@ -157,7 +157,8 @@ def _not_checked(
         lines.append(f"{unread:,} comparisons decided nothing: the training pictures could not be read.")
     if confirmed["null_missing"]:
         lines.append(
-            f"{confirmed['null_missing']:,} training pictures that the local threshold should rest on could not be read."
+            f"{confirmed['null_missing']:,} training pictures that the local threshold should rest on "
+            "could not be read."
         )
     if confirmed["threshold"] is None:
         lines.append("Copied regions: no local threshold could be had; only copies of whole pictures were told.")

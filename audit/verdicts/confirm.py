@@ -41,12 +41,13 @@ NULL_FILE = "null.json"  # beside the rows of confirm
 
 @dataclass(frozen=True)
 class MatchFingerprint:
-    """What a match depends on: the images, the index and its descriptor, and how many pictures are compared."""
+    """What a match depends on: the images, the index and its descriptor, how many pictures are compared, and how."""
 
     trajectories: str
     index: str
     descriptor: str
     neighbours: int
+    rule_version: int = 1
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,9 @@ def confirm(config: ConfirmConfig, stop: Stop | None = None) -> ConfirmSummary:
     trajectories = Stage.begin(run, TRAJECTORIES, fingerprint, images, _recorded(config), config.replace)
     # 2. images, and beside them their matches, which need no threshold
     captions = images.filter(pc.equal(images["image_index"], 0)).drop_columns(["image_index"])
-    asked = MatchFingerprint(trajectories.facts.digest, index.fingerprint, descriptor.sha256, config.neighbours)
+    asked = MatchFingerprint(
+        trajectories.facts.digest, index.fingerprint, descriptor.sha256, config.neighbours, VERDICT_VERSION
+    )
     matching = Stage.begin(run, MATCH, asked, captions, _recorded(config), config.replace)
     _take_back(matching, index)
     with Beside(matching, trajectories, config, stop):

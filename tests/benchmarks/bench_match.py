@@ -1,4 +1,4 @@
-"""What matching costs beside generation: the null of 1,600 pictures, a candidate's comparisons, and whether a GPU waits.
+"""What matching costs: the null of 1,600 pictures, a candidate's comparisons, and whether a GPU waits for it.
 
     python -m tests.benchmarks.bench_match [--pictures N] [--sizes 512 1024] [--candidates N]
 
@@ -133,9 +133,10 @@ def main() -> None:
             )
             if args.candidates:
                 alone, both, matched, rest = beside(Path(scratch, "run"), f"{scratch}/index", size, args.candidates)
+                shards = -(-args.candidates // SHARD)
                 print(
                     f"{size} x {size}: {args.candidates} candidates generated in {alone:.1f} s alone, in {both:.1f} s "
-                    f"with matching beside: {both / alone:.3f} times; {matched} of {-(-args.candidates // SHARD)} shards "
+                    f"with matching beside: {both / alone:.3f} times; {matched} of {shards} shards "
                     f"were matched by then, the rest took {rest:.1f} s"
                 )
 

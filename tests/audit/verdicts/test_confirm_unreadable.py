@@ -90,7 +90,7 @@ def test_without_pictures_there_is_no_threshold_until_they_are_back(
     )
     assert f"{dead.unreadable} comparisons" in dead.lines()[-1] and "No such file" in dead.lines()[-1]
     assert confirm(config).committed_now == 0
-    with pytest.raises(AuditError, match="has no local threshold yet.*give `be-audit confirm"):
+    with pytest.raises(AuditError, match=r"has no local threshold yet.*give `be-audit confirm"):
         mitigate(MitigateConfig(run=config.run))
     (tmp_path / "elsewhere").rename(tmp_path / "pictures")
     back = confirm(config)
