@@ -21,7 +21,7 @@ from audit.base.errors import AuditError
 from audit.index import Index
 from audit.run.schema import MASKS, TRAJECTORY_MASKS, VERDICTS
 
-VERDICT_VERSION = 2  # part of the fingerprint of matches and verdicts: raise it when one is measured or decided otherwise
+VERDICT_VERSION = 2  # in the fingerprint of matches and verdicts: raise it when one is measured or decided otherwise
     2  # part of every match's and verdict's fingerprint: raise it when one is measured or decided otherwise
 )
 COPY = 0.5  # sscd above which two pictures are copies (Chen et al. 2025)
