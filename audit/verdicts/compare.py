@@ -22,8 +22,6 @@ from audit.index import Index
 from audit.run.schema import MASKS, TRAJECTORY_MASKS, VERDICTS
 
 VERDICT_VERSION = 2  # in the fingerprint of matches and verdicts: raise it when one is measured or decided otherwise
-    2  # part of every match's and verdict's fingerprint: raise it when one is measured or decided otherwise
-)
 COPY = 0.5  # sscd above which two pictures are copies (Chen et al. 2025)
 LS_MASKS = {"ls_norm": "be_mask", "ls_energy": "energy_mask", "ls_score": "score_map"}
 SHARP = 3  # power of the mask that weighs the correlation: small regions are not lost in what lies around them

@@ -1,9 +1,10 @@
 """Which measure tells a copied region best? Chosen on one half of the testbed's templates, reported on the other.
 
-    python -m tests.benchmarks.bench_measure --work DIR
+    python -m tests.benchmarks.bench_measure --work DIR [--other DIR]
 
-Reads the images that bench_confirm left in DIR. Templates with an odd number, the first noise and every second caption
-never seen choose; even templates, the other noises (the first where there are none) and the other captions report.
+Reads the images that bench_confirm left in --work, and those of other noises in --other. Templates with an odd number,
+the first noise and every second caption never seen choose; even templates and the other captions report, once under
+the first noise and once under all others of --other.
 Measures times masks; of each the AUC, and what is flagged at `--match-fpr` 0.05 and 0.01 under the null of pictures.
 
 The testbed copies few small regions, so there is a second set: of each large template only a part of 7 to 25 % of the
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -221,6 +223,7 @@ def line(half: Half, name: tuple[str, str], intervals: bool) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "be-audit-bench-confirm")
+    parser.add_argument("--other", type=Path, help="a second --work of bench_confirm, with several images a caption")
     parser.add_argument("--shown", type=int, default=12, help="best ones of the choosing half that are printed")
     args = parser.parse_args()
     captions = {each.text: each for each in captions_of(10_000) if each.group in ("local, copied", "never seen")}
@@ -228,29 +231,35 @@ def main() -> None:
     unseen = [text for text, each in captions.items() if each.group == "never seen"]
     odd = {text for text, each in captions.items() if each.template % 2 and each.group != "never seen"}
     choosing = odd | set(unseen[::2])
-    noises = {noise for text, noise in images if text not in choosing} - {0} or {0}
     kept = parts()
     cut_pictures(args.work / "cut" / "pictures.parquet", kept)
-    small = cut_images(images, captions, kept)
-    halves = []
-    for pictures, folder, found in (
-        (testbed.PICTURES, "index", images),
-        (args.work / "cut" / "pictures.parquet", "cut/index", small),
-    ):
-        bench = Bench(pictures, args.work / folder)
-        chosen = {key: value for key, value in found.items() if key[0] in choosing and key[1] == 0}
-        other = {key: value for key, value in found.items() if key[0] not in choosing and key[1] in noises}
-        halves.append((bench.half(chosen, captions), bench.half(other, captions)))
-    ranked = sorted(halves[0][0].statistics, key=lambda name: -sum(worth(first, name) for first, _ in halves))
+    first = {key: found for key, found in images.items() if key[1] == 0}
+    samples = {
+        "choosing half": {key: found for key, found in first.items() if key[0] in choosing},
+        "reporting half": {key: found for key, found in first.items() if key[0] not in choosing},
+    }
+    if args.other is not None:
+        more = read_images(args.other / "images")
+        samples["reporting half, other noises"] = {
+            key: found for key, found in more.items() if key[0] in captions and key[0] not in choosing and key[1] > 0
+        }
+    benches = {
+        "as they are": Bench(testbed.PICTURES, args.work / "index"),
+        "cut down": Bench(args.work / "cut" / "pictures.parquet", args.work / "cut" / "index"),
+    }
+    halves: dict[tuple[str, str], Half] = {}
+    for (words, sample), (regions, bench) in itertools.product(samples.items(), benches.items()):
+        made = cut_images(sample, captions, kept) if regions == "cut down" else sample
+        halves[words, regions] = bench.half(made, captions)
+    of_choosing = [half for (words, _), half in halves.items() if words == "choosing half"]
+    ranked = sorted(of_choosing[0].statistics, key=lambda name: -sum(worth(half, name) for half in of_choosing))
     shown = ranked[: args.shown] + [name for name in SHIPPED if name not in ranked[: args.shown]]
-    for at, words in enumerate(("choosing half, the first noise", f"reporting half, noises {sorted(noises)}")):
-        for regions, of in zip(("regions as they are", "regions cut down"), halves, strict=True):
-            half = of[at]
-            print(f"\n{words}, {regions}: {half.copied.sum()} copied, {(~half.copied).sum()} never seen")
-            low, high = cluster_bootstrap(auc, half.sscd, half.copied, half.templates)
-            print(f"SSCD alone: AUC {auc(half.sscd, half.copied):.3f} [{low:.3f}, {high:.3f}]")
-            for name in shown:
-                print(line(half, name, at == 1))
+    for (words, regions), half in halves.items():
+        print(f"\n{words}, regions {regions}: {half.copied.sum()} copied, {(~half.copied).sum()} never seen")
+        low, high = cluster_bootstrap(auc, half.sscd, half.copied, half.templates)
+        print(f"SSCD alone: AUC {auc(half.sscd, half.copied):.3f} [{low:.3f}, {high:.3f}]")
+        for name in shown:
+            print(line(half, name, words != "choosing half"))
 
 
 def worth(half: Half, name: tuple[str, str]) -> float:
