@@ -34,6 +34,7 @@ from audit.verdicts.crops import TrainingCrops
 from audit.verdicts.null import draw_pictures, pictures_null, threads
 
 NEIGHBOURS, BATCH = 10, 16
+NUM_IMAGES = (1, 2, 4, 8, 16)
 SMALL = 0.25  # share of the picture below which a fixed region is small
 
 
@@ -142,6 +143,10 @@ class Bench:
         """Captions with that many images."""
         return [c for c in self.captions if all((c.text, k) in self.measured for k in range(num_images))]
 
+    def judged(self, source: str, num_images: int) -> list[Caption]:
+        """Those with that many images that are no part of such a null."""
+        return [each for each in self.having(num_images) if source == PICTURES or each.text not in self.clean]
+
     def statistic(self, caption: str, mask: str, num_images: int) -> float:
         return min(self.measured[caption, k][mask] for k in range(num_images))
 
@@ -211,19 +216,18 @@ def main() -> None:
         wanted = [(c.text, k) for k in range(args.num_images) for c in captions if (c.text, k) not in there]
         generate(wanted, args.work / "images", max(16, args.num_images), 2 if args.quick else args.steps)
     bench = Bench(captions, args.work)
-    judged = [each for each in bench.having(1) if each.text not in bench.clean]
     for mask, source, fpr in itertools.product(MASKS, (PICTURES, CAPTIONS), (0.05, 0.01)):
         null = bench.null(source, mask, fpr, 1)
         if null is not None:
             print(f"--match-mask {mask} --match-fpr {fpr}, null of {source}, one image")
-            bench.table(mask, null, 1, judged)
-    for num_images in (1, 4, 16):  # what more images buy: on the captions that have the most of them
-        many = [each for each in bench.having(max(4, num_images)) if each.text not in bench.clean]
-        for source in (PICTURES, CAPTIONS):
-            null = bench.null(source, "energy", 0.05, num_images) if many else None
-            if null is not None:
-                print(f"--num-images {num_images} --match-fpr 0.05, null of {source}: {num_images} x the cost")
-                bench.table("energy", null, num_images, many)
+            bench.table(mask, null, 1, bench.judged(source, 1))
+    most = max((k for k in NUM_IMAGES if bench.having(k)), default=0)
+    for source, fpr, num_images in itertools.product((PICTURES, CAPTIONS), (0.05, 0.01), NUM_IMAGES):
+        # what more images buy, all on the captions that have the most of them
+        null = bench.null(source, "energy", fpr, num_images) if num_images <= most else None
+        if null is not None:
+            print(f"--num-images {num_images} --match-fpr {fpr}, null of {source}: {num_images} x the cost")
+            bench.table("energy", null, num_images, bench.judged(source, most))
 
 
 if __name__ == "__main__":
