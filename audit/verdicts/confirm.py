@@ -361,7 +361,8 @@ def _spread(count: int, at_most: int) -> NDArray[np.int64]:
 def _captions_null(matching: Stage, config: ConfirmConfig) -> Null:
     """The null of the clean captions' own images, under their own masks, with as many comparisons."""
     clean = set(matching.items.filter(matching.items["clean"])["row_id"].to_pylist())
-    statistics, copies, missing = [], 0, {}
+    statistics: list[float] = []
+    copies, missing = 0, dict[int, str]()
     for shard in sorted(matching.done()):
         for row in matching.table(shard).to_pylist():
             if row["row_id"] not in clean or row["num_images"] != config.num_images:
