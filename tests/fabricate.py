@@ -214,7 +214,7 @@ def add_confirm(
                 "matches": matches,
             }
         )
-    table = _trajectories(items, pictures)
+    table = trajectories_table(items, pictures)
     trajectories.ledger.commit(0, table, {"ok": table.num_rows}, {"wall": 3.0})
     if decided:
         confirm.ledger.commit(0, confirmed_table(rows), {}, {"wall": 1.0})
@@ -239,7 +239,8 @@ def _match(at: int, image_index: int, rank: int, verdict: str) -> dict[str, Any]
     }
 
 
-def _trajectories(items: pa.Table, pictures: Sequence[bytes | None]) -> pa.Table:
+def trajectories_table(items: pa.Table, pictures: Sequence[bytes | None]) -> pa.Table:
+    """Rows of trajectories/ with these pictures (PNG), a made-up number in every other column."""
     count = items.num_rows
     arrays, fields = [], []
     for place, (name, (kind, _)) in enumerate(TRAJECTORY_COLUMNS.items()):
@@ -267,5 +268,5 @@ def add_refine(run: Run, fraction: float) -> None:
     stage = begin_refine(run, fraction, "ld_energy")
     for shard in stage.shards:
         items = stage.rows(shard)
-        table = _trajectories(items, [None] * items.num_rows)
+        table = trajectories_table(items, [None] * items.num_rows)
         stage.ledger.commit(shard, table, {"ok": table.num_rows}, {"wall": 1.0})

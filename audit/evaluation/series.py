@@ -22,7 +22,7 @@ TRAJECTORY_SCORES = tuple(
     name for name, (kind, _) in TRAJECTORY_COLUMNS.items() if kind == F32 and name not in _OF_DETECTORS
 )
 """Scores of a trajectory; the other detectors' are those of the scan."""
-MATCH_SCORES = ("sscd", "s", "ls", "ls_norm", "ls_energy", "ls_score")
+MATCH_SCORES = ("sscd", "s", "ls", "ls_norm", "ls_energy", "ls_score", "ls_corr")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _best_matches(confirmed: pa.Table) -> pa.Table:
         # an image that failed has no matches, and its number stays free
         for image in sorted({match["image_index"] for match in every}) or range(row["num_images"]):
             matches = [match for match in every if match["image_index"] == image]
-            known = {name: [m[name] for m in matches if m[name] is not None] for name in MATCH_SCORES}
+            known = {name: [m[name] for m in matches if m.get(name) is not None] for name in MATCH_SCORES}
             best = {name: max(values, default=None) for name, values in known.items()}
             rows.append({"row_id": row["row_id"], "image_index": image, **best})
     kinds = [("row_id", pa.int64()), ("image_index", pa.int32()), *((name, pa.float64()) for name in MATCH_SCORES)]

@@ -27,7 +27,7 @@ from audit.run.select import with_images
 from audit.run.stage import CONFIRM, MITIGATE, TRAJECTORIES, Stage, run_stage
 from audit.scores.calibrate import load_thresholds
 from audit.verdicts.candidates import ConfirmConfig, TrajectoriesFingerprint
-from audit.verdicts.confirm import ConfirmFingerprint
+from audit.verdicts.confirm import ConfirmFingerprint, read_null
 
 MEASURES = ("ld", "magnitude", "sscd", "alignment")  # whose means the summary has
 
@@ -171,6 +171,12 @@ def _begin(run: Run, config: MitigateConfig) -> tuple[Stage, int]:
     found = dataset(run, CONFIRM)
     if confirmed is None or trajectories is None or found is None:
         raise AuditError(f"{run.url}: nothing is confirmed yet: give `be-audit confirm {run.url}` first")
+    null = read_null(run)
+    if null is not None and (why := null.null().untold):
+        raise AuditError(
+            f"{run.url}: its confirm has no local threshold yet, since training pictures cannot be read: {why}: give "
+            f"`be-audit confirm {run.url}` again when they are back"
+        )
     # 1. which rows
     table = take_rows(run, found, ["row_id", "caption", "verdict", "candidate_rank"])
     table = table.filter(pc.is_in(table["verdict"], pa.array(COPIES)))

@@ -103,6 +103,7 @@ def _confirm_facts(run: Run, flagged: Flagged) -> dict[str, Any] | None:
         "null": null.source,
         "null_size": len(null),
         "null_copies": null.copies,
+        "null_missing": len(null.missing),
         "rate_low": low,
         "rate_high": high,
         "expected_false": expected_false(q, local) if len(null) else None,
@@ -154,6 +155,11 @@ def _not_checked(
         lines.append(f"{failed:,} images could not be generated (column `error` of trajectories/ says why).")
     if unread := stages.get(CONFIRM.name, {}).get("unreadable", 0):
         lines.append(f"{unread:,} comparisons decided nothing: the training pictures could not be read.")
+    if confirmed["null_missing"]:
+        lines.append(
+            f"{confirmed['null_missing']:,} training pictures that the local threshold should rest on "
+            "could not be read."
+        )
     if confirmed["threshold"] is None:
         lines.append("Copied regions: no local threshold could be had; only copies of whole pictures were told.")
     index = confirmed["index_facts"]

@@ -35,10 +35,8 @@ _SHOWN = (
     *DETECTORS,
     "ld_std",
     *WINDOWS,
-    *(
-        f"best_{name}"
-        for name in ("sscd", "correlation_distance", "distance", "s", "ls", "ls_norm", "ls_energy", "ls_score")
-    ),
+    *(f"best_{name}" for name in ("sscd", "correlation_distance", "distance", "s")),
+    *(f"best_{name}" for name in ("ls", "ls_norm", "ls_energy", "ls_score", "ls_corr")),
 )
 _TEXT = ("caption", "verdict", "source_url", "source_key", "mask_source", "input_file", "input_row")
 _CHART = (760, 250)  # of the histogram's view box, pixels

@@ -109,15 +109,22 @@ _COMPARISON: dict[str, tuple[pa.DataType, str]] = {
     "ls_norm": (F32, "ls / mean(m)"),
     "ls_energy": (F32, "the same under the energy mask, divided by its mean"),
     "ls_score": (F32, "the same under the score-difference map, divided by its mean"),
+    "ls_corr": (F32, "-1[sscd < 0.5] correlation distance under the energy mask, as the verdict has it"),
 }
-_COMPARISON["unreadable"] = (pa.string(), "why the picture could not be read; the comparison decides nothing then")
+_COMPARISON["unreadable"] = (
+    pa.string(),
+    "why the comparison decides nothing: its picture, or those the local threshold needs, could not be read",
+)
 MEASURED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     **_COMPARISON,
     **{
         f"distance_{word}": (F32, f"||(xhat - x) m||_2 / mean(m) under {mask}, not gated")
         for word, mask in MASKS.items()
     },
-    **{f"correlation_distance_{word}": (F32, f"1 - correlation under {mask} squared") for word, mask in MASKS.items()},
+    **{
+        f"correlation_distance_{word}": (F32, f"1 - concordance correlation under {mask} cubed")
+        for word, mask in MASKS.items()
+    },
 }
 """Of a comparison of one image and one training picture, before anything is decided."""
 MATCH_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
@@ -125,7 +132,7 @@ MATCH_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "distance": (F32, "||(xhat - x) m||_2 / mean(m) under the match mask, not gated"),
     "correlation_distance": (
         F32,
-        "1 - correlation of image and picture under the match mask squared; 0 the same, 1 nothing in common",
+        "1 - concordance correlation of image and picture under the match mask cubed; 0 the same, 1 nothing in common",
     ),
     "verdict": (pa.string(), f"{', '.join(VERDICTS[:-1])} or {VERDICTS[-1]}"),
 }
@@ -178,7 +185,7 @@ MITIGATED_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "ls_energy_after": (F32, "the same, mitigated, under the same mask"),
     "distance_before": (F32, "||(xhat - x) m||_2 / mean(m) under confirm's match mask, not gated"),
     "distance_after": (F32, "the same, mitigated, under the same mask"),
-    "correlation_distance_before": (F32, "1 - correlation under confirm's match mask squared: what `local` rests on"),
+    "correlation_distance_before": (F32, "correlation distance under confirm's match mask: what `local` rests on"),
     "correlation_distance_after": (F32, "the same, mitigated, under the same mask"),
     "verdict_before": (pa.string(), "global, local or none, against that picture alone"),
     "verdict_after": (pa.string(), "the same, mitigated, by the same thresholds"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +48,8 @@ class Null:
             where a member is a caption with as many images.
         near_duplicates: pairs left out as repeats.
         copies: members that are global copies of a training picture (sscd > 0.5); 0 of PICTURES, which leave them out.
+        missing: ids of training pictures that could not be read: members that need one are left out until it is back.
+        why_missing: the first reason.
     """
 
     source: str
@@ -58,6 +61,8 @@ class Null:
     draws: int = 1
     near_duplicates: int = 0
     copies: int = 0
+    missing: tuple[int, ...] = ()
+    why_missing: str = ""
 
     @classmethod
     def of(
@@ -86,9 +91,18 @@ class Null:
         """A threshold without a sample: given by a user, or -inf where nothing can be compared."""
         return cls(GIVEN, np.zeros(0), threshold, threshold, threshold, fpr)
 
+    def without(self, missing: Iterable[int], why: str) -> Null:
+        """The same, made without what needs these pictures."""
+        return replace(self, missing=tuple(sorted(missing)), why_missing=why)
+
     def __len__(self) -> int:
         """Members of the sample."""
         return len(self.statistics)
+
+    @property
+    def untold(self) -> str:
+        """Why there is no threshold yet, though there will be one when pictures are back; empty where there is."""
+        return "" if len(self) else self.why_missing
 
     @property
     def rate(self) -> tuple[float, float]:
@@ -129,6 +143,8 @@ class NullFacts:
     near_duplicates_left_out: int
     copies: int
     statistics: list[float]
+    missing: list[int] = field(default_factory=list)
+    why_missing: str = ""
 
     @classmethod
     def of(cls, null: Null) -> NullFacts:
@@ -145,6 +161,8 @@ class NullFacts:
             near_duplicates_left_out=null.near_duplicates,
             copies=null.copies,
             statistics=[float(value) for value in null.statistics],
+            missing=list(null.missing),
+            why_missing=null.why_missing,
         )
 
     def null(self) -> Null:
@@ -162,4 +180,6 @@ class NullFacts:
             draws=self.draws,
             near_duplicates=self.near_duplicates_left_out,
             copies=self.copies,
+            missing=tuple(self.missing),
+            why_missing=self.why_missing,
         )

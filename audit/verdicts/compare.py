@@ -1,7 +1,7 @@
 """One generated image against training pictures: masked distances, masked correlation, the gate of the paper.
 
 A masked distance alone says "alike" of any two plain regions. What the local verdict rests on is the correlation
-distance under the mask, 1 - r: how much of what is drawn there is the same.
+distance under the sharpened mask: that distance, squared, relative to what two unrelated regions would have.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from audit.base.errors import AuditError
 from audit.index import Index
 from audit.run.schema import MASKS, TRAJECTORY_MASKS, VERDICTS
 
-VERDICT_VERSION = 1  # part of every confirm's fingerprint: raise it when a verdict or the null is decided otherwise
+VERDICT_VERSION = 2  # in the fingerprint of matches and verdicts: raise it when one is measured or decided otherwise
 COPY = 0.5  # sscd above which two pictures are copies (Chen et al. 2025)
 LS_MASKS = {"ls_norm": "be_mask", "ls_energy": "energy_mask", "ls_score": "score_map"}
-FLAT = 1e-5  # variance below which a region is flat: under that of rounding to 8 bits; it correlates with nothing
+SHARP = 3  # power of the mask that weighs the correlation: small regions are not lost in what lies around them
+PLAIN = 3 * 0.03**2  # contrast below which nothing is drawn: SSIM's constant (Wang et al. 2004), for three channels
 _CACHE_BYTES = 256 << 20
 
 Pixels = NDArray[np.uint8]
@@ -104,7 +105,7 @@ class Compared(NamedTuple):
     Attributes:
         plain: ||xhat - x||_2, pixels in [0, 1].
         distances: ||(xhat - x) m||_2 / mean(m) under each mask, [M].
-        correlation_distances: 1 - r under each mask, [M], in [0, 2].
+        correlation_distances: 1 - concordance under each mask, [M], in [0, 2].
     """
 
     plain: float
@@ -115,13 +116,13 @@ class Compared(NamedTuple):
 class MaskedImage:
     """An image and its masks, ready to be compared with any number of pictures: its weights are made once.
 
-    The weights of a mask m are m^2 / sum(m^2), as the masked distance has them. With E the mean under these weights,
-    over pixels, summed over channels, x the image and y the picture:
+    The masked distance weighs by m^2, the correlation by m^SHARP. With w those weights over their sum, E the mean
+    under w over pixels, summed over channels, x the image and y the picture, the correlation distance is
 
-        r = E[(x - E x)(y - E y)] / sqrt(E[(x - E x)^2] E[(y - E y)^2])
+        1 - 2 cov / (var x + var y + |E x - E y|^2 + PLAIN) = (D + PLAIN) / (D + 2 cov + PLAIN),  D = E|x - y|^2
 
-    0 where one of the two is flat. It does not change when a channel of either is made brighter, or all of it is given
-    more contrast.
+    with cov, var under w: one minus the concordance correlation (Lin 1989) with the constant of SSIM. D is the paper's
+    masked distance, squared, under the sharper weights; where image and picture have nothing in common, cov is 0.
 
     Args:
         image: [H, W, 3], uint8.
@@ -131,13 +132,17 @@ class MaskedImage:
     def __init__(self, image: Pixels, masks: Masks) -> None:
         at_size = masks_at(masks, (image.shape[0], image.shape[1])).reshape(len(masks), -1)
         self.mean = at_size.mean(1, dtype=np.float64)
-        power = np.square(at_size, dtype=np.float64).sum(1)
+        squared, sharp = np.square(at_size), at_size**SHARP
+        power = squared.sum(1, dtype=np.float64)
         self.norm = np.sqrt(power) / np.where(self.mean > 0, self.mean, 1)
-        self._weights = np.square(at_size).T / np.where(power > 0, power, 1).astype(np.float32)
+        weights = np.concatenate([squared, sharp])
+        total = weights.sum(1, dtype=np.float64)
+        self._weights = weights.T / np.where(total > 0, total, 1).astype(np.float32)  # [H W, 2 M]
         self._image = _planes(image)  # [3, H W]
         self._centred = self._image - self._image.mean(1, keepdims=True)
-        self._means = (self._centred @ self._weights).astype(np.float64)  # [3, M]
-        second = (np.einsum("cp,cp->p", self._centred, self._centred) @ self._weights).astype(np.float64)
+        sharp = np.ascontiguousarray(self._weights[:, len(masks) :])
+        self._means = (self._centred @ sharp).astype(np.float64)  # [3, M]
+        second = (np.einsum("cp,cp->p", self._centred, self._centred) @ sharp).astype(np.float64)
         self._variance = np.maximum(second - np.square(self._means).sum(0), 0)
 
     def compare(self, picture: Pixels) -> Compared:
@@ -146,14 +151,13 @@ class MaskedImage:
         np.subtract(_planes(picture), self._image, out=d[:3])
         np.einsum("cp,cp->p", d[:3], d[:3], out=d[3])
         np.einsum("cp,cp->p", self._centred, d[:3], out=d[4])
-        sums = (d @ self._weights).astype(np.float64)  # E of d by channel, of d^2, of x d: [5, M]
-        covariance = sums[4] - (self._means * sums[:3]).sum(0)
-        variance = self._variance + 2 * covariance + np.maximum(sums[3] - np.square(sums[:3]).sum(0), 0)
-        flat = (self._variance < FLAT) | (variance < FLAT)
-        scale = np.sqrt(np.where(flat, 1, self._variance * np.maximum(variance, FLAT)))
-        r = np.where(flat, 0, (self._variance + covariance) / scale)
+        every = (d @ self._weights).astype(np.float64)  # E of d by channel, of d^2, of x d
+        squared, sums = np.split(every, 2, axis=1)  # [5, M] each
+        covariance = self._variance + sums[4] - (self._means * sums[:3]).sum(0)  # of x and y = x + d
+        difference = np.maximum(sums[3], 0)
+        unlike = (difference + PLAIN) / (np.maximum(difference + 2 * covariance, 0) + PLAIN)
         plain = math.sqrt(float(d[3].sum(dtype=np.float64)))
-        return Compared(plain, self.norm * np.sqrt(np.maximum(sums[3], 0)), 1 - np.clip(r, -1, 1))
+        return Compared(plain, self.norm * np.sqrt(np.maximum(squared[3], 0)), np.clip(unlike, 0, 2))
 
 
 def _planes(pixels: Pixels) -> NDArray[np.float32]:
@@ -220,6 +224,7 @@ def match_image(
             if "be_mask" in distances:
                 match["ls"] = gate(distances["be_mask"] * float(masked.mean[names.index("be_mask")]), sscd)
             match |= {column: gate(distances[mask], sscd) for column, mask in LS_MASKS.items() if mask in distances}
+            match["ls_corr"] = gate(unlike["energy_mask"], sscd)
             there = {word: mask for word, mask in MASKS.items() if mask in distances}
             match |= {f"distance_{word}": distances[mask] for word, mask in there.items()}
             match |= {f"correlation_distance_{word}": unlike[mask] for word, mask in there.items()}
@@ -229,19 +234,22 @@ def match_image(
     return matches
 
 
-def decide(match: Mapping[str, Any], match_mask: str, threshold: float) -> dict[str, Any]:
+def decide(match: Mapping[str, Any], match_mask: str, threshold: float, untold: str = "") -> dict[str, Any]:
     """A match as it is measured, under the match mask, with its verdict: MATCH_COLUMNS.
 
     Args:
         match: MEASURED_COLUMNS.
         match_mask: whose mask decides (key of schema.MASKS).
         threshold: correlation distances below it are local copies.
+        untold: why there is no threshold yet (`Null.untold`): what is no global copy has no reference to judge it by.
     """
     by_mask = [f"{name}_{word}" for name in ("distance", "correlation_distance") for word in MASKS]
     kept = {name: value for name, value in match.items() if name not in by_mask}
     kept["distance"] = match.get(f"distance_{match_mask}")
     kept["correlation_distance"] = match.get(f"correlation_distance_{match_mask}")
-    unreadable = match.get("unreadable") is not None
+    if untold and match.get("unreadable") is None and match["sscd"] <= COPY:
+        kept["unreadable"] = f"no local threshold: {untold}"
+    unreadable = kept.get("unreadable") is not None
     kept["verdict"] = (
         "no_reference" if unreadable else verdict_of(match["sscd"], kept["correlation_distance"], threshold)
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ from audit.verdicts.candidates import ConfirmConfig, choose
 from audit.verdicts.compare import COPY, VERDICT_VERSION, References, statistic_of
 from audit.verdicts.crops import TrainingCrops
 from audit.verdicts.match_shard import own_pictures
-from audit.verdicts.null import NullPictures, check_pictures, draw_pictures, pictures_null, threads
+from audit.verdicts.null import NullPictures, check_pictures, draw_pictures, null_of, pictures_null, threads
 
 if TYPE_CHECKING:
     from pipelines.descriptor import Descriptor
@@ -41,12 +41,13 @@ NULL_FILE = "null.json"  # beside the rows of confirm
 
 @dataclass(frozen=True)
 class MatchFingerprint:
-    """What a match depends on: the images, the index and its descriptor, and how many pictures are compared."""
+    """What a match depends on: the images, the index and its descriptor, how many pictures are compared, and how."""
 
     trajectories: str
     index: str
     descriptor: str
     neighbours: int
+    rule_version: int = 1
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class ConfirmSummary:
         candidates: rows confirmed. verdicts: how many of each. null: the local threshold and what it rests on.
         failed: trajectories that failed. quarantined: shards given up. unreadable: comparisons with training pictures
             that could not be read any more; why_unreadable: the first reason.
+        before: the null that this call replaced, because pictures it was made without are back.
         with_picture: candidates whose own picture is in the index. dead_urls: URLs that img2dataset could not download.
         committed_now: shards done by this call.
     """
@@ -86,6 +88,7 @@ class ConfirmSummary:
     committed_now: int
     seconds: float
     why_unreadable: str = ""
+    before: Null | None = None
     with_picture: int = 0
     dead_urls: int = 0
 
@@ -97,7 +100,8 @@ class ConfirmSummary:
     @property
     def exit_code(self) -> int:
         """0 complete, 3 with failed trajectories or shards, candidates without a verdict or pictures not to be read."""
-        return 3 if self.unreadable or self.failed or self.quarantined or self.decided < self.candidates else 0
+        missing = self.unreadable or self.failed or self.quarantined or self.null.missing
+        return 3 if missing or self.decided < self.candidates else 0
 
     def lines(self) -> list[str]:
         """For people."""
@@ -112,9 +116,21 @@ class ConfirmSummary:
                 f"global: sscd > {COPY:g}. local: correlation distance < {null.threshold:.4g}, for a false-positive "
                 f"rate of {null.fpr:g} a candidate (95 % {low:.2g} to {high:.2g}, from {len(null):,} {source})."
             )
-        elif np.isinf(null.threshold):
+        elif np.isinf(null.threshold) and not null.missing:
             what = "no image was generated" if self.failed else "the index holds no pixels"
             lines.append(f"No local threshold: {what}; only global copies can be told.")
+        if null.missing:
+            rests = "there is no local threshold" if null.untold else "the local threshold was made without them"
+            lines.append(
+                f"{len(null.missing):,} training pictures of the null cannot be read, and {rests}: {null.why_missing}: "
+                "give the command again when they are back."
+            )
+        if self.before is not None:
+            was, now = (f"{each.threshold:.4g}" if len(each) else "none" for each in (self.before, null))
+            lines.append(
+                f"Pictures are back: the local threshold was made again, {was} -> {now}, and every verdict was decided "
+                "again by it."
+            )
         if self.failed:
             lines.append(f"{self.failed} trajectories failed: be-audit status {self.run}")
         if self.decided < self.candidates:
@@ -130,7 +146,7 @@ class ConfirmSummary:
             )
         if self.unreadable:
             lines.append(
-                f"{self.unreadable:,} comparisons with training pictures that cannot be read decided nothing "
+                f"{self.unreadable:,} comparisons for which training pictures cannot be read decided nothing "
                 f"(no_reference): {self.why_unreadable}: give the command again when they are back."
             )
         return lines
@@ -156,7 +172,9 @@ def confirm(config: ConfirmConfig, stop: Stop | None = None) -> ConfirmSummary:
     trajectories = Stage.begin(run, TRAJECTORIES, fingerprint, images, _recorded(config), config.replace)
     # 2. images, and beside them their matches, which need no threshold
     captions = images.filter(pc.equal(images["image_index"], 0)).drop_columns(["image_index"])
-    asked = MatchFingerprint(trajectories.facts.digest, index.fingerprint, descriptor.sha256, config.neighbours)
+    asked = MatchFingerprint(
+        trajectories.facts.digest, index.fingerprint, descriptor.sha256, config.neighbours, VERDICT_VERSION
+    )
     matching = Stage.begin(run, MATCH, asked, captions, _recorded(config), config.replace)
     _take_back(matching, index)
     with Beside(matching, trajectories, config, stop):
@@ -176,8 +194,12 @@ def confirm(config: ConfirmConfig, stop: Stop | None = None) -> ConfirmSummary:
         null_pictures=None if pictures is None else len(pictures),
     )
     candidates = captions.filter(pc.invert(captions["clean"])).drop_columns(["clean"])
-    stage = Stage.find(run, CONFIRM)
-    if stage is None or stage.differs(verdicts) or stage.problems():
+    stage, before = Stage.find(run, CONFIRM), None
+    whole = stage is not None and not stage.differs(verdicts) and not stage.problems()
+    if stage is not None and whole and _is_back(_null_of(stage).missing, index):
+        before = _null_of(stage).null()
+        stage.discard()  # two thresholds never meet in one confirm
+    if stage is None or not whole or before is not None:
         if config.ls_threshold is not None:
             null = Null.given(config.ls_threshold, config.match_fpr)
         elif source == CAPTIONS:
@@ -202,7 +224,8 @@ def confirm(config: ConfirmConfig, stop: Stop | None = None) -> ConfirmSummary:
         unreadable=counts.get("unreadable", 0),
         committed_now=sum(len(each.committed) for each in committed),
         seconds=time.monotonic() - started,
-        why_unreadable=_why_unreadable(matching) if counts.get("unreadable") else "",
+        why_unreadable=(_why_unreadable(matching) or null.untold) if counts.get("unreadable") else "",
+        before=before,
         with_picture=len(own_pictures(run, index, candidates)),
         dead_urls=index.info.left_out.get("dead URLs", 0),
     )
@@ -215,6 +238,12 @@ def _unreadable(matching: Stage) -> Iterator[tuple[int, int, str]]:
             matches = matching.table(shard, ["matches"])["matches"].to_pylist()
             bad = (match for each in matches for match in each if match.get("unreadable") is not None)
             yield from ((shard, match["reference_id"], match["unreadable"]) for match in bad)
+
+
+def _is_back(missing: Iterable[int], index: Index) -> bool:
+    """Whether one of these pictures, which could not be read once, can be read now."""
+    references = References(index, (1, 1))
+    return any(references.pixels(id) is not None for id in missing)
 
 
 def _why_unreadable(matching: Stage) -> str:
@@ -332,17 +361,22 @@ def _spread(count: int, at_most: int) -> NDArray[np.int64]:
 def _captions_null(matching: Stage, config: ConfirmConfig) -> Null:
     """The null of the clean captions' own images, under their own masks, with as many comparisons."""
     clean = set(matching.items.filter(matching.items["clean"])["row_id"].to_pylist())
-    statistics, copies = [], 0
+    statistics: list[float] = []
+    copies, missing = 0, dict[int, str]()
     for shard in sorted(matching.done()):
         for row in matching.table(shard).to_pylist():
-            value = statistic_of(row["matches"], config.match_mask) if row["row_id"] in clean else None
-            if value is not None and row["num_images"] == config.num_images:
+            if row["row_id"] not in clean or row["num_images"] != config.num_images:
+                continue
+            gone = {m["reference_id"]: m["unreadable"] for m in row["matches"] if m["unreadable"] is not None}
+            missing |= gone
+            value = statistic_of(row["matches"], config.match_mask)
+            if value is not None and not gone:
                 statistics.append(value)
                 copies += any(match["sscd"] > COPY for match in row["matches"])
     needed = sample_needed(config.match_fpr, 1)
-    if len(statistics) < needed:
+    if len(statistics) < needed and not missing:
         raise AuditError(
             f"{matching.run.url}: only {len(statistics):,} of {len(clean):,} clean captions have images that could be "
             f"compared, {needed:,} are needed for a rate of {config.match_fpr:g}: be-audit status {matching.run.url}"
         )
-    return Null.of(CAPTIONS, np.array(statistics), config.match_fpr, copies=copies)
+    return null_of(CAPTIONS, statistics, config.match_fpr, copies=copies, missing=missing)

@@ -81,7 +81,7 @@ class ConfirmJob:
         return decode_png(images[0].as_py()).shape[:2] if len(images) else None
 
     def _row(self, item: Mapping[str, Any], found: Mapping[str, Any], references: References | None) -> dict[str, Any]:
-        matches = [decide(match, self.match_mask, self.null.threshold) for match in found["matches"]]
+        matches = [decide(match, self.match_mask, self.null.threshold, self.null.untold) for match in found["matches"]]
         by_image: dict[int, list[str]] = collections.defaultdict(list)
         for match in matches:
             by_image[match["image_index"]].append(match["verdict"])

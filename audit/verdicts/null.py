@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,7 +94,9 @@ def pictures_null(found: NullPictures, crops: TrainingCrops, masks: Masks, fpr: 
     """The null of different training pictures, each under one mask drawn from the run, on all cores.
 
     Of each sampled picture the smallest correlation distance to its nearest others. A candidate has the chances of
-    `num_images` of them. Pairs that are near-duplicates by their training crops are left out too.
+    `num_images` of them. Pairs that are near-duplicates by their training crops are left out too. A picture that
+    cannot be compared with all of its others is no member: fewer comparisons would make the threshold laxer. Where too
+    few are left there is no threshold, and the null says why (`Null.untold`).
 
     Args:
         found: the pictures.
@@ -102,8 +104,6 @@ def pictures_null(found: NullPictures, crops: TrainingCrops, masks: Masks, fpr: 
         masks: match masks of the run at latent size, [N, h, w].
         fpr: false-positive rate a candidate.
         num_images: images a candidate.
-    Raises:
-        AuditError: too few of the pictures could be read.
     """
     references, index = crops.references, crops.references.index
     near = found.near_duplicates
@@ -115,7 +115,9 @@ def pictures_null(found: NullPictures, crops: TrainingCrops, masks: Masks, fpr: 
             return None
         mask = masks[int(found.keys[place] % np.uint64(len(masks)))]
         image = MaskedImage(own, mask[None])
-        pictures = (pixels for id in others if (pixels := references.pixels(id)) is not None)
+        pictures = [pixels for id in others if (pixels := references.pixels(id)) is not None]
+        if not references.unreadable.keys().isdisjoint(others):
+            return None
         return min((float(image.compare(each).correlation_distances[0]) for each in pictures), default=None)
 
     with Progress(len(found), "pictures", "null") as progress:
@@ -133,13 +135,30 @@ def pictures_null(found: NullPictures, crops: TrainingCrops, masks: Masks, fpr: 
                 different.append(new)
             smallest += [value for value in crops.pool.map(compare, block, different) if value is not None]
             progress.add(len(block))
-    needed = sample_needed(fpr, num_images)
-    if len(smallest) < needed:
-        raise AuditError(
-            f"{index.folder.url}: only {len(smallest):,} of its pictures could be read and compared, {needed:,} are "
-            f"needed for a false-positive rate of {fpr:g}: give the command again when they are back, or --ls-threshold"
-        )
-    return Null.of(PICTURES, np.array(smallest), fpr, num_images, near)
+    return null_of(PICTURES, smallest, fpr, num_images, near, missing=references.unreadable)
+
+
+def null_of(
+    source: str,
+    statistics: Sequence[float],
+    fpr: float,
+    draws: int = 1,
+    near_duplicates: int = 0,
+    copies: int = 0,
+    missing: Mapping[int, str] | None = None,
+) -> Null:
+    """The null of a sample some of which may be missing: without a threshold where too much of it is.
+
+    Args:
+        missing: why a picture could not be read, by id.
+    Raises:
+        AuditError: too small for the rate though every picture could be read.
+    """
+    missing = missing or {}
+    why = next(iter(missing.values()), "")
+    if missing and len(statistics) < sample_needed(fpr, draws):
+        return replace(Null.given(-np.inf, fpr), source=source, draws=draws).without(missing, why)
+    return Null.of(source, np.array(statistics), fpr, draws, near_duplicates, copies).without(missing, why)
 
 
 def threads() -> ThreadPoolExecutor:

@@ -1,11 +1,13 @@
 """How good are the verdicts of `be-audit confirm`? Printed against the testbed's measured truth.
 
-    python -m tests.benchmarks.bench_confirm [--work DIR] [--num-images K] [--none N] [--no-generation] [--quick]
+    python -m tests.benchmarks.bench_confirm [--work DIR] [--num-images K] [--local N] [--none N] [--steps N]
+                                             [--no-generation] [--quick]
 
 Generates images of every local caption, every global one and N captions the model never saw, once, into --work; then
 searches, compares, calibrates and decides by the code that confirm runs, under every match mask, both nulls, several
-rates and numbers of images. `--no-generation` uses the images that are there. An image takes 2 s on two quiet CPU
-cores. The testbed is small and not Stable Diffusion.
+rates and numbers of images. `--local N` takes N captions of every copied template and none of the others, for machines
+with few cores. `--no-generation` uses the images that are there. An image takes 2 s on two quiet CPU cores. The testbed
+is small and not Stable Diffusion.
 """
 
 from __future__ import annotations
@@ -32,12 +34,14 @@ from audit.verdicts.crops import TrainingCrops
 from audit.verdicts.null import draw_pictures, pictures_null, threads
 
 NEIGHBOURS, BATCH = 10, 16
+NUM_IMAGES = (1, 2, 4, 8, 16)
 SMALL = 0.25  # share of the picture below which a fixed region is small
 
 
 @dataclass(frozen=True)
 class Caption:
-    """A caption of the testbed: what was measured of it, and the share of the picture its fixed region covers."""
+    """A caption of the testbed: what was measured of it, the number of its template (or picture), and the share of the
+    picture its fixed region covers."""
 
     text: str
     group: str
@@ -45,13 +49,15 @@ class Caption:
     area: float
 
 
-def captions_of(num_none: int) -> list[Caption]:
-    """Distinct captions: all local and global ones, and the first `num_none` never seen; copied ones first."""
+def captions_of(num_none: int, per_template: int | None = None) -> list[Caption]:
+    """Distinct captions: all local and global ones, and the first `num_none` never seen; copied ones first.
+
+    With `per_template` only so many of every copied template, and those never seen.
+    """
     table = pq.read_table(testbed.CAPTIONS).to_pandas().drop_duplicates("TEXT")
     with np.load(testbed.PICTURES.with_name("regions.npz")) as found:
         regions = np.unpackbits(found["regions"], axis=-1).reshape(len(found["clusters"]), -1).mean(1)
         areas = dict(zip(found["clusters"].astype(str).tolist(), regions.tolist(), strict=True))
-    clusters = sorted(set(table.cluster))
     captions = []
     for row in table.to_dict("records"):
         copied = "copied" if (row["copy_error"] or 1) < COPIED else "not copied"
@@ -59,10 +65,16 @@ def captions_of(num_none: int) -> list[Caption]:
         if row["label"] != "none" or unseen:
             group = "never seen" if unseen else f"{row['label']}, {copied}"
             area = areas.get(row["cluster"], 1.0)
-            captions.append(Caption(row["TEXT"], group, clusters.index(row["cluster"]), area))
+            captions.append(Caption(row["TEXT"], group, int(row["cluster"].rsplit("-", 1)[1]), area))
     none = [each for each in captions if each.group == "never seen"][:num_none]
     order = ("local, copied", "never seen", "global, copied", "local, not copied", "global, not copied")
     kept = [each for each in captions if each.group != "never seen"] + none
+    if per_template is not None:
+        few: dict[int, list[Caption]] = {}
+        for each in captions:
+            if each.group == "local, copied":
+                few.setdefault(each.template, []).append(each)
+        kept = [each for of in few.values() for each in of[:per_template]] + none
     return sorted(kept, key=lambda each: order.index(each.group))
 
 
@@ -131,6 +143,10 @@ class Bench:
         """Captions with that many images."""
         return [c for c in self.captions if all((c.text, k) in self.measured for k in range(num_images))]
 
+    def judged(self, source: str, num_images: int) -> list[Caption]:
+        """Those with that many images that are no part of such a null."""
+        return [each for each in self.having(num_images) if source == PICTURES or each.text not in self.clean]
+
     def statistic(self, caption: str, mask: str, num_images: int) -> float:
         return min(self.measured[caption, k][mask] for k in range(num_images))
 
@@ -185,32 +201,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "be-audit-bench-confirm")
     parser.add_argument("--num-images", type=int, default=1)
+    parser.add_argument("--local", type=int, help="captions of every copied template alone")
     parser.add_argument("--none", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--no-generation", action="store_true", help="use the images that are in --work")
     parser.add_argument("--quick", action="store_true", help="a handful of captions and steps: does it run?")
     args = parser.parse_args()
-    captions = captions_of(60 if args.quick else args.none)
+    captions = captions_of(60 if args.quick else args.none, args.local)
     if args.quick:
         captions = [each for n, each in enumerate(captions) if each.group == "never seen" or n % 24 == 0]
     (args.work / "images").mkdir(parents=True, exist_ok=True)
     if not args.no_generation:
         there = read_images(args.work / "images")
         wanted = [(c.text, k) for k in range(args.num_images) for c in captions if (c.text, k) not in there]
-        generate(wanted, args.work / "images", max(16, args.num_images), 2 if args.quick else 50)
+        generate(wanted, args.work / "images", max(16, args.num_images), 2 if args.quick else args.steps)
     bench = Bench(captions, args.work)
-    judged = [each for each in bench.having(1) if each.text not in bench.clean]
     for mask, source, fpr in itertools.product(MASKS, (PICTURES, CAPTIONS), (0.05, 0.01)):
         null = bench.null(source, mask, fpr, 1)
         if null is not None:
             print(f"--match-mask {mask} --match-fpr {fpr}, null of {source}, one image")
-            bench.table(mask, null, 1, judged)
-    for num_images in (1, 4, 16):  # what more images buy: on the captions that have the most of them
-        many = [each for each in bench.having(max(4, num_images)) if each.text not in bench.clean]
-        for source in (PICTURES, CAPTIONS):
-            null = bench.null(source, "energy", 0.05, num_images) if many else None
-            if null is not None:
-                print(f"--num-images {num_images} --match-fpr 0.05, null of {source}: {num_images} x the cost")
-                bench.table("energy", null, num_images, many)
+            bench.table(mask, null, 1, bench.judged(source, 1))
+    most = max((k for k in NUM_IMAGES if bench.having(k)), default=0)
+    for source, fpr, num_images in itertools.product((PICTURES, CAPTIONS), (0.05, 0.01), NUM_IMAGES):
+        # what more images buy, all on the captions that have the most of them
+        null = bench.null(source, "energy", fpr, num_images) if num_images <= most else None
+        if null is not None:
+            print(f"--num-images {num_images} --match-fpr {fpr}, null of {source}: {num_images} x the cost")
+            bench.table("energy", null, num_images, bench.judged(source, most))
 
 
 if __name__ == "__main__":

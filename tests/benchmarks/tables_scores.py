@@ -21,7 +21,7 @@ from tests.benchmarks.tables_passes import Arrays, Passes, choose, detectors
 
 EOS = TOKENS.index("eos")
 TRUTHS = {"design label": "by design label", "measured copying": "by what is measured to be copied"}
-MATCH_SCORES = ("sscd", "s", "ls", "ls_norm", "ls_energy", "ls_score")
+MATCH_SCORES = ("sscd", "s", "ls", "ls_norm", "ls_energy", "ls_score", "ls_corr")
 
 
 def sample_of(frame: pd.DataFrame, truth: str, kind: str) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
@@ -103,7 +103,7 @@ def evaluation(page: Page, passes: Passes, first: Arrays, whole: Arrays, work: P
         "is made "
         "for photographs) and the caption's own; the best value counts. `ls` is as printed in the paper, `ls_norm` is "
         "divided by mean(m), `ls_energy` and `ls_score` are `ls_norm` under the energy mask and the "
-        "score-difference map. "
+        "score-difference map, `ls_corr` is the correlation distance under the energy mask. "
         "*gain* is against S."
     )
     _by_truth(page, "evaluation", rows, lambda row: f"`{row['score']}`", "s")

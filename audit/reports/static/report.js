@@ -356,7 +356,7 @@ const BE_AUDIT = (() => {
     return el("section", {}, el("h3", {}, title), list(pairs));
   }
 
-  const MATCH = ["sscd", "correlation_distance", "distance", "s", "ls", "ls_norm", "ls_energy", "ls_score", "rank"];
+  const MATCH = ["sscd", "correlation_distance", "distance", "s", "ls", "ls_norm", "ls_energy", "ls_score", "ls_corr", "rank"];
   const matchNumbers = (best) => best && numbers("The match", MATCH, (name) => best[name]);
   const scoreNumbers = (row) =>
     numbers("Scores of the caption", [...data.scores, "ld_std", "mask_source", "p_value", "q_value", "verdict_images", "num_images", "num_tokens"], (name) => (col[name] ?? [])[row]);

@@ -150,6 +150,7 @@ def test_verdicts_are_counted_by_label_and_matches_scored_by_image(run: Run, lab
     assert table == {"global": [1, 0, 0, 1], "local": [0, 0, 1, 1], "none": [0, 1, 0, 2], "None": [0, 0, 0, 1]}
     scored = {(each.score, each.images, each.type): each for each in found.figures if each.stage == "confirm"}
     assert {images for _, images, _ in scored} == {"one", "mean", "best"}
+    assert {"sscd", "ls", "ls_norm", "ls_energy", "ls_corr"} <= {score for score, _, _ in scored}
     # sscd 0.93 (a, global), 0.2 (b, none), 0.4 (w, local): a above w, b below
     every = scored["sscd", "mean", "all"]
     assert (every.memorised, every.clean, every.auc) == (2, 1, 0.5)

@@ -49,13 +49,14 @@ def test_masked_distance_by_hand() -> None:
     assert same.distances.tolist() == [0, 0] and same.plain == 0
 
 
-def reference_correlation(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
-    """Weighted Pearson correlation, channels centred by themselves, in float64 and in so many words."""
-    weights = np.square(mask.astype(float)) / np.square(mask.astype(float)).sum()
+def reference_concordance(a: np.ndarray, b: np.ndarray, mask: np.ndarray) -> float:
+    """Weighted concordance correlation (Lin 1989), channels summed, in float64 and in so many words."""
+    weights = (mask.astype(float) ** 3 / (mask.astype(float) ** 3).sum())[..., None]
     x, y = a / 255.0, b / 255.0
-    x, y = (each - (weights[..., None] * each).sum((0, 1)) for each in (x, y))
-    of = lambda u, v: float((weights[..., None] * u * v).sum())  # noqa: E731
-    return of(x, y) / np.sqrt(of(x, x) * of(y, y))
+    mean_x, mean_y = (weights * x).sum((0, 1)), (weights * y).sum((0, 1))
+    of = lambda u, v: float((weights * u * v).sum())  # noqa: E731
+    x, y, shift = x - mean_x, y - mean_y, float(np.square(mean_x - mean_y).sum())
+    return 2 * of(x, y) / (of(x, x) + of(y, y) + shift + 3 * 0.03**2)
 
 
 def test_correlation_distance_against_a_reference_in_float64() -> None:
@@ -66,11 +67,11 @@ def test_correlation_distance_against_a_reference_in_float64() -> None:
         masks = rng.random((3, *size)).astype(np.float32) ** 4
         masked = MaskedImage(a, masks)
         for b in (near, rng.integers(0, 256, a.shape).astype(np.uint8), 255 - a):
-            expected = [1 - reference_correlation(a, b, mask) for mask in masks]
+            expected = [1 - reference_concordance(a, b, mask) for mask in masks]
             np.testing.assert_allclose(masked.compare(b).correlation_distances, expected, atol=2e-6)
 
 
-def test_plain_regions_are_no_evidence_and_brightness_is_no_difference() -> None:
+def test_plain_regions_are_no_evidence_and_another_colour_is_a_difference() -> None:
     rng = np.random.default_rng(1)
     drawn = rng.integers(40, 160, (16, 16, 3)).astype(np.uint8)
     mask = np.ones((1, 16, 16), np.float32)
@@ -79,9 +80,24 @@ def test_plain_regions_are_no_evidence_and_brightness_is_no_difference() -> None
     assert blank.compare(flat(90, (16, 16))).correlation_distances[0] == 1  # alike, but nothing is drawn there
     assert blank.compare(drawn).correlation_distances[0] == 1
     masked = MaskedImage(drawn, mask)
-    assert masked.compare(drawn).correlation_distances[0] == 0
-    assert masked.compare(drawn + np.uint8([60, 0, 20])).correlation_distances[0] == pytest.approx(0, abs=1e-5)
-    assert masked.compare(np.uint8(drawn // 2)).correlation_distances[0] == pytest.approx(0, abs=1e-3)
+    same, recoloured = masked.compare(drawn), masked.compare(drawn + np.uint8([60, 0, 20]))
+    variance = float((drawn / 255.0).var((0, 1)).sum())
+    shift = (60**2 + 20**2) / 255**2
+    assert same.correlation_distances[0] == pytest.approx(0.0027 / (2 * variance + 0.0027), rel=1e-4)
+    expected = (shift + 0.0027) / (shift + 2 * variance + 0.0027)
+    assert recoloured.correlation_distances[0] == pytest.approx(expected, rel=1e-4) and expected > 0.15
+    assert masked.compare(np.uint8(200 - drawn)).correlation_distances[0] > 1.5  # the negative
+
+
+def test_a_sharp_mask_keeps_a_small_region_from_what_lies_around_it() -> None:
+    """A corner of the picture is copied, and the mask is four times as large there as elsewhere."""
+    rng = np.random.default_rng(2)
+    a, b = (rng.integers(0, 256, (32, 32, 3)).astype(np.uint8) for _ in range(2))
+    b[:8, :8] = a[:8, :8]
+    mask = np.full((1, 32, 32), 0.25, np.float32)
+    mask[0, :8, :8] = 1
+    # copied 64 pixels of weight 1, others 960 of weight 1/64: 64 of 79 of what is seen is the same
+    assert MaskedImage(a, mask).compare(b).correlation_distances[0] == pytest.approx(15 / 79, abs=0.04)
 
 
 def test_a_mask_that_sees_nothing_says_nothing() -> None:
@@ -192,10 +208,13 @@ def test_match_image_by_hand() -> None:
     assert near["ls_norm"] == pytest.approx(-0.5 * root3 / 0.25)
     assert near["ls_energy"] == 0  # the energy mask does not see the pixel
     assert near["ls_score"] == pytest.approx(-4 * root3)
+    assert near["ls_corr"] == -1  # nothing is drawn where the energy mask looks: nothing in common
     assert near["distance_final"] == pytest.approx(0.5 * root3 / 0.25)
     assert decide(near, "first", 0.5)["verdict"] == "none"  # flat under the mask: nothing to be alike
     same = decide(same, "first", 0.5)
-    assert (same["correlation_distance"], same["distance"], same["verdict"]) == (0, 0, "local")
+    # one pixel of four is white: variance 3 x 3/16
+    assert same["correlation_distance"] == pytest.approx(0.0027 / (2 * 9 / 16 + 0.0027), rel=1e-4)
+    assert (same["distance"], same["verdict"]) == (0, "local")
     assert "distance_first" not in same
     assert (own["own"], own["rank"], own["image_index"]) == (True, -1, 2)
     assert "s" not in own and own["unreadable"] == "8.jpg: gone"
@@ -203,6 +222,7 @@ def test_match_image_by_hand() -> None:
         assert decide({**own, "sscd": sscd}, "first", 0.5)["verdict"] == "no_reference"
     (copied,) = match_image(image, 0, masks, [Neighbour(7, 0.6, 0)], None, stored, facts)  # type: ignore[arg-type]
     assert (decide(copied, "energy", 0.5)["verdict"], copied["s"], copied["ls_norm"]) == ("global", 0, 0)
+    assert copied["ls_corr"] == 0
 
 
 def test_sscd_is_the_larger_of_whole_and_training_crop(tmp_path: object) -> None:
