@@ -16,6 +16,8 @@ WEIGHTS = {
     "transformers": ("model.safetensors", "pytorch_model.bin"),
 }
 """Names of a part's weights, in the order the libraries look for them; shards are listed in NAME.index.json."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+"""Extensions of weights that torch unpickles."""
 
 
 @dataclass(frozen=True)

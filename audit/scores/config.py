@@ -26,6 +26,7 @@ class ModelFlags:
     )
     lora: tuple[str, ...] = option((), "LoRA files merged into the weights, FILE or FILE:SCALE, comma-separated.")
     textual_inversion: tuple[str, ...] = option((), "Files of learned tokens, FILE:TOKEN, comma-separated.")
+    allow_pickle: bool = option(False, "Load weights that are pickles (.bin, .pt) too: only from those you trust.")
 
 
 @dataclass(frozen=True)
