@@ -145,7 +145,8 @@ def test_urls_of_rows_are_never_fetched(tmp_path: Path, sd1: str, server: tuple[
         ["confirm", run, "--index", index, "--top-k", 2, "--num-images", 1, "--ls-threshold", 1],
         ["report", run],
     ):
-        assert be_audit(*words).code == 0
+        found = be_audit(*words)
+        assert found.code == (3 if "build" in words else 0), found  # the cell that is a URL has no picture
     assert asked == []
 
 
