@@ -56,6 +56,7 @@ check: $(VENV)/.test ## ruff, mypy and import-linter
 bench: $(VENV)/.test setup ## speed and memory, each figure against a baseline in the same run
 	$(BIN)/python -m tests.benchmarks.bench_scan
 	$(BIN)/python -m tests.benchmarks.bench_planning
+	$(BIN)/python -m tests.benchmarks.bench_million
 	$(BIN)/python -m tests.benchmarks.bench_descriptor
 	$(BIN)/python -m tests.benchmarks.bench_index
 	$(BIN)/python -m tests.benchmarks.bench_report

@@ -100,7 +100,12 @@ def load_clip(folder: str | Path, device: str = "auto") -> ClipScore:
     transformers.logging.set_verbosity_error()
     dtype = torch.float32 if target.type == "cpu" else "auto"
     try:
-        model = transformers.CLIPModel.from_pretrained(path, dtype=dtype, local_files_only=True)
+        model = transformers.CLIPModel.from_pretrained(
+            path,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,  # and no pickle
+        )
         tokenizer = transformers.CLIPTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

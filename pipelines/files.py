@@ -26,6 +26,8 @@ BOUNDS = (
 MOST = 1e9
 """The largest number a configuration may have, by its key and for all others: a library builds what it reads, so that
 a billion layers would take all memory before anything could be said."""
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+"""Extensions of weights that torch unpickles."""
 
 
 @dataclass(frozen=True)

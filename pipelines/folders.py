@@ -20,7 +20,7 @@ from typing import Any
 from pipelines.configurations import check_vae, from_config, model_class, naming, read_config, reading
 from pipelines.errors import ModelError
 from pipelines.families import find_family, supported
-from pipelines.files import Weights, file_sha256, find_weights, read_json
+from pipelines.files import PICKLES, Weights, file_sha256, find_weights, read_json
 from pipelines.model import DiffusionModel, Part
 from pipelines.schedules import Schedule, Unit, open_scheduler
 
@@ -155,6 +155,11 @@ class ModelFolder:
             "lora": [f"{file_sha256(path)}:{scale:g}" for path, scale in self.loras],
             "textual_inversion": [f"{file_sha256(path)}:{token}" for path, token in self.inversions],
         }
+
+    def pickles(self) -> list[Path]:
+        """Files among those that are loaded that are no safetensors but pickles, which torch would read."""
+        adapters = [path for path, _ in (*self.loras, *self.inversions)]
+        return [path for path in (*self.loaded_files(), *adapters) if path.suffix in PICKLES]
 
     def _file_hash(self, file: Path) -> str:
         """sha256 of a file; of model_index.json only what is read of it counts."""

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -221,6 +222,31 @@ class Ledger:
 
         with ThreadPoolExecutor(1 if self.folder.local else 16) as pool:
             return {made.shard: made for made in pool.map(look, wanted) if made}
+
+    def whole(self, shards: Iterable[int]) -> dict[int, Commit]:
+        """The commits of those shards that have one, for a reader of what is committed.
+
+        Raises:
+            Damaged: a commit cannot be read, or its file is missing or of another size: rows would be left out.
+        """
+        wanted = set(shards) & set(self.shards())
+        done = self.done(wanted)
+        for shard in sorted(wanted - set(done)):
+            made, why = self._look(shard)
+            if why:
+                time.sleep(1)  # another worker may be between a file and its commit
+                made, why = self._look(shard)
+            if made is None and shard not in self.shards():
+                continue  # taken back meanwhile
+            if why or made is None:
+                raise Damaged(f"{self.folder.path(why)}: be-audit verify {self.folder.url} --repair does it again")
+            done[shard] = made
+        return done
+
+    def _look(self, shard: int) -> tuple[Commit | None, str]:
+        """A shard's commit, and what is wrong with it or its file; "" where nothing is."""
+        made = self.read(shard)
+        return made, (self.problem(made) or "") if made else f"{self.name(shard)}: damaged"
 
     def problem(self, made: Commit, deep: bool = False) -> str | None:
         """What is wrong with a commit's file, in words; None when nothing is. `deep` reads and hashes it."""

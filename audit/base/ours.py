@@ -31,6 +31,11 @@ _KINDS: dict[str, tuple[frozenset[str], str]] = {
 _PLANNED = re.compile(r"(?:^|/)(plan|duplicates|input/\d{5})\.arrow$")
 
 
+def is_run_name(name: str) -> bool:
+    """Whether a name at the top of a run folder is one that a run writes itself."""
+    return any(re.fullmatch(_KINDS["run.json"][1], text) for text in (name, f"{name}/"))
+
+
 def our_files(fs: Any, names: Iterable[str]) -> set[str]:
     """Those of some files that a run, an index or a report wrote. What a user keeps beside them is not among them.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import uuid
@@ -58,13 +59,31 @@ def list_tree(fs: Any, root: str) -> dict[str, int]:
     return dict(sorted(files.items()))
 
 
+_SECRET = re.compile(r"pass|secret|token|signature|credential|api_?key|access_?key|auth|^sig$|^pwd$", re.IGNORECASE)
+
+
 def check_name(text: str) -> str:
-    """The path or URL itself. Raises AuditError where its name is not UTF-8: no table and no page could say it."""
+    """The path or URL itself.
+
+    Raises:
+        AuditError: its name is not UTF-8, which no table and no page could say; or it holds a password or a token,
+            which would be written into run.json, logs and reports.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         shown = text.encode(errors="surrogateescape").decode(errors="replace")
         raise AuditError(f"{shown}: the name is not UTF-8: rename it") from error
+    for part in text.split("::") if "://" in text else ():
+        host, _, query = part.partition("://")[2].partition("?")
+        names = [each.partition("=")[0] for each in query.split("&")]
+        secret = next((name for name in names if _SECRET.search(name)), None)
+        if secret is not None or ":" in host.partition("/")[0].rpartition("@")[0]:
+            shown = f"{part.partition('://')[0]}://{host.partition('/')[0].rpartition('@')[2]}/..."
+            raise AuditError(
+                f"{shown}: the URL holds {secret or 'a password'}, which would be kept with the run: leave it out and "
+                "give it to the store's driver (environment variables, ~/.aws, ~/.config/fsspec, ~/.netrc)"
+            )
     return text
 
 

@@ -2,7 +2,8 @@
 
 find.py        which inputs there are, and which files are left out
 files.py       what is in them, which column the captions are, whether they are whole
-text_lines.py  CSV, TSV and JSON: encodings, compression, dialects
+text_lines.py  text files: how they are written, their lines unpacked and decoded
+csv_rows.py    CSV and TSV; json_rows.py  JSON
 streams.py     text files, Arrow streams, lists of captions and data sets, read front to back
 rows.py        Parquet and Arrow files, read by position
 plan.py        shards and duplicates, kept in the run folder; what was found, for people
@@ -21,10 +22,11 @@ from audit.captions.files import CAPTION_COLUMNS, CaptionFile
 from audit.captions.find import find_captions
 from audit.captions.plan import CaptionPlan, PlanFacts, captions_digest, describe_captions, plan_captions
 from audit.captions.rows import Rows, caption_text, is_empty, text
-from audit.captions.text_lines import TextFormat
+from audit.captions.text_lines import QUOTINGS, TextFormat
 
 __all__ = [
     "CAPTION_COLUMNS",
+    "QUOTINGS",
     "CaptionFile",
     "CaptionPlan",
     "PlanFacts",

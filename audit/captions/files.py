@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
-import pyarrow.parquet as pq
 
 from audit.base.errors import AuditError
+from audit.base.parquet import open_parquet
+from audit.captions.csv_rows import header_hint
 from audit.captions.find import Source
 from audit.captions.streams import (
     BATCH_ROWS,
@@ -25,7 +26,7 @@ from audit.captions.streams import (
     stream,
     text_columns,
 )
-from audit.captions.text_lines import PLAIN, TextFormat, first_line, header_hint
+from audit.captions.text_lines import PLAIN, TextFormat, first_line
 
 CAPTION_COLUMNS = ("TEXT", "caption", "text", "prompt", "captions")
 """Where a caption is looked for when no column is named: exactly so and in this order, then in any case."""
@@ -233,14 +234,12 @@ def _check_head(path: str, kind: str, head: bytes) -> None:
         raise AuditError(f"{path}: the file is empty (0 bytes)")
     if head.startswith(b"version https://git-lfs"):
         raise AuditError(f"{path}: a git-LFS pointer, not the file itself: run `git lfs pull`")
-    if kind == "parquet" and not head.startswith(b"PAR1"):
+    if kind == "parquet" and not head.startswith((b"PAR1", b"PARE")):
         raise AuditError(f"{path}: not a Parquet file: it starts with {head[:16]!r}")
 
 
 def _parquet_facts(path: str, file: IO[bytes], size: int) -> tuple[int, pa.Schema]:
-    if size < 12 or _at(file, size - 4, 4) != b"PAR1":
-        raise AuditError(f"{path}: the Parquet file is cut short ({size} bytes, no footer at its end): get it again")
-    parquet = pq.ParquetFile(file)
+    parquet = open_parquet(path, file)
     metadata = parquet.metadata
     ends = [0]
     for group in range(metadata.num_row_groups):

@@ -21,7 +21,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from audit.base.errors import AuditError, StorageError
 from audit.base.progress import Progress
-from audit.captions.text_lines import TextFormat, csv_rows, first_line, json_rows
+from audit.captions.csv_rows import csv_rows
+from audit.captions.json_rows import json_rows
+from audit.captions.text_lines import TextFormat, first_line
 
 BATCH_ROWS = 8192
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]+))?")
@@ -208,7 +210,9 @@ def _csv_values(path: str, raw: IO[bytes], names: list[str], text: TextFormat) -
     for number, row in rows:
         if len(row) != len(header):
             what = "header" if text.header else "first line"
-            raise AuditError(f"{path}: line {number} has {len(row)} fields, the {what} {len(header)}")
+            quotes = any("\n" in field for field in row) and text.quoting is None
+            way_out = "; a quoted field goes over lines: pass --quoting none where quotes are letters" if quotes else ""
+            raise AuditError(f"{path}: line {number} has {len(row)} fields, the {what} {len(header)}{way_out}")
         yield [row[place] for place in places]
 
 

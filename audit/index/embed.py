@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from pipelines.descriptor import Descriptor
 
 LEFT_OUT = "left out: "  # before a reason, in the counts of a commit
+_BATCH_BYTES = 32 << 20  # encoded pictures that wait for their turn in one batch
 ALL_FAILED = 10  # from this many rows on, a part without one readable picture is a wrong folder, not bad luck
 
 
@@ -126,13 +126,27 @@ def _prepared(
             item.data = None
 
     ahead: tuple[list[Item], list[Future[np.ndarray | None]]] | None = None
-    while batch := list(islice(items, batch_size)):
+    for batch in _batches(items, batch_size):
         submitted = (batch, [pool.submit(prepare, item) for item in batch])
         if ahead:
             yield ahead[0], [future.result() for future in ahead[1]]
         ahead = submitted
     if ahead:
         yield ahead[0], [future.result() for future in ahead[1]]
+
+
+def _batches(items: Iterator[Item], batch_size: int) -> Iterator[list[Item]]:
+    """Items in batches: of `batch_size`, or fewer where their encoded pictures are large."""
+    batch: list[Item] = []
+    held = 0
+    for item in items:
+        batch.append(item)
+        held += len(item.data or b"")
+        if len(batch) == batch_size or held > _BATCH_BYTES:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
 
 
 def _checked(given: np.ndarray, items: list[Item], descriptor: Descriptor, source: Source) -> np.ndarray:

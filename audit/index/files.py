@@ -10,10 +10,14 @@ from typing import IO, Any, NamedTuple
 
 import fsspec
 
-from audit.index.items import PICTURES, Item, Slice, described, listing_facts, read_file, slices
+from audit.index.items import MOST_TEXT, PICTURES, Item, Slice, described, listing_facts, read_file, slices
 
 TEXTS = (".txt", ".json", ".caption")
 """What lies beside a picture under its name: its caption, or url, caption and key as JSON."""
+
+
+LONG_TEXTS = f"texts beside pictures, of more than {MOST_TEXT >> 20} MiB"
+_CARRIED = 8 << 20  # bytes of a picture in a tar up to which it is read with its row; larger ones when their turn comes
 
 
 class FolderSource:
@@ -24,7 +28,7 @@ class FolderSource:
     def __init__(self, url: str, files: dict[str, int]) -> None:
         self.url, self.files = url, {path: size for path, size in files.items() if path.lower().endswith(PICTURES)}
         self.paths = list(self.files)
-        self.beside = {path for path in files if path.endswith(TEXTS)}
+        self.beside = {path: size for path, size in files.items() if path.endswith(TEXTS)}
 
     def facts(self) -> dict[str, Any]:
         return {"kind": self.kind, "url": self.url, **listing_facts(self.files)}
@@ -35,7 +39,9 @@ class FolderSource:
     def items(self, part: Slice) -> Iterator[Item]:
         for path in self.paths[part.start : part.start + part.count]:
             stem = os.path.splitext(path)[0]
-            text = {ext: read_file(stem + ext) for ext in TEXTS if stem + ext in self.beside}
+            beside = {ext: self.beside[stem + ext] for ext in TEXTS if stem + ext in self.beside}
+            text = {ext: read_file(stem + ext) for ext, size in beside.items() if size <= MOST_TEXT}
+            yield from (Item(path, left_out=LONG_TEXTS) for _ in range(len(beside) - len(text)))
             key = path[len(self.url) :].lstrip("/") or os.path.basename(path)
             caption = text.get(".txt", text.get(".caption"))
             yield described(Item(key, locator={"file": path}), caption, text.get(".json"))
@@ -81,7 +87,8 @@ class TarSource:
                 used.add(own)
                 found = {text.extension: _content(file, text) for text in texts.get(own, [])}
                 where = {"file": part.file, "offset": picture.offset, "size": picture.size}
-                item = Item(key.lstrip("/"), locator=where, data=_content(file, picture))
+                data = _content(file, picture) if picture.size <= _CARRIED else None
+                item = Item(key.lstrip("/"), locator=where, data=data)
                 yield described(item, found.get(".txt", found.get(".caption")), found.get(".json"))
             if error is not None:
                 yield Item(os.path.basename(part.file), error=f"{part.file}: not a whole, uncompressed tar: {error}")
@@ -117,6 +124,8 @@ def _members(
                     left["hidden in tars"] += 1
                 elif dot and found.extension in PICTURES:
                     pictures.append((member.name, found))
+                elif dot and found.extension in TEXTS and member.size > MOST_TEXT:
+                    left[LONG_TEXTS] += 1
                 elif dot and found.extension in TEXTS:
                     texts.setdefault(key, []).append(found)
                 else:

@@ -18,6 +18,8 @@ from PIL import Image, ImageOps
 
 from audit.base.identity import CAPTIONS, URLS
 
+MOST_BYTES = 128 << 20  # of an encoded picture: nothing larger is read; one of 179 million pixels as JPEG has a third
+MOST_TEXT = 16 << 20  # of a text beside a picture
 _MANY_PIXELS = 1 << 24  # pictures above this are decoded one at a time: eight of the largest would fill the memory
 _one_at_a_time = threading.Lock()
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
@@ -88,7 +90,7 @@ def described(item: Item, text: bytes | None, facts: bytes | None) -> Item:
     if facts is not None:
         try:
             content = json.loads(facts)
-        except ValueError:
+        except (ValueError, RecursionError):
             content = None
         if isinstance(content, dict):
             by_name = {str(name).lower(): value for name, value in content.items()}
@@ -118,9 +120,26 @@ def listing_facts(files: dict[str, int]) -> dict[str, Any]:
     return {"files": len(files), "bytes": sum(files.values()), "listing": digest.hexdigest()[:16]}
 
 
+class TooLarge(OSError):
+    """A picture of more bytes than are read: known from its size alone."""
+
+
+def check_size(size: int) -> None:
+    """Raise TooLarge for the size of a picture that is not read."""
+    if not 0 <= size <= MOST_BYTES:
+        raise TooLarge(f"{size:,} bytes: pictures of more than {MOST_BYTES >> 20} MiB are not read")
+
+
 def read_file(path: str) -> bytes:
-    with fsspec.open(path, "rb") as file:
-        return bytes(file.read())
+    """A file whole, once its size is known. Raises TooLarge, OSError; ValueError for what is no regular file."""
+    fs, name = fsspec.core.url_to_fs(path)
+    facts = fs.info(name)
+    if facts["type"] != "file":
+        raise ValueError(f"{path}: not a regular file")
+    size = MOST_BYTES if facts["size"] is None else facts["size"]
+    check_size(size)
+    with fs.open(name, "rb") as file:
+        return bytes(file.read(size))
 
 
 def decode(data: bytes) -> Image.Image:

@@ -35,7 +35,7 @@ from audit.index.facts import (
     read_index_facts,
     read_index_info,
 )
-from audit.index.items import decode
+from audit.index.items import decode, read_file
 from audit.index.sources import read_bytes
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ def search_image(
     """
     index = Index.open(path)
     try:
-        picture = decode(Path(image).expanduser().read_bytes())
+        picture = decode(read_file(str(Path(image).expanduser())))
     except Exception as error:  # decoders raise anything on broken input
         raise AuditError(f"{image}: not a picture that can be read: {error}") from error
     vectors = index.load_descriptor(sscd, device)([picture]).numpy()

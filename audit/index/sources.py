@@ -15,13 +15,13 @@ from typing import Any
 import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from audit.base.errors import AuditError
 from audit.base.ours import our_files
-from audit.base.storage import list_tree
+from audit.base.parquet import open_parquet
+from audit.base.storage import check_name, list_tree
 from audit.index.files import TEXTS, FolderSource, TarSource
-from audit.index.items import PICTURES, Columns, Source, read_file
+from audit.index.items import PICTURES, Columns, Source, TooLarge, check_size, read_file
 from audit.index.tables import DatasetSource, NpySource, ParquetSource, holds_pictures, read_cell
 
 
@@ -35,11 +35,14 @@ def read_bytes(locator: dict[str, Any]) -> bytes:
         if "column" in locator:
             return read_cell(locator)
         if "offset" in locator:
+            check_size(locator["size"])
             with fsspec.open(locator["file"], "rb") as file:
                 file.seek(locator["offset"])
                 return bytes(file.read(locator["size"]))
         return read_file(locator["file"])
-    except (OSError, IndexError, KeyError) as error:
+    except TooLarge as error:
+        raise AuditError(f"{locator.get('file')}: {error}") from error
+    except (OSError, IndexError, KeyError, ValueError) as error:
         raise AuditError(f"{locator.get('file')}: the picture the index points at cannot be read: {error}") from error
 
 
@@ -80,6 +83,7 @@ def find_sources(images: Sequence[str], columns: Columns) -> tuple[list[Source],
 
 
 def _find(given: str, columns: Columns, left: Counter[str]) -> list[Source]:
+    check_name(given)
     try:
         fs, root = fsspec.core.url_to_fs(given if "://" in given else os.path.abspath(os.path.expanduser(given)))
         there = fs.exists(root)
@@ -123,7 +127,7 @@ def _find(given: str, columns: Columns, left: Counter[str]) -> list[Source]:
 def _not_downloaded(path: str) -> int:
     """Rows of a metadata table of img2dataset whose picture could not be had."""
     with fsspec.open(path, "rb") as file:
-        parquet = pq.ParquetFile(file)
+        parquet = open_parquet(path, file)
         if not {"url", "status", "error_message"} <= set(parquet.schema_arrow.names):
             return 0
         status = parquet.read(columns=["status"]).column(0).cast(pa.string())

@@ -16,11 +16,14 @@ import pyarrow.parquet as pq
 
 from audit.base.errors import AuditError
 from audit.base.identity import CAPTIONS, KEYS, ROW_NUMBERS, URLS
-from audit.index.items import Columns, Item, Slice, listing_facts, read_file, slices
+from audit.base.parquet import open_parquet
+from audit.index.items import Columns, Item, Slice, TooLarge, check_size, listing_facts, read_file, slices
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "bytes", "image_bytes", "content")
 EMBEDDING_COLUMNS = ("embedding", "embeddings", "image_embedding", "img_emb", "sscd", "vector", "feature", "features")
-BATCH = 256  # rows of pictures decoded from parquet at once
+BATCH = 256  # rows of pictures decoded from parquet at once, where they are small
+_BATCH_BYTES = 16 << 20  # and at most about so many bytes
+_KEPT_BYTES = 256 << 20  # of a row group's pictures, up to which it is kept for the next one that is looked at
 
 
 def is_image(kind: pa.DataType) -> bool:
@@ -134,13 +137,14 @@ class ParquetSource:
     def _rows(self, part: Slice, names: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Rows of a part by row group, a batch at a time: a row group of pictures may be larger than memory."""
         with fsspec.open(part.file, "rb") as opened:
-            file = pq.ParquetFile(opened)
+            file = pq.ParquetFile(opened, buffer_size=1 << 20, pre_buffer=False)  # else whole column chunks are held
             first, end = 0, part.start + part.count
             for group in range(file.num_row_groups):
                 rows = file.metadata.row_group(group).num_rows
                 if first < end and first + rows > part.start:
                     number = first
-                    for batch in file.iter_batches(BATCH, row_groups=[group], columns=names):
+                    size = _batch(file.metadata.row_group(group))
+                    for batch in file.iter_batches(size, row_groups=[group], columns=names):
                         if number + len(batch) > part.start and number < end:
                             for offset, row in enumerate(batch.to_pylist()):
                                 if part.start <= number + offset < end:
@@ -149,16 +153,20 @@ class ParquetSource:
                 first += rows
 
 
+def _batch(group: Any) -> int:
+    """Rows decoded at once of a row group: its pictures may be large."""
+    return int(max(1, min(BATCH, _BATCH_BYTES * group.num_rows // max(group.total_byte_size, 1))))
+
+
 def _parquet_facts(path: str) -> tuple[int, pa.Schema, str]:
     try:
         with fsspec.open(path, "rb") as opened:
+            file = open_parquet(path, opened)
+            facts = file.metadata.num_rows, file.schema_arrow
             opened.seek(-8, 2)
             length = int.from_bytes(opened.read(4), "little")
-            opened.seek(-min(8 + length, opened.tell() + 4), 2)
-            footer = hashlib.sha256(opened.read()).hexdigest()
-            opened.seek(0)
-            file = pq.ParquetFile(opened)
-            return file.metadata.num_rows, file.schema_arrow, footer
+            opened.seek(-(8 + length), 2)
+            return *facts, hashlib.sha256(opened.read()).hexdigest()
     except (pa.ArrowInvalid, OSError) as error:
         raise AuditError(f"{path}: not a whole parquet file: {str(error).splitlines()[0]}") from error
 
@@ -171,13 +179,22 @@ def holds_pictures(path: str) -> bool:
 def cell_bytes(value: Any) -> tuple[bytes | None, str | None]:
     """The encoded picture of a cell, or why there is none."""
     if isinstance(value, dict):
-        if value.get("bytes") is None and value.get("path"):
+        path = value.get("path")
+        if value.get("bytes") is None and path:
+            if "://" in path or "::" in path:
+                return None, f"{path}: a URL in a cell is not fetched"
             try:
-                return read_file(value["path"]), None
-            except OSError as error:
+                return read_file(path), None
+            except (OSError, ValueError) as error:
                 return None, str(error)
         value = value.get("bytes")
-    return (None, "no picture in this row") if not value else (value, None)
+    if not value:
+        return None, "no picture in this row"
+    try:
+        check_size(len(value))
+    except TooLarge as error:
+        return None, str(error)
+    return value, None
 
 
 def stack(rows: list[Any]) -> np.ndarray:
@@ -320,7 +337,7 @@ def read_cell(locator: dict[str, Any]) -> bytes:
         ends = _row_group_ends(locator["file"])
         group = int(np.searchsorted(ends, locator["row"], side="right"))
         row = locator["row"] - (int(ends[group - 1]) if group else 0)
-        data, error = cell_bytes(_column(locator["file"], group, locator["column"])[row].as_py())
+        data, error = cell_bytes(_cell(locator["file"], group, row, locator["column"]))
     if data is None:
         raise OSError(error)
     return data
@@ -331,6 +348,20 @@ def _row_group_ends(path: str) -> np.ndarray:
     with fsspec.open(path, "rb") as opened:
         metadata = pq.ParquetFile(opened).metadata
         return np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
+
+
+def _cell(path: str, group: int, row: int, column: str) -> Any:
+    """One value: of a row group that is kept where it is small enough, else of the batch that holds it."""
+    with fsspec.open(path, "rb") as opened:
+        file = pq.ParquetFile(opened, buffer_size=1 << 20, pre_buffer=False)
+        facts = file.metadata.row_group(group)
+        if facts.total_byte_size <= _KEPT_BYTES:
+            return _column(path, group, column)[row].as_py()
+        for batch in file.iter_batches(_batch(facts), row_groups=[group], columns=[column]):
+            if row < len(batch):
+                return batch.column(0)[row].as_py()
+            row -= len(batch)
+    raise IndexError(row)
 
 
 @lru_cache(maxsize=2)

@@ -31,6 +31,7 @@ class MitigatePromptConfig(MovingConfig):
     model_config: str | None = option(None, "With --prompt and a checkpoint file: its diffusers folder.")
     lora: tuple[str, ...] = option((), "With --prompt: LoRA files, FILE or FILE:SCALE.")
     textual_inversion: tuple[str, ...] = option((), "With --prompt: files of learned tokens, FILE:TOKEN.")
+    allow_pickle: bool = option(False, "With --prompt: load weights that are pickles (.bin, .pt) too.")
     steps: int = option(50, "With --prompt: sampling steps.", min=1)
     guidance_scale: float = option(7.5, "With --prompt: classifier-free guidance scale.")
     seed: int = option(0, "With --prompt: seed of the noise bank.", min=0, max=2**63 - 1)

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 from numpy.typing import NDArray
 
-from audit.base.commits import Ledger, damaged
+from audit.base.commits import damaged
 from audit.base.errors import AuditError
 from audit.run.run import Run
 from audit.run.schema import DETECTORS, SCORE_COLUMNS, SCORE_MASKS, TRAJECTORY_COLUMNS, WINDOWS
@@ -27,16 +27,18 @@ RESOLVED = ("status", "error", "num_tokens", "truncated", *DETECTORS, "ld_std", 
 """Score columns that a duplicate row takes from its first occurrence."""
 
 
-def committed_files(ledger: Ledger, shards: Sequence[int] | None = None) -> list[str]:
-    """Paths of a stage's committed files, of all shards or some, in shard order."""
-    done = ledger.done(shards)
-    return [ledger.folder.path(done[shard].file) for shard in sorted(done)]
-
-
 def dataset(run: Run, kind: StageKind = SCAN, shards: Sequence[int] | None = None) -> pads.Dataset | None:
-    """The committed files of a stage, of all shards or some, as a pyarrow dataset; None while there are none."""
+    """The committed files of a stage, of all shards or some, as a pyarrow dataset; None while there are none.
+
+    Sizes are compared with the commits, contents are not: hashing is for those who read shards whole (Stage.table) and
+    for verify.
+
+    Raises:
+        Damaged: a commit cannot be read, or its file is not there or of another size: its rows would be left out.
+    """
     stage = Stage.find(run, kind)
-    files = committed_files(stage.ledger, shards) if stage else []
+    done = stage.ledger.whole(stage.shards if shards is None else shards) if stage else {}
+    files = [run.folder.path(done[shard].file) for shard in sorted(done)]
     if not files:
         return None
     fs = run.folder.fs

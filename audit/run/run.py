@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
+import os
 import platform
 import uuid
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import Any
@@ -14,8 +16,9 @@ from typing import Any
 from audit.base.errors import AuditError
 from audit.base.facts import read_facts, to_json
 from audit.base.fingerprint import diff_lines, digest
+from audit.base.ours import is_run_name
 from audit.base.seal import Seal
-from audit.base.storage import Folder, check_kept
+from audit.base.storage import Folder, check_kept, join
 from audit.captions import CaptionPlan, PlanFacts
 
 FORMAT = 3
@@ -240,18 +243,27 @@ def _check_format(folder: Folder, data: bytes) -> None:
         )
 
 
-def check_output(folder: Folder) -> None:
-    """Refuse a folder that holds something else than a run.
+def check_output(folder: Folder, inputs: Sequence[str] = ()) -> None:
+    """Refuse a folder that holds something else than a run and, perhaps, its inputs.
+
+    Args:
+        folder: of the run. inputs: absolute paths or URLs of caption files.
 
     Raises:
         AuditError: a file, a folder with other things in it, or one that cannot be written.
     """
     if folder.local and folder.fs.isfile(folder.root):
         raise AuditError(f"-o {folder.url}: is a file; give a folder")
-    there = [name for name in folder.list() if not name.startswith(".")]
+    start = f"{os.path.realpath(folder.root)}/" if folder.local else f"{folder.url}/"
+    given = {path[len(start) :].partition("/")[0] for path in inputs if path.startswith(start)}
+    given = {name for name in given if not is_run_name(name)}
+    there = [name for name in folder.list() if not name.startswith(".") and name not in given]
     ours = _BEFORE | ({_CLAIMS, *PLANNED} if _CLAIMS in there else set())  # a plan in progress, or one that was killed
     if there and "run.json" not in there and not set(there) <= ours:
-        raise AuditError(f"-o {folder.url}: the folder is not empty and not a run (it has {there[0]}); give a new one")
+        raise AuditError(
+            f"-o {folder.url}: the folder is not empty and not a run (it has {there[0]}): "
+            f"give a new one, for example -o {join(folder.url, DEFAULT_RUN)}"
+        )
     check_writable(folder)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from audit.base.options import option
-from audit.captions import TextFormat
+from audit.captions import QUOTINGS, TextFormat
 from audit.engines.config import EngineFlags
 from audit.run.run import DEFAULT_RUN
 
@@ -26,6 +26,7 @@ class ModelFlags:
     )
     lora: tuple[str, ...] = option((), "LoRA files merged into the weights, FILE or FILE:SCALE, comma-separated.")
     textual_inversion: tuple[str, ...] = option((), "Files of learned tokens, FILE:TOKEN, comma-separated.")
+    allow_pickle: bool = option(False, "Load weights that are pickles (.bin, .pt) too: only from those you trust.")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class ScoreFlags:
     delimiter: str | None = option(None, "Of CSV files: a character, or tab; default a comma, a tab for .tsv.")
     no_header: bool = option(False, "The first row of CSV files is a caption's, not names: url, caption, column_N.")
     encoding: str | None = option(None, "Of CSV and JSON files; default UTF-8, UTF-16 by its byte order mark.")
+    quoting: str | None = option(
+        None,
+        "Of CSV files: none where quotes are letters; default csv, none for tab-separated ones without a header.",
+        choices=QUOTINGS,
+    )
     limit: int | None = option(None, "Scan the first N rows only.", min=1)
     mask: str = option(
         "first",
@@ -70,7 +76,7 @@ class ScoreFlags:
     @property
     def text_format(self) -> TextFormat:
         """How text files of captions are written. Raises AuditError naming the flag that makes no sense."""
-        return TextFormat.of(self.delimiter, self.no_header, self.encoding)
+        return TextFormat.of(self.delimiter, self.no_header, self.encoding, self.quoting)
 
 
 @dataclass(frozen=True)

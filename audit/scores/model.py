@@ -34,6 +34,8 @@ class ModelConfig(Protocol):
     @property
     def textual_inversion(self) -> tuple[str, ...]: ...
     @property
+    def allow_pickle(self) -> bool: ...
+    @property
     def device(self) -> str: ...
 
 
@@ -50,13 +52,19 @@ def find_model_folder(config: ModelConfig) -> ModelFolder:
     """The folder of a configuration's model; `testbed` is the embedded one. What was decided for it is said.
 
     Raises:
-        AuditError: no such model or device, or an architecture that cannot be audited.
+        AuditError: no such model or device, an architecture that cannot be audited, or weights that are pickles and
+            were not allowed.
     """
     from pipelines.loading import find_device
 
     with naming_the_flag():
         find_device(config.device)
     found = _find(config.model, config.revision, config.model_config, config.lora, config.textual_inversion)
+    if not config.allow_pickle and (pickles := found.pickles()):
+        raise AuditError(
+            f"--model {config.model}: {pickles[0].name} is a pickle, which can be made to run code: convert it to "
+            "safetensors, or pass --allow-pickle where you trust whoever made it"
+        )
     for note in found.notes:
         print(note, file=sys.stderr)
     return found

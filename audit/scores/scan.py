@@ -242,7 +242,7 @@ def _find_or_plan(config: ScanConfig, folder: Folder, stop: Stop | None) -> Run:
     model = check_config(config)
     fingerprint = fingerprint_of(config, model, files)
     if existing is None:
-        check_output(folder)
+        check_output(folder, [file.path for file in files])
         with claimed(folder, fingerprint, stop) as existing:
             if existing is None:
                 return _plan(config, folder, fingerprint, files)

@@ -8,8 +8,8 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,15 @@ class World:
         done = be_audit("index", "build", root / "pictures", "-o", root / "index", "--sscd", "testbed")
         assert done.code == 0, done
         self.expected: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}  # that a stage takes where nothing disturbs it
         run = root / "run"
         for stage in STAGES:
             if run.exists():
                 shutil.copytree(run, root / f"before-{stage}")
+            started = time.monotonic()
             done = be_audit(*self.command(stage, run))
             assert done.code == 0, (stage, done)
+            self.seconds[stage] = time.monotonic() - started
             self.expected[stage] = self.seen(stage, run)
 
     def command(self, stage: str, run: Path | str) -> list[object]:
@@ -121,18 +124,18 @@ class Fault:
 
     Attributes:
         name: what it is. codes: exit codes the disturbed command may have; 0 only with every row there.
-        environment: of the process (tests.faults.inject). act: done to it once it runs.
+        environment: of the process (tests.faults.inject). act: done to it once it runs, given the seconds it takes.
     """
 
     name: str
     codes: tuple[int, ...]
     environment: Callable[[random.Random, str], dict[str, str]] = lambda *_: {}
-    act: Callable[[BaseProcess, random.Random], None] = lambda *_: None
+    act: Callable[[BaseProcess, random.Random, float], None] = lambda *_: None
 
 
-def _signals(*numbers: int, within: float = 2.5) -> Callable[[BaseProcess, random.Random], None]:
-    def act(process: BaseProcess, moments: random.Random) -> None:
-        time.sleep(moments.uniform(0, within))
+def _signals(*numbers: int) -> Callable[[BaseProcess, random.Random, float], None]:
+    def act(process: BaseProcess, moments: random.Random, seconds: float) -> None:
+        time.sleep(moments.uniform(0, 1.2 * seconds))
         for number in numbers:
             if process.is_alive() and process.pid is not None:
                 os.kill(process.pid, number)
@@ -174,18 +177,40 @@ class Outcome:
     wrong_code: bool = False
 
 
-def disturb(world: World, stage: str, fault: Fault, run: Path, moments: random.Random, url: str = "") -> Outcome:
-    """Run a stage under a fault, then the same command until it exits 0, and compare.
+def disturb(
+    world: World, stage: str, faults: Sequence[Fault], run: Path, moments: random.Random, url: str = ""
+) -> list[Outcome]:
+    """Run a stage under one fault after the other, then the same command until it exits 0, and compare.
 
     Args:
         run: a new folder. moments: when and where. url: of the run, where it is not the folder's path.
+
+    Returns:
+        an outcome for each fault that came to act: none does after a command that exits 0. What is wrong in the end is
+        the last one's.
     """
     world.before(stage, run)
     log = run.parent / f"{run.name}.log"
     log.touch()
-    command = world.command(stage, url or run)
-    process = start(*command, log=log, environment=fault.environment(moments, stage))
-    fault.act(process, moments)
+    outcomes: list[Outcome] = []
+    for fault in faults:
+        log.write_text("")
+        outcomes.append(_disturbed(world, stage, fault, url or run, log, moments))
+        if outcomes[-1].problem is not None or outcomes[-1].code == 0:
+            return outcomes
+    for _ in range(3):
+        again = be_audit(*world.command(stage, url or run))
+        if again.code == 0:
+            problem = world.check(stage, url or run)
+            return [*outcomes[:-1], replace(outcomes[-1], problem=problem)]
+    problem = f"does not go on: exit {again.code}: {again.err[-500:]}"
+    return [*outcomes[:-1], replace(outcomes[-1], problem=problem, wrong_code=True)]
+
+
+def _disturbed(world: World, stage: str, fault: Fault, run: Path | str, log: Path, moments: random.Random) -> Outcome:
+    """One command under one fault: its exit code, what it said, and, where that is 0, its rows."""
+    process = start(*world.command(stage, run), log=log, environment=fault.environment(moments, stage))
+    fault.act(process, moments, world.seconds[stage])
     process.join(120)
     if process.is_alive():
         process.kill()
@@ -195,13 +220,9 @@ def disturb(world: World, stage: str, fault: Fault, run: Path, moments: random.R
         return Outcome(code, said[-2000:], True)
     if code not in fault.codes:
         return Outcome(code, f"exit code {code}: {said[-500:]}", True)
-    if code == 0 and (problem := world.check(stage, url or run)):
+    if code == 0 and (problem := world.check(stage, run)):
         return Outcome(code, f"exit 0, but {problem}", True)
-    for _ in range(3):
-        again = be_audit(*command)
-        if again.code == 0:
-            return Outcome(code, world.check(stage, url or run))
-    return Outcome(code, f"does not go on: exit {again.code}: {again.err[-500:]}", True)
+    return Outcome(code, None)
 
 
 def together(world: World, stage: str, count: int, run: Path) -> Outcome:

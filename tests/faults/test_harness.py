@@ -23,5 +23,12 @@ def world(tmp_path_factory: pytest.TempPathFactory, sd1: str) -> World:
 def test_a_disturbed_stage_loses_and_doubles_nothing(world: World, tmp_path: Path, stage: str, fault: Fault) -> None:
     run = tmp_path / "run"
     url = f"faulty://{run}" if fault in STORE_FAULTS else ""
-    found = disturb(world, stage, fault, run, random.Random(7), url)
-    assert found.problem is None, found
+    found = disturb(world, stage, [fault], run, random.Random(7), url)
+    assert [outcome.problem for outcome in found] == [None], found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_that_is_disturbed_several_times(world: World, tmp_path: Path, stage: str) -> None:
+    faults = [FAULTS[1], FAULTS[2], FAULTS[5], FAULTS[0]]
+    found = disturb(world, stage, faults, tmp_path / "run", random.Random(3))
+    assert found and all(outcome.problem is None for outcome in found), found

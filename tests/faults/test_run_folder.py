@@ -83,6 +83,17 @@ def test_1_planning_that_is_killed_inside_its_own_input_begins_anew(tmp_path: Pa
     assert not (tmp_path / "in/run/_claims").exists()
 
 
+@pytest.mark.parametrize("write", range(1, 17, 3))
+def test_2_a_table_whose_planning_is_killed_goes_on(tmp_path: Path, sd1: str, write: int) -> None:
+    """Before, between and after duplicates.arrow and plan.arrow."""
+    command = scan(parquet(tmp_path / "x.parquet"), tmp_path / "run", sd1)
+    process = start(*command, log=tmp_path / "log", environment={"FAULT": f"kill:{write}"})
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    found = be_audit(*command)
+    assert found.code == 0 and len(captions_of(tmp_path / "run")) == 20, found
+
+
 def test_2_a_folder_of_the_user_is_never_taken_for_a_killed_plan(tmp_path: Path, sd1: str) -> None:
     parquet(tmp_path / "x.parquet")
     (tmp_path / "mine/input").mkdir(parents=True)

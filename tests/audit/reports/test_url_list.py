@@ -17,14 +17,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from audit.index import Index, IndexConfig, build_index
 from audit.reports.report import ReportConfig, report
+from audit.run.read import read_scores, read_stage
+from audit.run.run import Run
 from audit.run.stage import TRAJECTORIES, Stage
 from audit.verdicts.match_shard import own_pictures
+from tests.command import be_audit
 from tests.fabricate import add_confirm, make_run
 
 IMG2DATASET = os.environ.get("BE_AUDIT_IMG2DATASET") or shutil.which("img2dataset")
@@ -63,6 +67,17 @@ def server() -> Iterator[str]:
         server.shutdown()
 
 
+def download(candidates: Path, pictures: Path, layout: str) -> None:
+    """img2dataset as docs/url-lists.md has it, with little patience."""
+    command = [str(IMG2DATASET), "--url_list", str(candidates)]
+    command += ["--input_format", "parquet", "--url_col", "url", "--caption_col", "caption"]
+    command += ["--save_additional_columns", '["uid"]', "--output_format", layout, "--output_folder"]
+    command += [str(pictures), "--resize_mode", "no", "--processes_count", "1", "--thread_count", "8"]
+    command += ["--timeout", "2", "--number_sample_per_shard", "4"]
+    environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "no_proxy": "*", "NO_PROXY": "*"}
+    subprocess.run(command, check=True, capture_output=True, timeout=240, env=environment)
+
+
 def test_candidates_are_what_img2dataset_takes(tmp_path: Path) -> None:
     """Every URL of a flagged caption once, repeats of the caption included; none without a URL."""
     captions = ["a", "b", "a", "c", "a", "d"]
@@ -89,13 +104,7 @@ def test_the_loop_with_the_real_img2dataset(tmp_path: Path, server: str, layout:
     run = make_run(tmp_path, captions, urls=urls, scores=[float(99 - at) for at in range(len(urls))])
     add_confirm(run, ["none"] * len(urls))
     report(ReportConfig(run=run.url, top_k=100))
-    command = [str(IMG2DATASET), "--url_list", str(tmp_path / "RUN/report/exports/candidates.parquet")]
-    command += ["--input_format", "parquet", "--url_col", "url", "--caption_col", "caption"]
-    command += ["--save_additional_columns", '["uid"]', "--output_format", layout, "--output_folder"]
-    command += [str(tmp_path / "pictures"), "--resize_mode", "no", "--processes_count", "1", "--thread_count", "8"]
-    command += ["--timeout", "2", "--number_sample_per_shard", "4"]
-    environment = {**os.environ, "NO_ALBUMENTATIONS_UPDATE": "1", "no_proxy": "*", "NO_PROXY": "*"}
-    subprocess.run(command, check=True, capture_output=True, timeout=120, env=environment)
+    download(tmp_path / "RUN/report/exports/candidates.parquet", tmp_path / "pictures", layout)
     output = str(tmp_path / "index")
     done = build_index(IndexConfig(images=(str(tmp_path / "pictures"),), output=output, sscd="testbed"))
     assert (done.ok, done.errors) == (4, 0)
@@ -109,3 +118,42 @@ def test_the_loop_with_the_real_img2dataset(tmp_path: Path, server: str, layout:
     by_id = {row["id"]: row["caption"] for row in facts}
     captions_of = dict(zip(items["row_id"].to_pylist(), items["caption"].to_pylist(), strict=True))
     assert len(own) == 4 and all(by_id[id] == captions_of[row] for row, id in own.items())
+
+
+@pytest.mark.processes
+@pytest.mark.sampling
+@pytest.mark.skipif(IMG2DATASET is None, reason="no img2dataset: name its program in BE_AUDIT_IMG2DATASET")
+def test_the_whole_loop_joins_by_key_alone(tmp_path: Path, server: str, sd1: str) -> None:
+    """Downloaded from a mirror, all under one row's caption: only the key tells whose picture it is."""
+    kinds = ["", "", "", "", "/404", "/500", "/stall"]
+    urls = [f"{server}{kind}/{at}.jpg" for at, kind in enumerate(kinds)]
+    captions = [f"a caption of row {at}" for at in range(len(urls))]
+    keys = [f"k{at}" for at in range(len(urls))]
+    pq.write_table(pa.table({"url": urls, "caption": captions, "key": keys}), tmp_path / "list.parquet")
+    run, index = tmp_path / "run", tmp_path / "index"
+    flags = ("--model", sd1, "--steps", 2)
+    assert be_audit("scan", tmp_path / "list.parquet", "-o", run, *flags).code == 0
+    assert be_audit("report", run, "--top-k", 100).code == 0
+    candidates = run / "report/exports/candidates.parquet"
+    table = pq.read_table(candidates).sort_by("uid").to_pydict()
+    assert table["uid"] == keys
+    table["url"] = [url.replace("127.0.0.1", "localhost") for url in table["url"]]
+    table["caption"] = [captions[3]] * len(captions)
+    pq.write_table(pa.table(table), candidates)
+    download(candidates, tmp_path / "pictures", "webdataset")
+    found = be_audit("index", "build", tmp_path / "pictures", "-o", index, "--sscd", "testbed")
+    assert found.code == 0 and "3 dead URLs" in found.err, found
+    words = ("confirm", run, "--index", index, "--top-k", 100, "--num-images", 1, "--ls-threshold", -1)
+    found = be_audit(*words)
+    assert found.code == 0, found
+    last = "4 of 7 candidates have their own picture in the index, 3 have not; 3 URLs were dead when its pictures were"
+    assert last in found.out
+    opened = Run.open(str(run))
+    keys_of = {row["row_id"]: row["key"] for row in read_scores(opened, ["row_id", "key"]).to_pylist()}
+    matches = read_stage(opened, "match", ["row_id", "matches"])
+    assert matches is not None
+    own = {keys_of[row["row_id"]]: [each for each in row["matches"] if each["own"]] for row in matches.to_pylist()}
+    assert {key: [each["reference_key"] for each in found] for key, found in own.items()} == {
+        key: [key] if at < 4 else [] for at, key in enumerate(keys)
+    }
+    assert be_audit("report", run).code == 0

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from audit.base.errors import AuditError
+from audit.base.errors import AuditError, Damaged
 from audit.reports.sql import run_query
 from audit.run.read import dataset, read_rows, read_scores, read_stage, resolve_duplicates
 from audit.run.run import Run
@@ -19,6 +19,7 @@ from audit.run.schema import SCORE_COLUMNS, SCORE_MASKS, tensor_values
 from audit.run.select import best_rows
 from audit.run.stage import REFINE, SCAN, Stage
 from audit.scores.scan import ScanConfig, scan
+from tests.command import be_audit
 
 
 def scores(rows: list[dict[str, object]]) -> pa.Table:
@@ -181,6 +182,28 @@ def test_uncommitted_files_are_not_read(run: Run, tmp_path: Path) -> None:
     with pytest.raises(AuditError, match="no shard is done yet: go on with `be-audit scan`"):
         read_scores(copy)
     assert dataset(copy) is None and read_stage(copy, "confirm") is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "gone", "commit"])
+def test_what_is_committed_and_not_there_is_named_and_never_left_out(run: Run, tmp_path: Path, damage: str) -> None:
+    """Sizes are compared with the commits by every reader: a run never answers with some of its rows."""
+    copy = Run.open(str(shutil.copytree(run.folder.root, tmp_path / "run")))
+    path = tmp_path / "run" / "scores" / "000" / "00001.arrow"
+    if damage == "commit":
+        path = tmp_path / "run" / "_commits" / "scan" / "00001.json"
+        path.write_text("{")
+    elif damage == "gone":
+        path.unlink()
+    else:
+        data = path.read_bytes()
+        path.write_bytes(data[:-8] if damage == "cut" else data + b"\0")
+    for read in (lambda: read_scores(copy), lambda: run_query("errors", copy.url), lambda: best_rows(copy, "ld")):
+        with pytest.raises(Damaged, match=f"{path.name}: .*verify .* --repair does it again"):
+            read()
+    for words in (["sql", "errors", copy.url], ["report", copy.url]):
+        found = be_audit(*words)
+        assert found.code == 3 and found.err.startswith("Error: ") and str(path) in found.err, found
+    assert read_rows(copy, np.array([0]), ["key"]).num_rows == 1, "of another shard"
 
 
 def test_other_tools_read_the_files(run: Run) -> None:

@@ -57,6 +57,17 @@ def test_a_run_inside_the_folder_it_scans(captions: Path) -> None:
     assert code == 0 and "3 rows, 1 unique captions" in output and "of be-audit's own" in output
 
 
+def test_captions_inside_the_run_they_make(captions: Path) -> None:
+    for _ in range(2):
+        code, output = scan(str(captions), "-o", str(captions.parent))
+        assert code == 0 and "3 rows, 1 unique captions" in output
+    assert (captions.parent / "run.json").exists() and (captions / "x.parquet").exists()
+    (captions.parent.parent / "letters").mkdir()
+    (captions.parent.parent / "letters" / "mine.txt").write_text("x")
+    code, output = scan(str(captions), "-o", str(captions.parent.parent / "letters"))
+    assert code == 2 and "(it has mine.txt): give a new one, for example -o" in output
+
+
 def test_captions_that_are_all_empty_are_no_quiet_success(tmp_path: Path) -> None:
     pq.write_table(pa.table({"TEXT": [None, ""], "caption": pa.array([" ", None])}), tmp_path / "x.parquet")
     code, output = scan(str(tmp_path / "x.parquet"), "-o", str(tmp_path / "run"))

@@ -1,0 +1,78 @@
+"""Encrypted Parquet is refused by name: of some, pyarrow ends the process when their metadata is looked at."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyarrow.parquet.encryption as encryption
+import pytest
+
+from audit.base.parquet import open_parquet
+from tests.command import be_audit
+
+
+class Keys(encryption.KmsClient):
+    """A key server that wraps a key by writing it down."""
+
+    def __init__(self, _: Any) -> None:
+        super().__init__()
+
+    def wrap_key(self, key: bytes, name: str) -> bytes:
+        return base64.b64encode(key)
+
+    def unwrap_key(self, wrapped: bytes, name: str) -> bytes:
+        return base64.b64decode(wrapped)
+
+
+def encrypted(path: Path, plain_footer: bool, columns: list[str]) -> Path:
+    """A table of captions and pictures, some of whose columns are encrypted."""
+    factory = encryption.CryptoFactory(Keys)
+    how = encryption.EncryptionConfiguration(
+        footer_key="footer", column_keys={"column": columns}, plaintext_footer=plain_footer
+    )
+    properties = factory.file_encryption_properties(encryption.KmsConnectionConfig(), how)
+    table = pa.table({"TEXT": ["a", "b"], "label": ["none", "none"], "image": [b"x", b"y"]})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pq.ParquetWriter(path, table.schema, encryption_properties=properties) as writer:
+        writer.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("columns", [["TEXT"], ["label"], ["TEXT", "label", "image"]])
+@pytest.mark.parametrize("plain_footer", [True, False])
+def test_10_an_encrypted_table_is_one_line(tmp_path: Path, sd1: str, plain_footer: bool, columns: list[str]) -> None:
+    path = encrypted(tmp_path / "in" / "x.parquet", plain_footer, columns)
+    for words in (
+        ["scan", path, "-o", tmp_path / "run", "--model", sd1],
+        ["scan", path.parent, "-o", tmp_path / "run", "--model", sd1, "--dry-run"],
+        ["index", "build", path.parent, "-o", tmp_path / "index", "--sscd", "testbed"],
+    ):
+        found = be_audit(*words)
+        message = f"Error: {path}: the Parquet file is encrypted: write it again without encryption\n"
+        assert (found.code, found.err) == (2, message)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "index").exists()
+
+
+@pytest.mark.slow
+def test_labels_and_tables_to_be_cleaned_too(tmp_path: Path, sd1: str) -> None:
+    path = encrypted(tmp_path / "x.parquet", True, ["label"])
+    plain = tmp_path / "plain.parquet"
+    pq.write_table(pa.table({"TEXT": ["a", "b"]}), plain)
+    run = tmp_path / "run"
+    assert be_audit("scan", plain, "-o", run, "--model", sd1, "--steps", 2).code == 0
+    for words in (["evaluate", run, "--labels", path, "--label-col", "label"], ["drop", run, path, "--threshold", 0]):
+        found = be_audit(*words)
+        assert found.code == 2 and "the Parquet file is encrypted" in found.err, found
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.4", "2.6"])
+@pytest.mark.parametrize("compression", ["none", "snappy", "zstd"])
+def test_plain_tables_are_opened(tmp_path: Path, version: str, compression: str) -> None:
+    table = pa.table({"TEXT": ["a", "b"], "n": [1, 2]}).replace_schema_metadata({"x" * 28: "y" * 28})
+    pq.write_table(table, tmp_path / "x.parquet", version=version, compression=compression, row_group_size=1)
+    with open(tmp_path / "x.parquet", "rb") as file:
+        assert open_parquet("x.parquet", file).read().equals(table)

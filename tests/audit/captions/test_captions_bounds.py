@@ -1,0 +1,102 @@
+"""Captions without measure: a line, a record, a cell or a table larger than any text is one line of error or is read,
+and memory stays bounded.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from audit.base.errors import AuditError
+from audit.captions import text_lines
+from tests.audit.captions.test_captions_found import plan_of, read, rows_of
+
+
+@pytest.mark.slow
+def test_ten_thousand_columns(tmp_path: Path) -> None:
+    table = {f"c{at}": [1.0, 2.0] for at in range(10_000)}
+    pq.write_table(pa.table({**table, "caption": ["a", "b"]}), tmp_path / "x.parquet", row_group_size=1)
+    assert [row["caption"] for row in read(tmp_path / "x.parquet", tmp_path)] == ["a", "b"]
+    with pytest.raises(AuditError) as error:
+        plan_of(tmp_path / "x.parquet", tmp_path / "run", caption_col="nope")
+    assert len(str(error.value)) < 1000
+
+
+def test_a_caption_of_five_megabytes_is_read_as_it_is(tmp_path: Path) -> None:
+    long = "word " * 1_000_000
+    pq.write_table(pa.table({"caption": [long, "a sofa", long + "x"]}), tmp_path / "x.parquet")
+    plan = plan_of(tmp_path / "x.parquet", tmp_path / "run")
+    assert [row["caption"] for row in rows_of(plan, tmp_path / "run")] == [long, "a sofa", long + "x"]
+    assert plan.num_unique == 3
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The limit of a line brought from 64 MiB to 1 MiB, so that going past it takes no minutes."""
+    from audit.captions import csv_rows, json_rows
+
+    for module in (text_lines, csv_rows, json_rows):
+        monkeypatch.setattr(module, "LONGEST", 1 << 20)
+    before = csv.field_size_limit(1 << 20)
+    yield 1 << 20
+    csv.field_size_limit(before)
+
+
+@pytest.fixture
+def peak() -> Iterator[None]:
+    """Python's own memory, of which lines are, stays below 40 MiB."""
+    tracemalloc.start()
+    yield
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 40 << 20
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "piece"),
+    [
+        ("x.jsonl", b'{"caption": "', b"word " * 1000),
+        ("x.json", b'[{"caption": "', b"word " * 1000),
+        ("x.csv", b"caption\n", b"word " * 1000),
+        ("x.csv", b'caption\n"', b"word " * 999 + b"or \n"),  # a quote that is never closed
+        ("x.csv", b"", b"\0" * 5000),
+        ("x.json", b'{"a": {"caption": "', b"word " * 1000),
+    ],
+)
+def test_a_text_without_end(tmp_path: Path, short: int, peak: None, name: str, head: bytes, piece: bytes) -> None:
+    """A packed text of 50 MB in a file of 50 kB: refused once the limit is passed, not unpacked whole."""
+    with gzip.open(tmp_path / f"{name}.gz", "wb", compresslevel=1) as file:
+        file.write(head)
+        for _ in range(10_000):
+            file.write(piece)
+    with pytest.raises(AuditError) as error:
+        plan_of(tmp_path / f"{name}.gz", tmp_path / "run")
+    assert len(str(error.value)) < 1000 and f"{name}.gz" in str(error.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["array", "records"])
+def test_a_long_document_on_one_line(tmp_path: Path, short: int, peak: None, form: str) -> None:
+    """What json.dump writes is one line, however many records it has: it is read in pieces."""
+    texts = [f"{row} é " + "word " * 200 for row in range(6000)]
+    records = [{"caption": text} for text in texts]
+    content = json.dumps(records if form == "array" else {str(at): each for at, each in enumerate(records)})
+    (tmp_path / "x.json").write_text(content)
+    del content, records
+    plan = plan_of(tmp_path / "x.json", tmp_path / "run", rows_per_shard=10_000)
+    assert [row["caption"] for row in rows_of(plan, tmp_path / "run")] == texts
+
+
+def test_a_character_at_the_limit_of_a_piece(tmp_path: Path, short: int) -> None:
+    for shift in range(4):
+        content = json.dumps([{"caption": "x" * shift + "日" * 349_000}, {"caption": "é"}], ensure_ascii=False)
+        (tmp_path / "x.json").write_text(content, encoding="utf-8")
+        assert read(tmp_path / "x.json", tmp_path)[0]["caption"] == "x" * shift + "日" * 349_000
