@@ -23,6 +23,7 @@ from audit.run.stage import CONFIRM, MITIGATE, TRAJECTORIES, Stage
 LOSSLESS_SIDE = 128  # larger pictures are WebP at QUALITY; the exact ones stay in the run
 QUALITY = 88
 MASK_COLOUR = (255, 0, 128)
+REGION = 0.75  # of an energy mask's mean: its region lies above, best by IoU on the testbed (docs/tables.md, table 2)
 _MOST_MATCHES = 100
 _MITIGATED = ("loss", "ld", "magnitude", "sscd", "distance", "alignment", "verdict")  # each _before and _after
 
@@ -123,7 +124,9 @@ def _row_files(
         if image["image"] is not None:
             one["src"] = _picture_name(f"{row_id}-{image['image_index']}", image["image"])
             files[one["src"]] = _maker(image["image"])
-        one["masks"] = {name: mask_url(image[name]) for name in TRAJECTORY_MASKS if image[name] is not None}
+        one["masks"] = {
+            name: mask_url(image[name], name == "energy_mask") for name in TRAJECTORY_MASKS if image[name] is not None
+        }
         one["steps"] = {name: _rounded(image[name]) for name in ("ld_t", "magnitude_t")}
         one["mitigated"] = _mitigation(mitigated.get((row_id, image["image_index"])), one["src"], files)
         shown.append(one)
@@ -200,10 +203,18 @@ def _webp(data: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def mask_url(mask: np.ndarray) -> str:
-    """A mask [H, W] as a data: PNG of its own size in one colour, opaque at its maximum, clear at its minimum."""
+def mask_url(mask: np.ndarray, region: bool = False) -> str:
+    """A mask [H, W] as a data: PNG of its own size in one colour, opaque at its maximum, clear at its minimum.
+
+    Args:
+        region: clear wherever the mask is not above `REGION` times its mean, and half opaque at that edge.
+    """
     low, high = float(mask.min()), float(mask.max())
-    alpha = np.zeros(mask.shape) if high <= low else (mask - low) / (high - low)
+    edge = REGION * float(mask.mean()) if region else low
+    alpha = np.zeros(mask.shape)
+    if high > low:
+        least = 0.5 if region else 0.0
+        alpha = np.where(mask > edge, least + (1 - least) * (mask - edge) / (high - edge), 0)
     picture = np.empty((*mask.shape, 4), np.uint8)
     picture[..., :3] = MASK_COLOUR
     picture[..., 3] = np.round(alpha * 255)

@@ -186,17 +186,21 @@ def test_pictures_of_training_size_become_small_files(tmp_path: Path) -> None:
     assert min(sizes.values()) < 20_000 and max(sizes.values()) < 400_000
 
 
-def test_a_mask_is_opaque_where_it_is_highest() -> None:
+def test_a_mask_is_opaque_where_it_is_highest_and_a_region_alone_is_coloured() -> None:
     import base64
     import io
 
     from PIL import Image
 
-    mask = np.array([[0.1, 0.2], [0.3, 0.5]], np.float32)
-    picture = Image.open(io.BytesIO(base64.b64decode(mask_url(mask).split(",")[1])))
-    assert np.asarray(picture)[..., 3].tolist() == [[0, 64], [128, 255]]
-    flat = Image.open(io.BytesIO(base64.b64decode(mask_url(np.ones((2, 2))).split(",")[1])))
-    assert np.asarray(flat)[..., 3].max() == 0  # a mask that says nothing hides nothing
+    def drawn(mask: np.ndarray, region: bool) -> list[list[int]]:
+        picture = Image.open(io.BytesIO(base64.b64decode(mask_url(mask, region).split(",")[1])))
+        return np.asarray(picture)[..., 3].tolist()
+
+    assert drawn(np.array([[0.1, 0.2], [0.3, 0.5]], np.float32), False) == [[0, 64], [128, 255]]
+    mask = np.array([[0.0, 0.2], [0.6, 0.8]])  # mean 0.4, edge of the region 0.3
+    assert drawn(mask, True) == [[0, 0], [204, 255]]  # 255 (0.5 + 0.5 * 0.3 / 0.5)
+    for region in (False, True):  # a mask that says nothing hides nothing
+        assert drawn(np.ones((2, 2)), region) == [[0, 0], [0, 0]]
 
 
 def test_names_from_the_run_are_escaped(tmp_path: Path) -> None:
