@@ -1,9 +1,9 @@
 """The paper's tables on the testbed, all detectors and all masks, written to docs/tables.md with CSV and PNG beside.
 
-    python -m tests.benchmarks.tables [--work DIR] [--output DIR] [--quick]
+    python -m tests.benchmarks.tables [--work DIR] [--output DIR] [--depth DEPTH] [--quick]
 
-What the model computes is kept in --work and made once. About 15 minutes on two quiet CPU cores. Same seeds, same
-figures; only the milliseconds are measured anew in a new --work. The testbed is small and not Stable Diffusion.
+Every figure is over a bank of noises. What the model computes is kept in --work and made once. Same seeds, same
+figures. The testbed is small and not Stable Diffusion.
 """
 
 from __future__ import annotations
@@ -12,116 +12,184 @@ import argparse
 import datetime
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
+import pandas as pd
 import torch
 
-from tests.benchmarks.tables_masks import attention_per_step, mask_quality, mask_question
-from tests.benchmarks.tables_page import Page, Row, between
-from tests.benchmarks.tables_passes import Passes, choose
-from tests.benchmarks.tables_scores import all_detectors, detection, evaluation
+from audit.reports.pictures import REGION
+from tests.benchmarks.published import published_detection, published_evaluation, published_masks
+from tests.benchmarks.tables_masks import FEW, attention_per_step, mask_quality, mask_question
+from tests.benchmarks.tables_page import Page, Row, better_or_worse, between
+from tests.benchmarks.tables_passes import NOISES, SEED, Passes, choose, many
+from tests.benchmarks.tables_regions import shown_region
+from tests.benchmarks.tables_scores import all_detectors, detection, evaluation, several_noises
 
 DOCS = Path(__file__).parents[2] / "docs"
+DEPTHS = ("energy", "first", "all")  # tables of the first step's energy map; of all its columns; of whole trajectories
+WORDS = {"energy": "tables 1 and 2", "first": "table 3", "all": "tables 4 to 8"}
+Made = TypeVar("Made")
 
 
-def write_tables(output: Path, work: Path, quick: bool) -> Path:
-    """All tables and plots; returns the page. `quick`: few captions and 4 steps, to see that it runs."""
-    frame = choose(1, 24) if quick else choose(3, 160)  # captions a template, captions never seen
+def write_tables(output: Path, work: Path, quick: bool, depth: str = "all") -> Path:
+    """Tables and plots; returns the page.
+
+    Args:
+        quick: few captions, noises and steps, to see that it runs. depth: of `DEPTHS`, how far it goes.
+    """
+    noises = 2 if quick else NOISES
+    passes = Passes(work, 4 if quick else 50, noises)
+    samples = {"energy": many(1, 320, 8) if quick else many(4, 320, 0), "first": choose(1, 20, 48)}
+    few = choose(1, 10, 24)
+    samples["all"] = few[few.copied | (few.label == "none")].reset_index(drop=True)
+    samples = {name: samples[name] for name in DEPTHS[: DEPTHS.index(depth) + 1]}
     if quick:
-        frame = frame.groupby(["label", "common", "copied", "half"]).head(2).reset_index(drop=True)
-    passes = Passes(frame, work, 4 if quick else 50)
-    first, whole, seconds = passes.first(), passes.whole(), passes.seconds(*((2, 1) if quick else (16, 3)))
+        samples = {name: _thinned(frame) for name, frame in samples.items()}
     page = Page(output)
-    introduction(page, passes, quick)
+    introduction(page, passes, quick, samples, noises)
     at = len(page.parts)
-    found = detection(page, passes, first, whole)
-    evaluation(page, passes, first, whole, work)
-    quality = mask_quality(page, passes, first, whole)
-    every = all_detectors(page, passes, seconds, quick)
-    masks = mask_question(page, passes, first, whole, seconds)
-    attention_per_step(page, passes, whole)
-    page.parts[at:at] = ["## What the tables say", "\n".join(conclusions(found, quality, every, masks))]
+
+    def over(make: Callable[[list[str], int], Made], name: str) -> list[Made]:
+        return [make(samples[name].TEXT.tolist(), noise) for noise in range(noises)]
+
+    energy = np.stack(over(passes.energy, "energy"))
+    said = about_noises(several_noises(page, samples["energy"], energy))
+    said += about_regions(shown_region(page, samples["energy"], energy))
+    if "first" in samples:
+        extra = over(lambda captions, noise: passes.columns(captions, noise, True), "first")
+        said += about_detectors(all_detectors(page, samples["first"], over(passes.columns, "first"), extra))
+    if "all" in samples:
+        frame = samples["all"]
+        first, low, whole = (over(make, "all") for make in (passes.first, passes.low, passes.whole))
+        last = over(lambda captions, noise: passes.few(captions, noise, FEW), "all")
+        found = detection(page, frame, passes, first, whole)
+        evaluation(page, frame, passes, first, whole, work)
+        said += about_paper(found, mask_quality(page, frame, passes, first, low, last, whole))
+        said += about_masks(mask_question(page, frame, passes, first, low, last, whole))
+        attention_per_step(page, frame, whole)
+    else:
+        page.text(
+            "`--depth all` adds the tables of all first-step columns and of whole trajectories; under one noise they "
+            "stand in [tables-one-noise.md](tables-one-noise.md)."
+        )
+        page.text("## Published figures")
+        published_detection(page)
+        published_evaluation(page)
+        published_masks(page)
+    page.parts[at:at] = ["## What the tables say", "\n".join(said)]
     return page.write("tables.md")
 
 
-def introduction(page: Page, passes: Passes, quick: bool) -> None:
+def _thinned(frame: pd.DataFrame) -> pd.DataFrame:
+    """Two captions of every kind."""
+    return frame.groupby(["label", "common", "copied", "half", "null"]).head(2).reset_index(drop=True)
+
+
+def introduction(page: Page, passes: Passes, quick: bool, samples: dict[str, pd.DataFrame], noises: int) -> None:
     """What was measured, on what, with what, when."""
-    counts = passes.frame.groupby("label").agg(captions=("TEXT", "size"), copied=("copied", "sum"))
     machine = f"{os.cpu_count()} CPU cores" + ("" if torch.cuda.is_available() else ", no GPU")
     page.text("# The paper's tables on the testbed")
     page.text(
-        f"Written by `make tables`{' (--quick: too little to mean anything)' if quick else ''} on {machine}, "
-        f"{datetime.date.today()}, with the embedded testbed: {passes.steps} steps, guidance 7.5, seed 0, one noise, "
-        "float32. Captions: "
-        f"{', '.join(f'{row.captions} {label} ({row.copied} copied)' for label, row in counts.iterrows())}; "
-        "*none* are captions the model never saw."
+        f"Written by `python -m "
+        f"tests.benchmarks.tables{'' if len(samples) == len(DEPTHS) else ' --depth ' + [*samples][-1]}`"
+        f"{' (--quick: too little to mean anything)' if quick else ''} on {machine}, {datetime.date.today()}, with the "
+        f"embedded testbed: {passes.steps} steps, guidance 7.5, float32, {noises} noises, the bank of seed {SEED}."
     )
+    rows = []
+    for name, frame in samples.items():
+        starts, null = frame.cluster.str.startswith, frame.null
+        row: Row = {"captions of": WORDS[name]}
+        for label in ("global", "local"):
+            of = frame.label == label
+            row[f"{label} (copied)"] = f"{int(of.sum())} ({int((of & frame.copied).sum())})"
+        row |= {"never seen": int((starts("unseen") & ~null).sum()), "seen once": int((starts("seen") & ~null).sum())}
+        rows.append(row)
+    page.table("samples", rows, {name: lambda row, n=name: str(row[n]) for name in rows[0]})
     page.text(
         "**The testbed is a small model trained for this project and is not Stable Diffusion: nothing here is a claim "
-        "about Stable Diffusion.** Its templates are few (32, of which about 19 are copied), so intervals are wide. "
-        "Every "
-        "table comes twice: by design label (what training repeated) and by measured copying (`copy_error` under 0.15: "
-        "what the model really reproduces). Brackets are 95 % bootstrap intervals over clusters (templates); an "
-        "interval "
-        "without width means that every resample was perfect (or zero), not that nothing is uncertain. A flag is "
-        "`score > threshold`; TPR@1%FPR is the largest TPR whose FPR is at most 1 %, nothing interpolated. Under "
-        "tables 1, 3 and 4 stand figures of the same methods on Stable Diffusion as other papers print them, labelled "
-        "so. The tables of Chen et al. 2025 themselves were not at hand when this was written, and nothing is quoted "
-        "from them."
+        "about Stable Diffusion.** Its templates are few (32, of which 19 are copied, 3 of these with a small region), "
+        "so intervals are wide. *By design label* is what training repeated, *by what is measured to be copied* what "
+        "the model really reproduces (`copy_error` under 0.15). A figure is the mean over the noises; in parentheses "
+        "the least and the most of them; in brackets a 95 % bootstrap interval over clusters (templates) and noises "
+        "together: how a scan of that many noises may differ. An interval without width means that every resample was "
+        "perfect (or zero), not that nothing is uncertain. A flag is `score > threshold`; TPR@1%FPR is the largest TPR "
+        "whose FPR is at most 1 %, nothing interpolated: with fewer than 100 (1,000 for 0.1 %) clean captions not one "
+        "may be flagged. *evaluations* are those of the U-Net that a caption costs as the scan makes them. Figures of "
+        "other models stand in tables of their own, labelled as published."
     )
 
 
-def conclusions(found: list[Row], quality: list[Row], every: list[Row], masks: list[Row]) -> list[str]:
-    """The sentences people read first, made from the figures."""
-    copied = {(row["score"], row["window"]): row for row in found
-              if row["truth"] == "measured copying" and row["type"] == "local"}  # fmt: skip
+def about_noises(rows: list[Row]) -> list[str]:
+    """The sentences people read first, made from the figures: of one noise and of several."""
+    said = []
+    for count in dict.fromkeys((1, min(4, max(row["noises"] for row in rows)))):
+        for kind in ("local", "global"):
+            part = [row for row in rows if (row["type"], row["noises"], row["over_noises"]) == (kind, count, "mean")]
+            figures = "; ".join(
+                f"{row['score']}: AUC {between(row, 'auc')}, TPR@1%FPR {between(row, 'tpr_1')}" for row in part
+            )
+            said.append(
+                f"- **{'One noise' if count == 1 else f'The mean of {count} noises'}, copied {kind} captions.** "
+                f"{figures}."
+            )
+    return said
+
+
+def about_regions(rows: list[Row]) -> list[str]:
+    """Of table 2."""
+    best = next(row for row in rows if row["chosen"] and row["noises"] == "one")
+    mean = next(row for row in rows if (row["noises"], row["smoothing"], row["threshold"]) == ("one", 3, "mean"))
+    return [
+        f"- **The region to show.** Of the energy masks as a run stores them, cut at *{best['threshold']}* is best "
+        f"on the choosing half; on the other half and the other noises its IoU is {between(best, 'report_iou')}, cut at "
+        f"the mask's own mean {between(mean, 'report_iou')}. The report cuts at {REGION:g} x mean.",
+    ]
+
+
+def about_detectors(rows: list[Row]) -> list[str]:
+    """Of table 3."""
+    part = [row for row in rows if (row["truth"], row["type"], row["noises"]) == ("measured copying", "local", 1)]
+    best = max((row for row in part if row["evaluations"] == 1), key=lambda row: row["auc"])
+    return [
+        f"- **The best column of one evaluation** on copied local captions is `{best['score']}`: AUC "
+        f"{between(best, 'auc')}, gain over magnitude {between(best, 'gain', '+.3f')}."
+    ]
+
+
+def about_paper(found: list[Row], quality: list[Row]) -> list[str]:
+    """Of tables 4 and 6."""
+    copied = {(row["score"], row["window"]): row for row in found if row["type"] == "local"}
     paper, base = copied["LD, BE mask", "first step"], copied["magnitude", "first step"]
-    at = {row["mask"]: row["pixel_auc"] for row in quality
-          if row["truth"] == "measured copying" and row["templates"] == "all"}  # fmt: skip
-    scan = {row["score"]: row for row in every if row["truth"] == "measured copying" and row["type"] == "local"}
-    single = [row for row in masks if row["evaluations"] == 1]
-    best = max(single, key=lambda row: (row["choose_auc_measured"], row["choose_pixel_auc_measured"]))
-    ties = [row for row in single if row["choose_auc_measured"] == best["choose_auc_measured"]]
-    default = next(row for row in masks if row["mask"] == "energy, first step: smoothing 3, power 1")
-    pointer = max((row for row in masks if row["points"] and not row["energy"]),
-                  key=lambda row: row["choose_pixel_auc_measured"])  # fmt: skip
+    at = {row["mask"]: row["pixel_auc"] for row in quality if row["templates"] == "all"}
 
     def by_window(score: str) -> str:
         aucs = {window: copied[score, window]["auc"] for window in ("first step", "first 10", "all")}
-        best = max(aucs, key=lambda window: aucs[window])
-        return f"{score} has AUCs of {', '.join(f'{auc:.3f} ({w})' for w, auc in aucs.items())}: best is {best}"
+        return f"{score} has AUCs of {', '.join(f'{auc:.3f} ({window})' for window, auc in aucs.items())}"
 
-    beats = "beats" if paper["gain_low"] > 0 else "does not beat"
+    beats = {"better": "beats", "worse": "does worse than"}.get(better_or_worse(paper), "is not told apart from")
     return [
         f"- **The paper's first-step LD {beats} magnitude here** on copied local captions: AUC {between(paper, 'auc')} "
-        f"against {between(base, 'auc')}, gain {between(paper, 'gain', '+.3f')}. What is known of why: the BE mask "
-        "of the "
-        f"paper's two layers has a pixel AUC of {at['BE (EOS, final step)']:.3f} against the true regions in this "
-        "model, "
-        f"the energy mask of the first step {at['energy mask, first step']:.3f}, the score-difference map "
-        f"{at['score-difference map, final step']:.3f}; LD weighs the noise difference by where the mask points. "
-        f"By window, {by_window('magnitude')}; {by_window('LD, BE mask')}.",
-        f"- **The best first-step column at one evaluation** on copied local captions is "
-        f"`{max((r for r in scan.values() if r['evaluations'] == 1), key=lambda r: r['auc'])['score']}`. "
-        "`ld_energy`: AUC "
-        f"{between(scan['ld_energy'], 'auc')}, TPR@1%FPR {between(scan['ld_energy'], 'tpr_1')}, gain over magnitude "
-        f"{between(scan['ld_energy'], 'gain', '+.3f')}; `ld` with `--mask first`: AUC "
-        f"{between(scan['ld'], 'auc')}, "
-        f"gain {between(scan['ld'], 'gain', '+.3f')}.",
-        f"- **The mask at one evaluation.** On the choosing half {len(ties)} of {len(single)} masks have the best AUC, "
-        f"{best['choose_auc_measured']:.3f}, and of these *{best['mask']}* points best (pixel AUC "
-        f"{best['choose_pixel_auc_measured']:.3f}); the 3 x 3 energy mask as it is (power 1), which scan uses, is "
-        f"{'among them' if default in ties else 'not among them'} with {default['choose_pixel_auc_measured']:.3f}. On "
-        f"the other half the first has an AUC of {between(best, 'auc_measured')}, the second "
-        f"{between(default, 'auc_measured')}, pixel AUC {best['report_pixel_auc_measured']:.3f} and "
-        f"{default['report_pixel_auc_measured']:.3f}, gain over magnitude {between(best, 'gain_measured', '+.3f')} and "
-        f"{between(default, 'gain_measured', '+.3f')}. The attention that points best is *{pointer['mask']}*, pixel "
-        f"AUC {pointer['report_pixel_auc_measured']:.3f}; LD under it has an AUC of "
-        f"{between(pointer, 'auc_measured')}, magnitude {pointer['auc_measured'] - pointer['gain_measured']:.3f}.",
-        "- **Defaults.** By these tables `confirm`, `report` and `--refine` pick candidates by `ld_energy`, LD under "
-        "the energy mask. `ld` is always under attention: `--mask first` (default) at no further cost, `--mask final`, "
-        "the paper's, at the price of a trajectory. Other layers and tokens are `--mask-layers` and `--mask-token`. On "
-        "another model, measure: `be-audit evaluate`.",
+        f"against {between(base, 'auc')}, gain {between(paper, 'gain', '+.3f')}. What is known of why: the BE mask of "
+        f"the paper's two layers has a pixel AUC of {at['BE (EOS, final step)']:.3f} against the true regions in this "
+        f"model, the energy mask of the first step {at['energy mask, first step']:.3f}, the score-difference map "
+        f"{at['score-difference map, final step']:.3f}; LD weighs the noise difference by where the mask points. By "
+        f"window, {by_window('magnitude')}; {by_window('LD, BE mask')}."
+    ]
+
+
+def about_masks(rows: list[Row]) -> list[str]:
+    """Of table 7."""
+    single = [row for row in rows if row["evaluations"] == 1]
+    best = max(single, key=lambda row: (row["choose_auc"], row["choose_pixel_auc"]))
+    default = next(row for row in rows if row["mask"] == "energy, first step: smoothing 3, power 1")
+    return [
+        f"- **The mask at one evaluation.** Best on the choosing half is *{best['mask']}*; on the other half its LD "
+        f"has "
+        f"an AUC of {between(best, 'auc')}, that of the 3 x 3 energy mask, which scan uses, {between(default, 'auc')}; "
+        f"pixel AUC {best['report_pixel_auc']:.3f} and {default['report_pixel_auc']:.3f}."
     ]
 
 
@@ -129,9 +197,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "be-audit-tables")
     parser.add_argument("--output", type=Path, default=DOCS)
-    parser.add_argument("--quick", action="store_true", help="few captions, 4 steps: does it run?")
+    parser.add_argument("--depth", choices=DEPTHS, default="all", help="how far to go: the later, the more it costs")
+    parser.add_argument("--quick", action="store_true", help="few captions, noises and steps: does it run?")
     args = parser.parse_args()
-    print(write_tables(args.output, args.work, args.quick))
+    print(write_tables(args.output, args.work, args.quick, args.depth))
 
 
 if __name__ == "__main__":

@@ -5,18 +5,10 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from audit.evaluation.config import EvaluateConfig
-from audit.evaluation.evaluate import Figure, measure
-from audit.evaluation.series import Series
-
 Row = dict[str, Any]
-NO_IDS = np.zeros(0, np.int64)
 
 
 class Page:
@@ -61,27 +53,13 @@ class Page:
         return path
 
 
-def figure(
-    score: str, kind: str, values: Any, memorised: Any, baseline: Any, clusters: Any, resamples: int = 1000
-) -> Figure:
-    """`audit.evaluation.evaluate.measure` of one score, arrays [n]."""
-    series = Series("tables", score, "one", NO_IDS, np.zeros(0))
-    arrays = [np.asarray(each, np.float64) for each in (values, baseline)]
-    config = EvaluateConfig(resamples=resamples)
-    return measure(
-        series, kind, arrays[0], np.asarray(memorised, bool), arrays[1], np.asarray(clusters, object), config
-    )
-
-
-def as_row(found: Figure, **more: Any) -> Row:
-    """A figure as a row of a table, after the columns of its own."""
-    return {**more, **{key: value for key, value in asdict(found).items() if key not in ("stage", "images")}}
-
-
 def between(row: Row, name: str, form: str = ".3f") -> str:
-    """`0.961 [0.912, 0.990]`; without brackets where there is no interval."""
-    value, low, high = row[name], row[f"{name}_low"], row[f"{name}_high"]
-    return f"{value:{form}}" + ("" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]")
+    """`0.961 (0.955 to 0.970) [0.912, 0.990]`: least and most over the noises, interval; without those that are not."""
+    text = f"{row[name]:{form}}"
+    if row.get(f"{name}_most", row[name]) != row.get(f"{name}_least", row[name]):
+        text += f" ({row[name + '_least']:{form}} to {row[name + '_most']:{form}})"
+    low, high = row.get(f"{name}_low", math.nan), row.get(f"{name}_high", math.nan)
+    return text + ("" if math.isnan(low) else f" [{low:{form}}, {high:{form}}]")
 
 
 def better_or_worse(row: Row) -> str:

@@ -4,96 +4,147 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 
 from audit import testbed
 from audit.base.progress import Progress
 from audit.cli.demo import COPIED
-from pipelines import FirstStepScorer, TrajectorySampler, find_model, formulas, load
+from pipelines import FirstStepScorer, find_model, formulas, load
 from pipelines.attention import TOKENS, capture_attention, cross_attention_layers, paper_layers
+from pipelines.detectors import FirstStep, scores
 from pipelines.model import DiffusionModel, Embeddings
 from pipelines.schedules import NoiseLevel
 
 COMMON_TEMPLATES = 16  # template-000 to -015 are the common ones (audit/testbed/README.md)
 CHUNK = 16
 GUIDANCE = 7.5
+NULL_SAMPLE, NULL_FROM = 100, slice(100, 320)  # of the captions never seen
+NOISES, SEED = 8, 1000  # of the bank: no table rests on one noise, nor on seed 0, which is a lucky one
+COLUMNS = ("magnitude", "ld", "ld_energy", "webster", "attention_entropy", "cosine")
+EXTRA_COLUMNS = ("cosine_low", "anisotropy")
 Arrays = dict[str, np.ndarray]
 
 
-def choose(per_template: int, num_unseen: int, seed: int = 0) -> pd.DataFrame:
-    """Distinct captions: all global ones, some of every template, some the model never saw.
+def captions_table() -> pd.DataFrame:
+    """Distinct captions of the testbed.
 
-    Columns added: copied (measured), common (template), half (0 or 1; whole templates, balanced over kinds).
+    Columns added: copied (measured), common (template), half (0 or 1; whole clusters, balanced over kinds), null (the
+    sample that says what is usual to `excess`: captions never seen, counted nowhere else).
     """
-    table = pq.read_table(testbed.CAPTIONS).to_pandas().drop_duplicates("TEXT")
-    local = table[table.label == "local"].groupby("cluster").head(per_template)
-    unseen = table[table.cluster.str.startswith("unseen")].head(num_unseen)
-    chosen = pd.concat([table[table.label == "global"], local, unseen]).reset_index(drop=True)
-    chosen["copied"] = chosen.copy_error < COPIED
-    numbers = chosen.cluster.str.extract(r"(\d+)$")[0].astype(int)
-    chosen["common"] = (chosen.label == "local") & (numbers < COMMON_TEMPLATES)
-    draw = np.random.default_rng(seed)
+    table = pq.read_table(testbed.CAPTIONS).to_pandas().drop_duplicates("TEXT").reset_index(drop=True)
+    table["copied"] = table.copy_error < COPIED
+    numbers = table.cluster.str.extract(r"(\d+)$")[0].astype(int)
+    table["common"] = (table.label == "local") & (numbers < COMMON_TEMPLATES)
+    draw = np.random.default_rng(0)
     half: dict[str, int] = {}
-    for _, group in chosen.groupby(["label", "common", "copied"]):
+    for _, group in table.groupby(["label", "common", "copied"]):
         for place, cluster in enumerate(draw.permutation(sorted(group.cluster.unique()))):
             half[cluster] = place % 2
-    chosen["half"] = chosen.cluster.map(half)
-    return chosen
+    table["half"] = table.cluster.map(half)
+    others = table.index[table.cluster.str.startswith("unseen")][NULL_FROM]
+    table["null"] = table.index.isin(draw.choice(others, NULL_SAMPLE, replace=False))
+    return table
+
+
+def many(per_template: int, num_unseen: int, num_seen: int) -> pd.DataFrame:
+    """All global captions, some of every template, captions the model never saw, and captions it saw once."""
+    table = captions_table()
+    local = [group.iloc[:per_template] for _, group in table[table.label == "local"].groupby("cluster")]
+    starts = table.cluster.str.startswith
+    rest = [table[table.label == "global"], table[starts("unseen")].iloc[:num_unseen]]
+    return pd.concat([*local, *rest, table[starts("seen")].iloc[:num_seen]]).reset_index(drop=True)
+
+
+def choose(per_template: int, num_global: int, num_unseen: int, first: int = 0) -> pd.DataFrame:
+    """Some captions of every template, global ones (copied and not copied alike), captions the model never saw.
+
+    Args:
+        first: leave out as many of each before: samples with rising `first` have no caption in common.
+    """
+    table = captions_table()
+    of_global, unseen = table[table.label == "global"], table[table.cluster.str.startswith("unseen")]
+
+    def part(rows: pd.DataFrame, count: int) -> pd.DataFrame:
+        return rows.iloc[first * count : (first + 1) * count]
+
+    chosen = [part(group, per_template) for _, group in table[table.label == "local"].groupby("cluster")]
+    chosen += [part(group, num_global // 2) for _, group in of_global.groupby("copied")]
+    return pd.concat([*chosen, part(unseen, num_unseen)]).reset_index(drop=True)
 
 
 class Passes:
-    """Passes of the testbed's model over the captions; each chunk is kept as an .npz and made once.
+    """Passes of the testbed's model under a bank of noises; each chunk of captions is kept as an .npz and made once.
+
+    A file's name holds the kind of pass and a hash of the captions and of the noise itself; its folder is named by the
+    weights, the number of steps and what the formulas give on a fixed input, so that what is kept is never stale.
 
     Args:
-        frame: from `choose`. work: folder of what is kept. steps: of the whole trajectory.
+        work: folder of what is kept. steps: of the whole trajectory. noises, seed: of the bank.
     """
 
-    def __init__(self, frame: pd.DataFrame, work: Path, steps: int = 50) -> None:
-        self.frame, self.steps = frame, steps
+    def __init__(self, work: Path, steps: int = 50, noises: int = NOISES, seed: int = SEED) -> None:
+        self.steps, self.seed = steps, seed
         self.folder = find_model(str(testbed.PIPELINE))
-        key = [self.folder.weights_sha256(), steps, formulas.FORMULA_VERSION, *frame.TEXT]
+        key = [self.folder.weights_sha256(), steps, GUIDANCE, _probe()]
         self.work = work / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
         self.work.mkdir(parents=True, exist_ok=True)
         self.model: DiffusionModel = load(self.folder, "cpu", "float32")
-        self.noise = self.model.noise_bank(1, 0)
+        self.bank = self.model.noise_bank(noises, seed)
         self.empty = self.model.encode_empty()
         self.size = self.model.latent_shape[1:]
         self.layers = tuple(cross_attention_layers(self.model.denoiser))
         self.paper = [self.layers.index(name) for name in paper_layers(self.model.denoiser)]
+        self._unconditional: dict[tuple[int, float], torch.Tensor] = {}
+        self._scorers: dict[tuple[int, bool], FirstStepScorer] = {}
 
-    def first(self) -> Arrays:
+    def columns(self, captions: Sequence[str], noise: int, extra: bool = False) -> Arrays:
+        """Every first-step column by the product's scorer, [N]; with `extra` those of the extra evaluation alone."""
+
+        def make(chunk: list[str]) -> Arrays:
+            found = self._scorer(noise, extra)(chunk)
+            return {name: found.scores[name] for name in (EXTRA_COLUMNS if extra else COLUMNS)}
+
+        return self._kept("extra" if extra else "columns", captions, noise, make)
+
+    def energy(self, captions: Sequence[str], noise: int) -> NDArray[np.float32]:
+        """Energy maps of the first step alone, [N, H, W]."""
+        level = self.model.levels(self.steps)[0]
+        return self._kept("energy", captions, noise, lambda chunk: self._energy(chunk, noise, level))["energy"]
+
+    def first(self, captions: Sequence[str], noise: int) -> Arrays:
         """First step: masks [N, token, layer, H, W], energy [N, H, W]."""
-        return self._kept("first", lambda captions: self._once(captions, self.model.levels(self.steps)[0]))
+        level = self.model.levels(self.steps)[0]
+        return self._kept("first", captions, noise, lambda chunk: self._once(chunk, noise, level))
 
-    def low(self) -> Arrays:
+    def low(self, captions: Sequence[str], noise: int) -> Arrays:
         """Pure noise at the third last timestep: masks alone are of use."""
-        at = max(-3, -self.steps)
-        return self._kept("low", lambda captions: self._once(captions, self.model.levels(self.steps)[at]))
+        level = self.model.levels(self.steps)[max(-3, -self.steps)]
+        return self._kept("low", captions, noise, lambda chunk: self._once(chunk, noise, level))
 
-    def few(self, steps: int) -> Arrays:
+    def few(self, captions: Sequence[str], noise: int, steps: int) -> Arrays:
         """Final step of a trajectory of few steps, as `--steps` sets the sampler: masks."""
-        return self._kept(f"steps{steps}", lambda captions: self._sample(captions, steps, whole=False))
+        return self._kept(f"steps{steps}", captions, noise, lambda chunk: self._sample(chunk, noise, steps, False))
 
-    def whole(self) -> Arrays:
+    def whole(self, captions: Sequence[str], noise: int) -> Arrays:
         """The whole trajectory: masks of the final step, energy_t [N, steps, H, W], eos_t [N, steps], images."""
-        return self._kept("whole", lambda captions: self._sample(captions, self.steps, whole=True))
+        return self._kept("whole", captions, noise, lambda chunk: self._sample(chunk, noise, self.steps, True))
 
-    def _kept(self, name: str, make: Callable[[list[str]], Arrays]) -> Arrays:
-        captions = self.frame.TEXT.tolist()
+    def _kept(self, name: str, captions: Sequence[str], noise: int, make: Callable[[list[str]], Arrays]) -> Arrays:
         parts: list[Arrays] = []
-        with Progress(len(captions), "captions", name) as progress:
+        with Progress(len(captions), "captions", f"{name}, noise {noise}") as progress:
             for start in range(0, len(captions), CHUNK):
-                file = self.work / f"{name}-{start:05d}.npz"
-                chunk = captions[start : start + CHUNK]
+                chunk = list(captions[start : start + CHUNK])
+                held = hashlib.sha256(json.dumps(chunk).encode() + self.bank[noise].numpy().tobytes())
+                file = self.work / f"{name}-{held.hexdigest()[:16]}.npz"
                 if not file.exists():
                     temporary = file.with_suffix(".tmp.npz")
                     np.savez(temporary, **make(chunk))
@@ -103,21 +154,44 @@ class Passes:
                 progress.add(len(chunk))
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
+    def _uncond(self, noise: int, level: NoiseLevel) -> torch.Tensor:
+        """The unconditional prediction of a noise, made once."""
+        key = noise, float(level.timestep)
+        if key not in self._unconditional:
+            self._unconditional[key] = self.model.predict(self.bank[noise : noise + 1], level, self.empty)
+        return self._unconditional[key]
+
+    def _scorer(self, noise: int, extra: bool) -> FirstStepScorer:
+        """The product's scorer with one noise of the bank."""
+        if (noise, extra) not in self._scorers:
+            scorer = FirstStepScorer(self.model, steps=self.steps, guidance_scale=GUIDANCE, extra_evaluation=extra)
+            scorer.noises = self.bank[noise : noise + 1]
+            scorer.uncond = scorer._unconditional(scorer.level)
+            scorer.uncond_low = scorer._unconditional(scorer.low_level) if extra else None
+            self._scorers[noise, extra] = scorer
+        return self._scorers[noise, extra]
+
     @torch.inference_mode()
-    def _once(self, captions: list[str], level: NoiseLevel) -> Arrays:
-        prompts = self.model.encode(captions)
-        latents = self.noise.expand(len(captions), -1, -1, -1)
+    def _energy(self, captions: list[str], noise: int, level: NoiseLevel) -> Arrays:
+        prompts, start = self.model.encode(captions), self.bank[noise : noise + 1]
+        conditional = self.model.predict(start.expand(len(captions), -1, -1, -1), level, prompts)
+        uncond = self._uncond(noise, level)
+        return {"energy": formulas.energy_map(conditional - uncond).numpy()}
+
+    @torch.inference_mode()
+    def _once(self, captions: list[str], noise: int, level: NoiseLevel) -> Arrays:
+        prompts, start = self.model.encode(captions), self.bank[noise : noise + 1]
         with self._capture(prompts) as masks:
-            conditional = self.model.predict(latents, level, prompts)
-        uncond = self.model.predict(self.noise, level, self.empty)
+            conditional = self.model.predict(start.expand(len(captions), -1, -1, -1), level, prompts)
+        uncond = self._uncond(noise, level)
         return {"masks": masks(), "energy": formulas.energy_map(conditional - uncond).numpy()}
 
     @torch.inference_mode()
-    def _sample(self, captions: list[str], steps: int, whole: bool) -> Arrays:
+    def _sample(self, captions: list[str], noise: int, steps: int, whole: bool) -> Arrays:
         """DDIM with guidance, attention of every layer and token at the final step."""
         model, prompts, count = self.model, self.model.encode(captions), len(captions)
         levels = model.levels(steps)
-        latents = self.noise.repeat(count, 1, 1, 1)
+        latents = self.bank[noise : noise + 1].repeat(count, 1, 1, 1)
         both = Embeddings.concatenate([self.empty.expand(count), prompts])
         energy, eos = [], []
         final: np.ndarray | None = None
@@ -163,42 +237,12 @@ class Passes:
 
             yield masks
 
-    def seconds(self, count: int = 16, repeats: int = 3) -> dict[str, float]:
-        """Measured seconds a caption of the product's own scorers, one noise and one thread: the fastest of some."""
-        file = self.work / "seconds.json"
-        if file.exists():
-            return dict(json.loads(file.read_text()))
-        captions = self.frame.TEXT.tolist()[-count:]
-        steps = {f"steps{steps}": TrajectorySampler(self.model, steps=steps) for steps in (2, 4, 8)}
-        steps["whole"] = TrajectorySampler(self.model, steps=self.steps)
-        scorers: dict[str, Callable[[list[str]], Any]] = {
-            name: lambda texts, sampler=sampler: sampler(texts, decode=False) for name, sampler in steps.items()
-        }
-        scorers["first"] = FirstStepScorer(self.model, steps=self.steps)
-        scorers["extra"] = FirstStepScorer(self.model, steps=self.steps, extra_evaluation=True)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        found = {name: min(_time(scorer, captions) for _ in range(repeats)) for name, scorer in scorers.items()}
-        torch.set_num_threads(threads)
-        found["low"], found["energy"] = found["extra"], found["first"]  # the same evaluations
-        file.write_text(json.dumps(found))
-        return found
 
-
-def _time(scorer: Callable[[list[str]], Any], captions: list[str]) -> float:
-    started = time.perf_counter()
-    scorer(captions)
-    return (time.perf_counter() - started) / len(captions)
-
-
-def detectors(captions: list[str], passes: Passes) -> Arrays:
-    """Every first-step column, with the extra evaluation: name -> [N]."""
-    file = passes.work / f"detectors-{hashlib.sha256(json.dumps(captions).encode()).hexdigest()[:16]}.npz"
-    if not file.exists():
-        scorer = FirstStepScorer(passes.model, steps=passes.steps, extra_evaluation=True)
-        with Progress(len(captions), "captions", "detectors") as progress:
-            found = scorer(captions, progress.add)
-        assert found.ld_std is not None
-        np.savez(file, ld_std=found.ld_std, **found.scores)
-    with np.load(file) as kept:
-        return dict(kept)
+def _probe() -> list[str]:
+    """What the formulas behind the passes give on a fixed input: another value is another folder."""
+    draw = torch.Generator().manual_seed(0)
+    difference, uncond, mask = (torch.randn(1, size, 8, 8, generator=draw) for size in (4, 4, 1))
+    first = FirstStep.of(difference, uncond, mask[:, 0].abs(), torch.tensor([[0.25, 0.75]]))
+    first = replace(first, low=first)
+    found = scores(first)
+    return [f"{name} {float(found[name]):.4g}" for name in (*COLUMNS, *EXTRA_COLUMNS)]

@@ -1,4 +1,4 @@
-"""`make tables` in its quick form: everything is written, and the same seeds give the same tables."""
+"""`make tables` in its quick form: everything is written, the same seeds give the same tables; figures over noises."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import csv
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from tests.benchmarks.tables import write_tables
-
-MEASURED = {"milliseconds"}  # the only column that may differ
+from tests.benchmarks.tables_noises import excess, figure
+from tests.benchmarks.tables_regions import otsu
 
 
 def tables(folder: Path) -> dict[str, list[dict[str, str]]]:
     found = {}
     for path in sorted(folder.glob("tables/*.csv")):
         with path.open() as file:
-            found[path.stem] = [{k: v for k, v in row.items() if k not in MEASURED} for row in csv.DictReader(file)]
+            found[path.stem] = list(csv.DictReader(file))
     return found
 
 
@@ -26,28 +27,33 @@ def tables(folder: Path) -> dict[str, list[dict[str, str]]]:
 def test_tables_are_written_whole_and_again_the_same(tmp_path: Path) -> None:
     work = tmp_path / "work"
     page = write_tables(tmp_path / "first", work, quick=True).read_text()
-    for kept in (*work.glob("*/whole-*.npz"), *work.glob("*/detectors-*.npz"), *work.glob("*/seconds.json")):
+    for kept in (*work.glob("*/energy-*.npz"), *work.glob("*/columns-*.npz")):
         kept.unlink()  # as if it had been stopped before these were done
-    write_tables(tmp_path / "again", work, quick=True)
-    first = tables(tmp_path / "first")
-    assert first == tables(tmp_path / "again")
+    write_tables(tmp_path / "again", work, quick=True, depth="first")
+    first, again = tables(tmp_path / "first"), tables(tmp_path / "again")
+    assert {"samples", "noises", "regions", "detectors"} <= set(again)
+    assert all(first[name] == again[name] for name in set(again) - {"samples"})  # of fewer samples
 
-    of_papers = {"published_detection", "published_masks"}
-    assert set(first) == {"detection", "evaluation", "masks", "detectors", "mask_question"} | of_papers
-    assert page.count("On Stable Diffusion, as published") == 2
-    both = {
-        ("design label", "local"),
-        ("design label", "global"),
-        ("measured copying", "local"),
-        ("measured copying", "global"),
+    of_papers = {"chen_detection", "chen_evaluation", "detection", "masks"}
+    ours = {"samples", "noises", "regions", "detectors", "detection", "evaluation", "masks", "mask_question"}
+    assert set(first) == ours | {f"published_{name}" for name in of_papers}
+    assert (
+        page.count("as published for Stable Diffusion 1.4") == 2
+        and page.count("On Stable Diffusion, as published") == 2
+    )
+    both = {"local", "global"}
+    for name in ("noises", "detection", "evaluation", "detectors"):
+        assert {row["type"] for row in first[name]} == both
+        assert all(float(row["auc_least"]) <= float(row["auc"]) <= float(row["auc_most"]) for row in first[name])
+    assert {row["truth"] for row in first["detectors"]} == {"design label", "measured copying"}
+    assert {(row["noises"], row["over_noises"]) for row in first["noises"]} == {
+        ("1", "mean"),
+        ("2", "mean"),
+        ("2", "max"),
     }
-    for name in ("detection", "evaluation", "detectors"):
-        assert {(row["truth"], row["type"]) for row in first[name]} == both
     assert {row["score"] for row in first["detectors"]} >= {"webster", "attention_entropy", "cosine", "anisotropy"}
-    assert {row["evaluations"] for row in first["detectors"] if row["score"] in ("ld_energy", "anisotropy")} == {
-        "1",
-        "2",
-    }
+    costs = {row["score"]: row["evaluations"] for row in first["detectors"]}
+    assert costs["ld_energy"] == "1" and costs["anisotropy"] == "2"
     assert {row["token"] for row in first["mask_question"]} >= {"EOS", "1 - BOS", "EOS and padding", "power 1"}
     assert len({row["layers"] for row in first["mask_question"]}) == 12 + 3  # the paper's two, 11 alone, 3 smoothings
 
@@ -58,3 +64,28 @@ def test_tables_are_written_whole_and_again_the_same(tmp_path: Path) -> None:
     for picture in (tmp_path / "first/tables").glob("*.png"):
         assert len(set(Image.open(picture).convert("L").tobytes())) > 20
     assert "not Stable Diffusion" in page and "--quick" in page and "nan" not in page
+
+
+def test_a_figure_is_the_mean_over_noises_and_its_interval_holds_them_all() -> None:
+    truth, clusters = np.repeat([True, False], 20), np.arange(40)
+    good, bad = np.where(truth, 2.0, 1.0), np.where(truth, 1.0, 2.0)
+    values = np.stack([good, bad])  # one noise tells all apart, the other has it all the wrong way round
+    found = figure("score", "local", values, truth, values, clusters)
+    assert (found["auc"], found["auc_least"], found["auc_most"]) == (0.5, 0.0, 1.0)
+    assert (found["auc_low"], found["auc_high"]) == (0.0, 1.0)
+    assert (found["gain"], found["gain_low"], found["gain_high"]) == (0.0, 0.0, 0.0)  # under the same noise
+    together = figure("score", "local", values, truth, values, clusters, draws=2)
+    assert (together["auc"], together["noises"]) == (0.5, 2)  # their mean tells nothing
+
+
+def test_excess_is_the_largest_deviation_from_what_is_usual() -> None:
+    usual = np.exp(np.linspace(0, 1, 101))[:, None, None] * np.ones((1, 4, 4))
+    maps = np.concatenate([usual, np.full((1, 4, 4), np.e**2)])[None].astype(np.float32)
+    null = np.arange(102) < 101
+    # logarithms 0 to 1: median 0.5, 84 % quantile 0.84; the last one lies 1.5 above the median
+    assert excess(maps, null)[0, -1] == pytest.approx(1.5 / 0.34, rel=1e-4)
+
+
+def test_otsu_cuts_between_two_levels() -> None:
+    rows = np.array([[0.1, 0.2, 0.9, 1.0], [5.0, 5.0, 5.0, 9.0]])
+    assert otsu(rows).tolist() == [0.2, 5.0]
