@@ -46,7 +46,7 @@ EXTRA_DETECTORS = tuple(name for name, found in _DETECTORS.items() if "low" in f
 MASK_DETECTORS = tuple(name for name, found in _DETECTORS.items() if {"mask", "token_attention"} & set(found.needs))
 """Those that take an attention a model may not have."""
 DEFAULT_SCORE = "ld_energy"
-"""What candidates are picked by: over 8 noises of the testbed not worse than magnitude on local copies (docs/tables.md)."""
+"""What candidates are picked by: on local copies of the testbed no worse than magnitude (docs/tables.md)."""
 WINDOWS = ("ld_first", "ld_10", "ld_all", "magnitude_10", "magnitude_all")
 """Score columns that take a trajectory."""
 SCORES = (*DETECTORS, *WINDOWS)

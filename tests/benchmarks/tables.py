@@ -144,8 +144,8 @@ def about_regions(rows: list[Row]) -> list[str]:
     mean = next(row for row in rows if (row["noises"], row["smoothing"], row["threshold"]) == ("one", 3, "mean"))
     return [
         f"- **The region to show.** Of the energy masks as a run stores them, cut at *{best['threshold']}* is best "
-        f"on the choosing half; on the other half and the other noises its IoU is {between(best, 'report_iou')}, cut at "
-        f"the mask's own mean {between(mean, 'report_iou')}. The report cuts at {REGION:g} x mean.",
+        f"on the choosing half; on the other half and the other noises its IoU is {between(best, 'report_iou')}, cut "
+        f"at the mask's own mean {between(mean, 'report_iou')}. The report cuts at {REGION:g} x mean.",
     ]
 
 
