@@ -226,7 +226,7 @@ def test_what_holds_no_pictures_is_said_in_one_line(rows: Rows, tmp_path: Path) 
     cases = {
         "gone": "gone: no such file or folder",
         "empty": "empty: holds no pictures",
-        "cut.parquet": r"cut\.parquet: not a whole parquet file",
+        "cut.parquet": r"cut\.parquet: the Parquet file is cut short",
         "captions.parquet": "no column of encoded pictures or embeddings among TEXT: pass --image-col",
         "flat.npy": r"flat\.npy: embeddings are float \[rows, dim\]",
     }
