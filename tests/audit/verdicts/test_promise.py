@@ -49,6 +49,7 @@ def test_false_alarms_and_copies_found(tmp_path: Path, capsys: pytest.CaptureFix
     table = pq.read_table(testbed.CAPTIONS).to_pandas().drop_duplicates("TEXT").sort_values("copy_error")
     copied = table[table.label == "local"].drop_duplicates("cluster").head(10)
     unseen = table[table.cluster.str.startswith("unseen")].sort_values("TEXT")
+    unseen = unseen.sample(frac=1, random_state=0)  # in alphabetical order, titles would be judged by descriptions
     clean, judged = unseen[:CLEAN], unseen[CLEAN : CLEAN + JUDGED]
     rows = [*copied.to_dict("records"), *judged.to_dict("records")]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "captions.parquet")
