@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     import pipelines.formulas
+    from pipelines.null_maps import NullMaps
 
-Need = Literal["mask", "token_attention", "low", "sigma_max"]
+Need = Literal["mask", "token_attention", "low", "sigma_max", "null"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class FirstStep:
         guidance_scale: of classifier-free guidance.
         sigma_max: s / a of the schedule's noisiest level, sqrt((1 - abar) / abar); None where it is infinite.
         anisotropy_weights: of magnitude and `cosine_low`, by the family of the model.
+        null: what is usual of other captions' energy maps under the row's noise, a row each; None outside of a run.
     """
 
     difference: Tensor
@@ -47,6 +49,7 @@ class FirstStep:
     guidance_scale: float = 7.5
     sigma_max: float | None = 1.0
     anisotropy_weights: tuple[float, float] = (1.0, 2.0)
+    null: NullMaps | None = None
 
     @classmethod
     def of(
@@ -59,6 +62,7 @@ class FirstStep:
         guidance_scale: float = 7.5,
         sigma_max: float | None = 1.0,
         anisotropy_weights: tuple[float, float] = (1.0, 2.0),
+        null: NullMaps | None = None,
     ) -> FirstStep:
         """From a noise difference [B, C, H, W]; its energy is computed here, `uncond` is zero where it is not given."""
         difference = difference.float()
@@ -72,6 +76,7 @@ class FirstStep:
             guidance_scale,
             sigma_max,
             anisotropy_weights,
+            null,
         )
 
 
@@ -170,6 +175,29 @@ def ld_energy(first: FirstStep) -> Tensor:
         tensor([16.])
     """
     return pipelines.formulas.ld(first.energy, pipelines.formulas.energy_mask(first.energy))
+
+
+@detector(
+    "largest cell of the log energy map standardised by the run's own captions, over windows of 3, 5, 9 and all cells",
+    "ours",
+    ("null",),
+)
+def excess(first: FirstStep) -> Tensor:
+    """How far the energy map stands out of what is usual at its place, under its noise, in this run, [B].
+
+    Only scores of one run, or under the same null maps, can be compared.
+
+    Example:
+        >>> import torch
+        >>> from pipelines.null_maps import NullMaps
+        >>> others = torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1).expand(3, 8, 8)
+        >>> null = NullMaps.of([others])  # median log 2, 84 % quantile log 2 + 0.68 log 2
+        >>> excess(FirstStep.of(torch.full((1, 4, 8, 8), 2.0), null=null))  # energy 16: log 8 above the median
+        tensor([4.4118])
+    """
+    assert first.null is not None
+    null = first.null
+    return pipelines.formulas.excess(pipelines.formulas.log_energy(first.energy), null.median, null.spread)
 
 
 @detector("sigma_max^2 mean(eps_cfg^2), first step", "Webster 2023", ("sigma_max",))

@@ -15,6 +15,7 @@ from pipelines.attention import MaskSource
 from pipelines.batching import AdaptiveBatches
 from pipelines.detectors import FirstStep, scores
 from pipelines.model import DiffusionModel, Embeddings
+from pipelines.null_maps import NullMaps
 from pipelines.schedules import NoiseLevel
 
 Array = NDArray[np.float32]
@@ -58,6 +59,8 @@ class FirstStepScorer:
         guidance_scale: enters `webster`, and models that are told it.
         batch_size: latents in one call of the denoiser; halved for good when memory runs out.
         extra_evaluation: also compute `cosine_low` and `anisotropy`, at one more evaluation a prompt and noise.
+        first_noise: leave out the noises of the bank before this one.
+        null_maps: of the noises that are used; without them there is no `excess`.
 
     Raises:
         ValueError: a mask of another step (that of the final one takes a trajectory), or layers the model has not.
@@ -73,6 +76,8 @@ class FirstStepScorer:
         guidance_scale: float = 7.5,
         batch_size: int = 32,
         extra_evaluation: bool = False,
+        first_noise: int = 0,
+        null_maps: NullMaps | None = None,
     ) -> None:
         self.model = model
         self.mask_source = mask_source or MaskSource()
@@ -82,7 +87,8 @@ class FirstStepScorer:
         self.guidance_scale, self.extra_evaluation = guidance_scale, extra_evaluation
         self.batches = AdaptiveBatches(batch_size)
         self.evaluations = 0  # of the denoiser so far: one latent through it once
-        self.noises = model.noise_bank(num_noises, seed).to(model.device, model.dtype)
+        self.noises = model.noise_bank(num_noises, seed)[first_noise:].to(model.device, model.dtype)
+        self.null_maps = None if null_maps is None else null_maps.to(model.device)
         self.unit, levels = model.unit(steps), model.levels(steps)
         self.level, self.low_level = levels[0], levels[max(-3, -steps)]
         self.uncond = self._unconditional(self.level)  # raw outputs, [K, C, H, W]
@@ -129,6 +135,26 @@ class FirstStepScorer:
             **maps,
         )
 
+    @torch.inference_mode()
+    def energies(self, captions: list[str], on_batch: Callable[[int], None] | None = None) -> Tensor:
+        """First-step energy maps alone, [N, K, H, W], float32 on the CPU; arguments as of a call."""
+        count, embeddings, seen = len(self.noises), self._encode(captions), 0
+
+        def energy(part: slice) -> Tensor:
+            pair = torch.arange(part.start, part.stop)
+            prompt, noise = pair // count, pair % count
+            latents = self.noises[noise]
+            output = self._predict(latents, self.level, embeddings.take(prompt))
+            return self._facts(output, self.uncond[noise], latents, self.level).energy.cpu()
+
+        parts = []
+        for part, found in self.batches.run(len(captions) * count, energy):
+            parts.append(found)
+            if on_batch:
+                on_batch(part.stop // count - seen)
+            seen = part.stop // count
+        return torch.cat(parts).unflatten(0, (len(captions), count))
+
     def _encode(self, captions: list[str]) -> Embeddings:
         """Encode in the same batches; embeddings are kept on the device (118 kB a prompt for SD1 in float16)."""
         parts = [found for _, found in self.batches.run(len(captions), lambda part: self.model.encode(captions[part]))]
@@ -150,6 +176,7 @@ class FirstStepScorer:
             mask=attention.mask(model.latent_shape[1:]) if self.layers else None,
             token_attention=token_attention(attention.token_means),
             low=low,
+            null=None if self.null_maps is None else self.null_maps.take(noise),
         )
         found = {**scores(first), "energy": first.energy, "energy_mask": formulas.energy_mask(first.energy)}
         if first.mask is not None:

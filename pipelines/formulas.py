@@ -6,11 +6,13 @@ d_t = eps(x_t, e_p) - eps(x_t, e_0) the noise difference (not scaled by guidance
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FORMULA_VERSION = 2  # part of every fingerprint: raise it when a formula's value changes
+FORMULA_VERSION = 3  # part of every fingerprint: raise it when a formula's value changes
 
 
 def noise_from_v(v: Tensor, latents: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -83,10 +85,79 @@ def energy_mask(energy: Tensor, size: int = 3) -> Tensor:
     Raises:
         ValueError: an even size.
     """
+    mean = smooth(energy, size)
+    return torch.where(mean.amax((-2, -1), keepdim=True) == 0, torch.ones_like(mean), mean)
+
+
+def smooth(energy: Tensor, size: int) -> Tensor:
+    """Mean over the size x size window around every cell; at the edges only the cells inside the map are counted.
+
+    Args:
+        energy: [B, H, W].
+        size: odd width of the window; 0 for the whole map, whose mean is in every cell then.
+    Returns:
+        [B, H, W], float32.
+    Raises:
+        ValueError: an even size.
+    """
+    energy = energy.float()
+    if size == 0:
+        return energy.mean((-2, -1), keepdim=True).expand_as(energy)
     if size % 2 == 0:
         raise ValueError(f"smoothing size {size} is even")
-    mean = F.avg_pool2d(energy.float()[:, None], size, stride=1, padding=size // 2, count_include_pad=False)[:, 0]
-    return torch.where(mean.amax((-2, -1), keepdim=True) == 0, torch.ones_like(mean), mean)
+    return F.avg_pool2d(energy[:, None], size, stride=1, padding=size // 2, count_include_pad=False)[:, 0]
+
+
+EXCESS_WINDOWS = (3, 5, 9, 0)
+"""Windows of `excess`, in cells of the latent grid; 0 is the whole map."""
+UPPER, SMALLEST_SPREAD = 0.84, 1e-3
+"""Quantile that the spread reaches up to, one deviation of a normal distribution; and the least spread, of a logarithm:
+captions whose energies differ by less than a thousandth say nothing of how energies vary."""
+
+
+def log_energy(energy: Tensor, windows: Sequence[int] = EXCESS_WINDOWS) -> Tensor:
+    """Logarithm of the energy map smoothed by every window; of the smallest normal number where the energy is zero.
+
+    Args:
+        energy: [B, H, W]. windows: sizes as in `smooth`.
+    Returns:
+        [B, len(windows), H, W], float32.
+    """
+    smoothed = torch.stack([smooth(energy, size) for size in windows], 1)
+    return smoothed.clamp_min(torch.finfo(torch.float32).tiny).log()
+
+
+def null_maps(log_energies: Tensor) -> tuple[Tensor, Tensor]:
+    """What is usual of `log_energy` in every cell: median, and spread upwards (84 % quantile minus median); ours.
+
+    Quantiles are interpolated linearly. The upper side alone: it is the large energies that are told apart.
+
+    Args:
+        log_energies: of a sample of N captions and one noise, [N, ...].
+    Returns:
+        median and spread, [...], float32; the spread is at least SMALLEST_SPREAD.
+    """
+    ordered = log_energies.float().sort(0).values
+
+    def quantile(share: float) -> Tensor:
+        place = share * (len(ordered) - 1)
+        below = int(place)
+        return torch.lerp(ordered[below], ordered[min(below + 1, len(ordered) - 1)], place - below)
+
+    median = quantile(0.5)
+    return median, (quantile(UPPER) - median).clamp_min(SMALLEST_SPREAD)
+
+
+def excess(log_energies: Tensor, median: Tensor, spread: Tensor) -> Tensor:
+    """Largest cell of the standardised map, over cells and windows: (log_energy - median) / spread; ours.
+
+    Args:
+        log_energies: `log_energy`, [B, S, H, W]. median, spread: of the same windows and noise (`null_maps`), the same
+            shape or broadcast against it.
+    Returns:
+        [B], float32.
+    """
+    return ((log_energies.float() - median) / spread).amax((-3, -2, -1))
 
 
 def score_difference_map(energy: Tensor, noise: float) -> Tensor:

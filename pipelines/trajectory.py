@@ -17,6 +17,7 @@ from pipelines.batching import AdaptiveBatches
 from pipelines.detectors import FirstStep, scores
 from pipelines.first_step import token_attention
 from pipelines.model import DiffusionModel, Embeddings
+from pipelines.null_maps import NullMaps
 
 Array = NDArray[np.float32]
 WINDOW = 10  # "first 10 steps" of the paper
@@ -98,6 +99,8 @@ class TrajectorySampler:
         num_noises, seed: the noise bank, as in FirstStepScorer.
         steps, guidance_scale: of the sampler.
         batch_size: trajectories at a time (a call of the denoiser sees twice as many latents).
+        first_noise: leave out the noises of the bank before this one.
+        null_maps: of the noises that are used; without them there is no `excess`.
 
     Raises:
         ValueError: layers the model does not have.
@@ -112,12 +115,15 @@ class TrajectorySampler:
         steps: int = 50,
         guidance_scale: float = 7.5,
         batch_size: int = 16,
+        first_noise: int = 0,
+        null_maps: NullMaps | None = None,
     ) -> None:
         self.model, self.steps, self.guidance_scale = model, steps, guidance_scale
         source = mask_source or MaskSource()
         self.token, self.layers = source.token, model.check_layers(source.layers)
         self.batches = AdaptiveBatches(batch_size)
-        self.noises = model.noise_bank(num_noises, seed).to(model.device, model.dtype)
+        self.noises = model.noise_bank(num_noises, seed)[first_noise:].to(model.device, model.dtype)
+        self.null_maps = None if null_maps is None else null_maps.to(model.device)
         self.empty = model.encode_empty()
 
     @torch.inference_mode()
@@ -132,7 +138,7 @@ class TrajectorySampler:
 
         Args:
             captions: N prompts; repeat a prompt for several noises.
-            noise_indices: which noise of the bank each starts from, [N]; all 0 by default.
+            noise_indices: which of the noises each starts from, [N]; all 0 by default.
             decode: also decode the images.
             on_batch: called with the number of trajectories finished by each batch; may raise to stop.
         """
@@ -140,7 +146,8 @@ class TrajectorySampler:
         columns: dict[str, list[NDArray[Any]]] = {}
 
         def sample(part: slice) -> dict[str, Tensor]:
-            return self.sample(self.model.encode(captions[part]), self.noises[indices[part]], decode)
+            null = None if self.null_maps is None else self.null_maps.take(indices[part])
+            return self.sample(self.model.encode(captions[part]), self.noises[indices[part]], decode, null=null)
 
         for part, found in self.batches.run(len(captions), sample):
             for name, value in found.items():
@@ -151,11 +158,17 @@ class TrajectorySampler:
 
     @torch.inference_mode()
     def sample(
-        self, prompts: Embeddings, latents: Tensor, decode: bool = True, every_step: bool = False
+        self,
+        prompts: Embeddings,
+        latents: Tensor,
+        decode: bool = True,
+        every_step: bool = False,
+        null: NullMaps | None = None,
     ) -> dict[str, Tensor]:
         """One batch: embeddings of B prompts and their initial latents [B, C, H, W]; columns for `Trajectories.of`.
 
         `every_step` captures attention at every step and adds `masks_t`, [B, steps, H, W], where there is a mask.
+        `null`: null maps of the rows' noises.
         """
         model, batch, grid = self.model, len(latents), self.model.latent_shape[1:]
         unit, levels = model.unit(self.steps), model.levels(self.steps)
@@ -183,6 +196,7 @@ class TrajectorySampler:
                     token_attention({name: value[batch:] for name, value in seen.token_means.items()}),
                     guidance_scale=self.guidance_scale,
                     sigma_max=model.schedule.sigma_max if unit == "epsilon" else None,
+                    null=null,
                 )
                 columns = {f"first.{name}": value for name, value in scores(first).items()}
             # 3. guidance and the step to x_{t-1}

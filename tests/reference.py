@@ -187,6 +187,12 @@ class Reference:
         facts = {"num_tokens": prompt.num_tokens, "truncated": prompt.truncated}
         return {**means, "ld_std": np.std(found["ld"]), **facts}
 
+    def energy(self, caption: str, x: Tensor, steps: int = 50) -> Any:
+        """The squared noise difference of one caption and noise, summed over channels, [H, W]."""
+        t = self.timesteps(steps)[0]
+        outputs = [self.noise(self.output(x, t, self.encode(text)), x, t) for text in (caption, "")]
+        return (outputs[0] - outputs[1]).square().sum(0).numpy()
+
     def step(self, x: Tensor, output: Tensor, t: int, steps: int) -> Tensor:
         """DDIM, eta 0: x_{t-1} = sqrt(a') x_0 + sqrt(1 - a') eps; below the last timestep a' is alpha_bar[0]."""
         a, before = self.alpha_bar[t], t - self.train_steps // steps
@@ -234,6 +240,21 @@ def smooth(energy: Tensor) -> Tensor:
         for i in range(height)
     ]
     return torch.tensor(rows)
+
+
+def excess(energies: Any, sample: Any) -> list[float]:
+    """Of each energy map [N, H, W] the largest standardised log mean, under what is usual of the sample's [M, H, W]."""
+    height, width = energies.shape[1:]
+    found = [-math.inf] * len(energies)
+    for half in (1, 2, 4, max(height, width)):  # windows of 3, 5, 9 and everything
+        for i in range(height):
+            for j in range(width):
+                window = (slice(None), slice(max(i - half, 0), i + half + 1), slice(max(j - half, 0), j + half + 1))
+                usual = sorted(math.log(each.mean()) for each in sample[window])
+                median, upper = np.quantile(usual, [0.5, 0.84])
+                for at, each in enumerate(energies[window]):
+                    found[at] = max(found[at], (math.log(each.mean()) - median) / max(upper - median, 1e-3))
+    return found
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

@@ -6,6 +6,7 @@ text_lines.py  text files: how they are written, their lines unpacked and decode
 csv_rows.py    CSV and TSV; json_rows.py  JSON
 streams.py     text files, Arrow streams, lists of captions and data sets, read front to back
 rows.py        Parquet and Arrow files, read by position
+sample.py      which captions the null maps are made of
 plan.py        shards and duplicates, kept in the run folder; what was found, for people
 """
 
@@ -22,11 +23,13 @@ from audit.captions.files import CAPTION_COLUMNS, CaptionFile
 from audit.captions.find import find_captions
 from audit.captions.plan import CaptionPlan, PlanFacts, captions_digest, describe_captions, plan_captions
 from audit.captions.rows import Rows, caption_text, is_empty, text
+from audit.captions.sample import SAMPLE
 from audit.captions.text_lines import QUOTINGS, TextFormat
 
 __all__ = [
     "CAPTION_COLUMNS",
     "QUOTINGS",
+    "SAMPLE",
     "CaptionFile",
     "CaptionPlan",
     "PlanFacts",
@@ -35,6 +38,7 @@ __all__ = [
     "find_captions",
     "is_empty",
     "plan_captions",
+    "read_captions",
     "read_shard",
 ]
 
@@ -74,6 +78,15 @@ def read_shard(plan: CaptionPlan, shard: int, staging: Folder, columns: Sequence
         else:
             arrays.append(table[place.name].cast(place.type))
     return pa.table(arrays, schema=pa.schema([("caption", pa.string()), *fields]))
+
+
+def read_captions(plan: CaptionPlan, row_ids: Sequence[int], staging: Folder) -> list[str]:
+    """The captions of some rows of a plan, in the order given; arguments and errors as of `read_shard`."""
+    found: dict[int, str] = {}
+    for shard in sorted({row >> 32 for row in row_ids}):
+        captions = read_shard(plan, shard, staging, [])["caption"]
+        found |= {row: captions[row & 0xFFFFFFFF].as_py() for row in row_ids if row >> 32 == shard}
+    return [found[row] for row in row_ids]
 
 
 @functools.lru_cache(maxsize=4)

@@ -30,6 +30,7 @@ from audit.base.text import reasons
 from audit.captions.files import CaptionFile, Described, describe, is_text
 from audit.captions.find import Found, find_captions
 from audit.captions.rows import BATCH_ROWS, Rows, caption_text, find_column, is_empty
+from audit.captions.sample import lowest_hashes
 from audit.captions.streams import reading, stream
 from audit.captions.text_lines import PLAIN, TextFormat
 
@@ -86,6 +87,7 @@ class CaptionPlan:
         keep_schema: the input columns that are carried through, with the one type they have in every shard.
         num_rows, num_unique, num_empty: rows in all; distinct captions; rows null, empty or only whitespace.
         facts: what was found and left out; of a plan that was loaded, nothing: run.json has it.
+        sample: rows that the null maps are made of, as row_id, by the hash of their captions (`lowest_hashes`).
     """
 
     files: list[CaptionFile]
@@ -95,6 +97,7 @@ class CaptionPlan:
     num_unique: int
     num_empty: int
     facts: PlanFacts = field(default_factory=PlanFacts)
+    sample: list[int] = field(default_factory=list)
     _first: np.ndarray | None = field(default=None, repr=False)  # uint64 [num_rows], until the plan is saved
     _folder: Folder | None = field(default=None, repr=False)
     _staged: dict[str, Seal] = field(default_factory=dict, repr=False)
@@ -130,11 +133,15 @@ class CaptionPlan:
         counts = self.shards["row_count"].to_numpy().astype(np.int64)
         return np.concatenate([[0], np.cumsum(counts)])
 
+    def row_ids(self, rows: np.ndarray) -> np.ndarray:
+        """row_id of rows counted over all inputs, int64."""
+        of = np.searchsorted(self._starts, rows, side="right") - 1
+        return (of << 32) | (rows - self._starts[of])
+
     def _duplicates_of(self, shard: int) -> np.ndarray:
         start, stop = self._starts[shard], self._starts[shard + 1]
         first = self._first[start:stop].astype(np.int64)  # type: ignore[index]
-        of = np.searchsorted(self._starts, first, side="right") - 1
-        return np.where(first == np.arange(start, stop), -1, (of << 32) | (first - self._starts[of]))
+        return np.where(first == np.arange(start, stop), -1, self.row_ids(first))
 
     def save(self, folder: Folder) -> dict[str, Seal]:
         """Write `duplicates.arrow` (batch i holds shard i's duplicates) and then `plan.arrow` into a run folder.
@@ -161,6 +168,7 @@ class CaptionPlan:
             "files": [file.to_dict() for file in self.files],
             "keep_schema": self.keep_schema.serialize().to_pybytes().hex(),
             "counts": [self.num_rows, self.num_unique, self.num_empty],
+            "sample": self.sample,
         }
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, SHARDS.with_metadata({b"captions": json.dumps(facts).encode(), **MARK})) as writer:
@@ -183,7 +191,9 @@ class CaptionPlan:
             files = [CaptionFile.from_dict(fields) for fields in facts["files"]]
             keep = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(facts["keep_schema"])))
             rows, unique, empty = facts["counts"]
-        return cls(files, shards.replace_schema_metadata(None), keep, rows, unique, empty, _folder=folder)
+            sample = [int(row) for row in facts.get("sample", ())]  # a plan of before there were null maps has none
+        shards = shards.replace_schema_metadata(None)
+        return cls(files, shards, keep, rows, unique, empty, sample=sample, _folder=folder)
 
 
 def _digest_of(*columns: pa.Array) -> int:
@@ -289,6 +299,7 @@ def plan_captions(
         )
     first, empty = _hashes(files, taken, staging)
     shards = _shards(files, taken, rows_per_shard, first)
+    sample = lowest_hashes(_blocks(first))
     _resolve_first(first)
     distinct = sum(int((block == np.arange(at, at + len(block))).sum()) for at, block in _blocks(first)) - empty
     facts = PlanFacts(
@@ -298,7 +309,9 @@ def plan_captions(
         left_out=dict(found.left_out),
         notes=notes,
     )
-    return CaptionPlan(files, shards, keep, sum(taken), distinct, empty, facts, _first=first, _staged=sealed)
+    plan = CaptionPlan(files, shards, keep, sum(taken), distinct, empty, facts, _first=first, _staged=sealed)
+    plan.sample = plan.row_ids(sample).tolist()
+    return plan
 
 
 def _keep_schema(

@@ -141,10 +141,17 @@ def scan(ctx: click.Context, **values: Any) -> None:
     click.echo(f"{done.rows:,} rows, {done.unique:,} unique captions: {counts}.")
     if not done.unique:
         click.echo("No caption has text: nothing was scored; pass another --caption-col?", err=True)
+    if done.looked:
+        click.echo(
+            f"{done.looked:,} best-scored rows looked at again, with {config.second_look_noises} noises "
+            f"(--second-look {config.second_look:g})."
+        )
+    if done.look_failed:
+        click.echo(f"{done.look_failed:,} rows failed at the second look and keep their first scores.", err=True)
     if done.refined:
         click.echo(f"{done.refined:,} trajectories of the best-scored rows (--refine {config.refine:g}).")
     if done.refine_pending:
-        click.echo("--refine waits for the other machines' shards: give the command again then.", err=True)
+        click.echo("--refine waits for the shards that are not done: give the command again then.", err=True)
     if done.quarantined:
         click.echo(
             f"Given up: shards {', '.join(map(str, done.quarantined))}; why: be-audit status {done.output}", err=True

@@ -8,7 +8,14 @@ import pyarrow as pa
 
 from audit.reports.export import READING, TABLES
 from audit.reports.flagged import CANDIDATE_COLUMNS, DENY_COLUMNS, FLAGGED_COLUMNS
-from audit.run.schema import CONFIRMED_COLUMNS, MATCH_COLUMNS, MITIGATED_COLUMNS, SCORE_COLUMNS, TRAJECTORY_COLUMNS
+from audit.run.schema import (
+    CONFIRMED_COLUMNS,
+    MATCH_COLUMNS,
+    MITIGATED_COLUMNS,
+    NULL_MAP_COLUMNS,
+    SCORE_COLUMNS,
+    TRAJECTORY_COLUMNS,
+)
 
 _VARIES = {
     "mask": "float16 [H, W] or bits",
@@ -16,6 +23,7 @@ _VARIES = {
     "first_mask": "float32 [H, W]",
     "energy_mask": "float32 [H, W]",
     "score_map": "float32 [H, W]",
+    "energy": "float32 [H, W]",
     "best": "struct",
     "matches": "list of structs",
 }
@@ -39,6 +47,7 @@ def data_dictionary() -> str:
     parts = [
         _HEAD,
         _section("Run: scores/", _SCORES, SCORE_COLUMNS),
+        _section("Run: null_maps/", "One row a sampled caption, one shard a noise.", NULL_MAP_COLUMNS),
         _section("Run: trajectories/ and refined/", "One row a generated image.", TRAJECTORY_COLUMNS),
         _section("Run: confirmed/", "One row a candidate.", CONFIRMED_COLUMNS),
         _section(

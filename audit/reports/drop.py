@@ -103,11 +103,12 @@ def drop(config: DropConfig) -> DropSummary:
 
 def _flagged_captions(run: Run, config: DropConfig) -> list[str]:
     """The captions with a verdict of a copy, and those above a threshold where one is given."""
-    by, threshold = config.by or default_score(run), config.threshold
+    by, threshold, num_noises = config.by or default_score(run), config.threshold, None
     if config.thresholds is not None:
         if threshold is not None:
             raise AuditError("--threshold and --thresholds: give one of them")
-        threshold = load_thresholds(config.thresholds, run).threshold(by)
+        thresholds = load_thresholds(config.thresholds, run)
+        threshold, num_noises = thresholds.threshold(by), thresholds.num_noises
     verdicts = read_verdicts(run)
     if verdicts is None and threshold is None:
         raise AuditError(
@@ -118,7 +119,8 @@ def _flagged_captions(run: Run, config: DropConfig) -> list[str]:
         copies = verdicts.filter(pc.is_in(verdicts["verdict"], pa.array(COPIES)))
         found.update(dict.fromkeys(copies["caption"].to_pylist()))
     if threshold is not None:
-        found.update(dict.fromkeys(best_rows(run, by, threshold=threshold)["caption"].to_pylist()))
+        above = best_rows(run, by, threshold=threshold, num_noises=num_noises)
+        found.update(dict.fromkeys(above["caption"].to_pylist()))
     return list(found)
 
 

@@ -11,12 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from audit.base.errors import AuditError
+from audit.captions import SAMPLE
 from audit.index.query import index_info
 from audit.reports.flagged import Flagged
 from audit.run.run import Run
 from audit.run.schema import COPIES, VERDICTS
-from audit.run.stage import CONFIRM, TRAJECTORIES, Stage
+from audit.run.stage import CONFIRM, NULL_MAPS, SECOND_LOOK, SECOND_NULL_MAPS, TRAJECTORIES, Stage
 from audit.run.status import RunStatus, run_status
+from audit.scores.second_look import looks_noises
 from audit.statistics.multiple import expected_false
 from audit.statistics.null import Null
 from audit.verdicts.candidates import ConfirmConfig
@@ -58,6 +60,7 @@ def report_facts(run: Run, flagged: Flagged) -> dict[str, Any]:
         "captions": _inputs(run),
         "settings": {name: getattr(fingerprint, name) for name in SETTINGS},
         "mask": fingerprint.mask,
+        "null_maps": {"captions": len(run.plan.sample), "few": len(run.plan.sample) < SAMPLE},
         "planned": {"rows": run.facts.rows, "unique": run.facts.unique},
         "scanned": flagged.counts,
         "score": flagged.by,
@@ -184,7 +187,7 @@ def _unfinished(status: RunStatus) -> list[str]:
 
 
 def _cost(run: Run, status: RunStatus) -> dict[str, Any]:
-    """Worker time by stage from the commits, and U-Net evaluations of the scan and the trajectories.
+    """Worker time by stage from the commits, and U-Net evaluations of null maps, scan and trajectories.
 
     A mitigation's are not counted: they depend on the updates every row took.
     """
@@ -192,11 +195,13 @@ def _cost(run: Run, status: RunStatus) -> dict[str, Any]:
     done = {stage.stage: stage.counts.get("ok", 0) for stage in status.stages}
     noises, steps = run.fingerprint.num_noises, run.fingerprint.steps
     images = done.get("refine", 0) + done.get("trajectories", 0)
-    first = noises * (done["scan"] + bool(done["scan"]))  # and one unconditional prediction a noise
-    first *= 2 if run.fingerprint.extra_evaluation else 1
-    if run.fingerprint.mask == "final":
-        first = 2 * steps * noises * done["scan"]
-    return {"seconds": seconds, "total_seconds": sum(seconds.values()), "evaluations": first + 2 * steps * images}
+    look = looks_noises(run)
+    again = 0 if look is None else done.get(SECOND_LOOK.name, 0) * (look - noises)
+    sampled = sum(done.get(kind.name, 0) for kind in (NULL_MAPS, SECOND_NULL_MAPS))
+    each = 2 * steps if run.fingerprint.mask == "final" else 1 + run.fingerprint.extra_evaluation
+    first = noises * (done["scan"] + (bool(done["scan"]) and run.fingerprint.mask != "final"))  # and one for "" a noise
+    evaluations = (first + again) * each + sampled + 2 * steps * images
+    return {"seconds": seconds, "total_seconds": sum(seconds.values()), "evaluations": evaluations}
 
 
 def histogram(flagged: Flagged) -> dict[str, Any]:

@@ -103,32 +103,39 @@ class Flagged:
     candidates: pa.Table
 
 
-def find_flagged(run: Run, by: str, threshold: float | None, top_k: int | None) -> Flagged:
+def find_flagged(
+    run: Run, by: str, threshold: float | None, top_k: int | None, num_noises: int | None = None
+) -> Flagged:
     """Select the rows of a report.
 
     Args:
         run: the run, finished or not.
         by: score column.
         threshold: take rows scored above it.
+        num_noises: with a threshold, only rows whose scores are means over so many noises.
         top_k: take this many at most; None for DEFAULT_FRACTION and DEFAULT_TOP_K, or MOST with a threshold.
 
     Raises:
         AuditError: nothing committed yet, or no values in that column.
     """
     verdicts = read_verdicts(run)
-    scores = read_scores(run, ["row_id", "status", "duplicate_of", check_score(by)])
+    scores = read_scores(run, ["row_id", "status", "duplicate_of", check_score(by), "num_noises"])
     first = ranked(scores, by)
     values = first[by].to_numpy()
     valid = int(np.isfinite(values).sum())  # nulls come last
     if not valid and first.num_rows:
         raise AuditError(f"--by {by}: the run has no scores in this column")
+    able = np.ones(len(values), bool)
     if threshold is not None:
-        above = int((values[:valid] > threshold).sum())
+        able = values > threshold
+        if num_noises is not None:
+            able &= np.isin(first["row_id"].to_numpy(), _rows_over(scores, num_noises))
+        above = int(able.sum())
     else:
         above = valid if top_k is not None else min(rows_of(DEFAULT_FRACTION, valid), DEFAULT_TOP_K)
     taken = min(above, MOST if top_k is None else top_k)
     ids = first["row_id"].to_numpy()
-    chosen = np.arange(len(ids)) < taken
+    chosen = able & (np.cumsum(able) <= taken)
     begun = Stage.find(run, TRAJECTORIES)
     if begun is not None:
         suspects = begun.items.filter(pc.invert(begun.items["clean"]))
@@ -142,6 +149,12 @@ def find_flagged(run: Run, by: str, threshold: float | None, top_k: int | None) 
     deny = deny_list(run, scores["row_id"].to_numpy(), same, table, verdicts is not None)
     candidates = url_list(run, scores["row_id"].to_numpy(), same, table)
     return Flagged(table, deny, values[:valid], by, threshold, above, taken, counts, candidates)
+
+
+def _rows_over(scores: pa.Table, num_noises: int) -> np.ndarray:
+    """row_ids of the rows whose scores are means over so many noises."""
+    found: np.ndarray = scores.filter(pc.equal(scores["num_noises"], num_noises))["row_id"].to_numpy()
+    return found
 
 
 def read_verdicts(run: Run) -> pa.Table | None:

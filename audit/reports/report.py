@@ -84,10 +84,11 @@ def report(config: ReportConfig) -> ReportSummary:
     run = Run.open(config.run)
     folder = Folder(config.output or join(config.run, "report"))
     _check_output(folder)
-    threshold, by = config.threshold, config.by or default_score(run)
+    threshold, by, num_noises = config.threshold, config.by or default_score(run), None
     if config.thresholds is not None:
-        threshold = load_thresholds(config.thresholds, run).threshold(by)
-    flagged = find_flagged(run, by, threshold, config.top_k)
+        thresholds = load_thresholds(config.thresholds, run)
+        threshold, num_noises = thresholds.threshold(by), thresholds.num_noises
+    flagged = find_flagged(run, by, threshold, config.top_k, num_noises)
     facts = report_facts(run, flagged)
     for name in _OURS:
         folder.remove(name)

@@ -1,8 +1,8 @@
 """`be-audit sql`: questions to a run in SQL, answered by DuckDB over its committed files; nothing can be written.
 
-Views: `scores` (a row an input row, duplicates and refinement resolved), `trajectories`, `confirmed`, `matches`,
-`mitigated`, `commits`, `attempts`. A stage that has not begun is an empty view with its columns, so a query works at
-any time.
+Views: `scores` (a row an input row; duplicates, second looks and refinement resolved), `trajectories`, `confirmed`,
+`matches`, `mitigated`, `commits`, `attempts`. A stage that has not begun is an empty view with its columns, so a query
+works at any time.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ from audit.base.errors import AuditError
 from audit.base.identity import source_columns
 from audit.base.text import grid
 from audit.reports.export import table_as
-from audit.run.read import RESOLVED, dataset, window_means
+from audit.run.read import RESOLVED, dataset, second_looks, window_means
 from audit.run.run import Run
 from audit.run.schema import (
     BEST_TYPE,
     CONFIRMED_COLUMNS,
     F32,
+    LOOKED_AT,
     MATCH_COLUMNS,
     MATCHES_TYPE,
     MITIGATED_COLUMNS,
     SCORE_COLUMNS,
     SCORE_MASKS,
+    SECOND_LOOK_COLUMNS,
     TRAJECTORY_COLUMNS,
     TRAJECTORY_MASKS,
     WINDOWS,
@@ -161,6 +163,9 @@ def _scores(connection: duckdb.DuckDBPyConnection, run: Run) -> None:
     windows = [("row_id", pa.int64()), ("refined", pa.bool_()), *((name, F32) for name in WINDOWS)]
     found = window_means(run)
     connection.register("_windows", pa.schema(windows).empty_table() if found is None else found)
+    looks = second_looks(run)
+    plain = pa.schema([("row_id", pa.int64()), *((name, SECOND_LOOK_COLUMNS[name][0]) for name in LOOKED_AT)])
+    connection.register("_looks", plain.empty_table() if looks is None else looks)
     shown = []
     for name in names:
         column = f"r.{_quoted(name)}"
@@ -171,7 +176,9 @@ def _scores(connection: duckdb.DuckDBPyConnection, run: Run) -> None:
         elif name == "refined":
             column = f"(coalesce(t.refined, false) OR {column})"
         elif name in WINDOWS:
-            column = f"coalesce(t.{name}, {column})"
+            column = f"coalesce(t.{name}, s.{name}, {column})"
+        elif name in LOOKED_AT:
+            column = f"coalesce(s.{_quoted(name)}, {column})"
         shown.append(f"{column} AS {_quoted(name)}")
     url, key = source_columns(list(keep.names))
     for name, source in (("source_url", url), ("source_key", key)):
@@ -180,7 +187,8 @@ def _scores(connection: duckdb.DuckDBPyConnection, run: Run) -> None:
     connection.execute(
         f"CREATE VIEW scores AS SELECT {', '.join(shown)} FROM _scores r "
         "LEFT JOIN _scores f ON r.duplicate_of = f.row_id "
-        "LEFT JOIN _windows t ON t.row_id = coalesce(r.duplicate_of, r.row_id)"
+        "LEFT JOIN _windows t ON t.row_id = coalesce(r.duplicate_of, r.row_id) "
+        "LEFT JOIN _looks s ON s.row_id = coalesce(r.duplicate_of, r.row_id)"
     )
 
 

@@ -1,5 +1,7 @@
 """One planner a folder: it is claimed before anything is planned; others wait for the run, or take a dead claim over.
 
+The null maps of a run are claimed in the same way, below `_claims/STAGE/`.
+
 `_claims/1.json` is made by an atomic create (a conditional put on object stores). The claim with the highest number
 holds; a stale one is taken over by creating the next number, which one of several succeeds in. A claim is stale when
 its process is dead (seen on the same host), or when its heartbeat has stood still for STALE seconds of the waiting
@@ -13,7 +15,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from audit.base.errors import AuditError, StorageError
@@ -46,66 +48,91 @@ def claimed(folder: Folder, fingerprint: Fingerprint, stop: Stop | None = None) 
         AuditError: another process plans a different run here, with one line a field that differs.
         Drained: `stop` asked to.
     """
-    number = _claim(folder, fingerprint, stop)
+    with held(folder, CLAIMS, fingerprint, lambda: Run.find(folder) is not None, "plans this run", stop) as number:
+        if not number:
+            yield Run.find(folder)
+            return
+        folder.sweep()
+        for name in PLANNED if number > 1 else ():
+            folder.remove(name)
+        try:
+            yield None
+        except Exception:
+            if Run.find(folder) is None and _newest(folder, CLAIMS) == number:
+                with contextlib.suppress(StorageError):
+                    for name in PLANNED:
+                        folder.remove(name)
+            raise
+
+
+@contextlib.contextmanager
+def held(
+    folder: Folder, place: str, fingerprint: Fingerprint, done: Callable[[], bool], what: str, stop: Stop | None
+) -> Iterator[int]:
+    """Inside the block the work is ours (the number of the claim), or others have done it (0); given back at the end.
+
+    Args:
+        folder, place: where the claims lie. fingerprint: of the run. done: whether nothing is left to do.
+        what: is being done, for those who wait: "process 7 on host WHAT: waiting". stop: asks to stop.
+
+    Raises:
+        AuditError: another process holds the claim for a different run. Drained: `stop` asked to.
+    """
+    number = _claim(folder, place, fingerprint, done, what, stop)
     try:
-        run = Run.find(folder)
-        if run is None:
-            folder.sweep()
-            for name in PLANNED if number > 1 else ():
-                folder.remove(name)
-        with _beating(folder, number, fingerprint) if run is None else contextlib.nullcontext():
-            yield run
-    except BaseException as error:
-        if number and isinstance(error, Exception) and Run.find(folder) is None and _newest(folder) == number:
-            with contextlib.suppress(StorageError):
-                for name in PLANNED:
-                    folder.remove(name)
-        raise
+        if number and not done():
+            with _beating(folder, place, number, fingerprint):
+                yield number
+        else:
+            yield 0
     finally:
         if number:
             with contextlib.suppress(StorageError):
-                for other in sorted(_numbers(folder), reverse=True):
+                for other in sorted(_numbers(folder, place), reverse=True):
                     if other <= number:
-                        folder.remove(f"{CLAIMS}/{other}.json")
+                        folder.remove(f"{place}/{other}.json")
                 if folder.local:
                     with contextlib.suppress(OSError):
+                        os.rmdir(folder.path(place))
                         os.rmdir(folder.path(CLAIMS))
 
 
-def _claim(folder: Folder, fingerprint: Fingerprint, stop: Stop | None) -> int:
-    """The number of our claim; 0 when another process finished the plan first."""
+def _claim(
+    folder: Folder, place: str, fingerprint: Fingerprint, done: Callable[[], bool], what: str, stop: Stop | None
+) -> int:
+    """The number of our claim; 0 when another process finished the work first."""
     data = to_json(ClaimFacts(fingerprint, this_host(), os.getpid()))
     seen: tuple[int, bytes] = (0, b"")
     since, said = time.monotonic(), False
     while True:
-        newest = _newest(folder)
-        if Run.find(folder) is not None:
+        newest = _newest(folder, place)
+        if done():
             return 0
         if newest == 0:
-            if folder.create(f"{CLAIMS}/1.json", data):
+            if folder.create(f"{place}/1.json", data):
                 return 1
             continue
         try:
-            held = folder.read(f"{CLAIMS}/{newest}.json")
+            held = folder.read(f"{place}/{newest}.json")
         except FileNotFoundError:
             continue  # given back this moment
         if (newest, held) != seen:
             seen, since = (newest, held), time.monotonic()
         stale = time.monotonic() - since > STALE
         try:
-            facts = read_facts(ClaimFacts, held, folder.path(f"{CLAIMS}/{newest}.json"))
+            facts = read_facts(ClaimFacts, held, folder.path(f"{place}/{newest}.json"))
         except AuditError:
             facts = None  # torn or foreign: nobody's, once it has stood still
         if facts is not None:
             stale = stale or lives_here(facts.host, facts.pid) is False
         if stale:
-            if folder.create(f"{CLAIMS}/{newest + 1}.json", data):
+            if folder.create(f"{place}/{newest + 1}.json", data):
                 return newest + 1
             continue
         if facts is not None:
             refuse_other(folder, facts.fingerprint, fingerprint, "another process is planning a different run here")
             if not said:
-                print(f"{folder.url}: process {facts.pid} on {facts.host} plans this run: waiting", file=sys.stderr)
+                print(f"{folder.url}: process {facts.pid} on {facts.host} {what}: waiting", file=sys.stderr)
                 said = True
         if stop is not None:
             stop.check()
@@ -113,7 +140,7 @@ def _claim(folder: Folder, fingerprint: Fingerprint, stop: Stop | None) -> int:
 
 
 @contextlib.contextmanager
-def _beating(folder: Folder, number: int, fingerprint: Fingerprint) -> Iterator[None]:
+def _beating(folder: Folder, place: str, number: int, fingerprint: Fingerprint) -> Iterator[None]:
     """Let the claim's number grow every few seconds."""
     over = threading.Event()
 
@@ -122,7 +149,7 @@ def _beating(folder: Folder, number: int, fingerprint: Fingerprint) -> Iterator[
         while not over.wait(BEAT):
             facts = replace(facts, beat=facts.beat + 1)
             with contextlib.suppress(StorageError):  # the store may be back at the next beat
-                folder.write(f"{CLAIMS}/{number}.json", to_json(facts))
+                folder.write(f"{place}/{number}.json", to_json(facts))
 
     thread = threading.Thread(target=beat, daemon=True, name="claim")
     thread.start()
@@ -133,10 +160,10 @@ def _beating(folder: Folder, number: int, fingerprint: Fingerprint) -> Iterator[
         thread.join()
 
 
-def _numbers(folder: Folder) -> list[int]:
-    stems = [name.removesuffix(".json") for name in folder.list(CLAIMS) if name.endswith(".json")]
+def _numbers(folder: Folder, place: str) -> list[int]:
+    stems = [name.removesuffix(".json") for name in folder.list(place) if name.endswith(".json")]
     return [int(stem) for stem in stems if stem.isascii() and stem.isdigit() and len(stem) < 10]
 
 
-def _newest(folder: Folder) -> int:
-    return max(_numbers(folder), default=0)
+def _newest(folder: Folder, place: str) -> int:
+    return max(_numbers(folder, place), default=0)

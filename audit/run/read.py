@@ -1,7 +1,8 @@
-"""Read a run's results: committed files only, with duplicates and refinement resolved in one way for every reader.
+"""Read a run's results: committed files only, with duplicates, second looks and refinement resolved in one way.
 
 - A row whose caption occurred before has the scores of that first row (columns RESOLVED); until that one is committed
   its status is `pending`.
+- A row that had a second look has its scores (columns LOOKED_AT), means over more noises; `num_noises` says how many.
 - The scores that take a trajectory (WINDOWS) are those of the row's own trajectories where some were sampled: by
   `--refine`, else by confirm; means over their images. `refined` says that they are of the scan's own job.
 """
@@ -20,10 +21,10 @@ from numpy.typing import NDArray
 from audit.base.commits import damaged
 from audit.base.errors import AuditError
 from audit.run.run import Run
-from audit.run.schema import DETECTORS, SCORE_COLUMNS, SCORE_MASKS, TRAJECTORY_COLUMNS, WINDOWS
-from audit.run.stage import REFINE, SCAN, STAGES, TRAJECTORIES, Stage, StageKind
+from audit.run.schema import DETECTORS, LOOKED_AT, SCORE_COLUMNS, SCORE_MASKS, TRAJECTORY_COLUMNS, WINDOWS
+from audit.run.stage import REFINE, SCAN, SECOND_LOOK, STAGES, TRAJECTORIES, Stage, StageKind
 
-RESOLVED = ("status", "error", "num_tokens", "truncated", *DETECTORS, "ld_std", "refined", *WINDOWS)
+RESOLVED = ("status", "error", "num_tokens", "truncated", *DETECTORS, "ld_std", "num_noises", "refined", *WINDOWS)
 """Score columns that a duplicate row takes from its first occurrence."""
 
 
@@ -47,7 +48,8 @@ def dataset(run: Run, kind: StageKind = SCAN, shards: Sequence[int] | None = Non
         found = pads.dataset(files, format="ipc", filesystem=filesystem)
     # a detector that is younger than the run, or than some of its shards, has nulls there
     columns = {SCAN: SCORE_COLUMNS, REFINE: TRAJECTORY_COLUMNS, TRAJECTORIES: TRAJECTORY_COLUMNS}.get(kind, {})
-    younger = [(name, columns[name][0]) for name in DETECTORS if name in columns and name not in found.schema.names]
+    late = (*DETECTORS, "num_noises")
+    younger = [(name, columns[name][0]) for name in late if name in columns and name not in found.schema.names]
     return (
         found.replace_schema(pa.schema([*found.schema, *(pa.field(*each) for each in younger)])) if younger else found
     )
@@ -59,13 +61,16 @@ def take_rows(run: Run, found: pads.Dataset, columns: Sequence[str] | None, filt
         return found.to_table(columns=None if columns is None else list(columns), filter=filter)
 
 
-def read_rows(run: Run, row_ids: NDArray[np.int64], columns: Sequence[str] | None = None) -> pa.Table:
+def read_rows(
+    run: Run, row_ids: NDArray[np.int64], columns: Sequence[str] | None = None, first_look: bool = False
+) -> pa.Table:
     """Scanned rows by id, in the order given, from the files that hold them: refined, duplicates left as stored.
 
     Text is read for chosen rows only: a whole column of 10^8 captions does not fit an Arrow string array to be sorted.
 
     Args:
         run: the run. row_ids: [n], of committed shards. columns: names to keep; None for all but the masks.
+        first_look: leave out what a second look found.
 
     Returns:
         n rows.
@@ -80,7 +85,7 @@ def read_rows(run: Run, row_ids: NDArray[np.int64], columns: Sequence[str] | Non
     needed = [name for name in found.schema.names if name in {*columns, "row_id"}]
     table = take_rows(run, found, needed, pc.field("row_id").isin(pa.array(row_ids)))
     table = table.take(pc.index_in(pa.array(row_ids), table["row_id"].combine_chunks()))
-    return _add_windows(run, table).select(list(columns))
+    return _add_later(run, table, first_look).select(list(columns))
 
 
 def read_stage(run: Run, stage: str, columns: Sequence[str] | None = None) -> pa.Table | None:
@@ -93,8 +98,10 @@ def read_stage(run: Run, stage: str, columns: Sequence[str] | None = None) -> pa
     return None if found is None else take_rows(run, found, columns)
 
 
-def read_scores(run: Run, columns: Sequence[str] | None = None, masks: bool = False) -> pa.Table:
-    """Every scanned row with duplicates and refinement resolved, in row order.
+def read_scores(
+    run: Run, columns: Sequence[str] | None = None, masks: bool = False, first_look: bool = False
+) -> pa.Table:
+    """Every scanned row with duplicates, second looks and refinement resolved, in row order.
 
     A duplicate row gets status and scores of its first occurrence where that one is committed; until then its scores
     are null and its status is `pending`.
@@ -102,7 +109,8 @@ def read_scores(run: Run, columns: Sequence[str] | None = None, masks: bool = Fa
     Args:
         run: the run.
         columns: names to keep; None for all but the masks.
-        masks: with the mask columns (null in duplicate rows: take their first occurrence's).
+        masks: with the mask columns (null in duplicate rows: take their first occurrence's); always of the first look.
+        first_look: leave out what a second look found.
 
     Raises:
         AuditError: nothing is committed yet.
@@ -114,7 +122,7 @@ def read_scores(run: Run, columns: Sequence[str] | None = None, masks: bool = Fa
         columns = [name for name in found.schema.names if masks or name not in SCORE_MASKS]
     needed = {*columns, "row_id", "duplicate_of"}  # by which rows are resolved; nothing else is read
     table = take_rows(run, found, [name for name in found.schema.names if name in needed])
-    return resolve_duplicates(_add_windows(run, table)).select(list(columns))
+    return resolve_duplicates(_add_later(run, table, first_look)).select(list(columns))
 
 
 def resolve_duplicates(table: pa.Table) -> pa.Table:
@@ -161,6 +169,24 @@ def window_means(run: Run) -> pa.Table | None:
         refined = pa.array(np.full(means.num_rows, kind is REFINE))
         parts.append(pa.table({"row_id": means["row_id"], "refined": refined, **columns}))
     return pa.concat_tables(parts) if parts else None
+
+
+def second_looks(run: Run, columns: Sequence[str] = LOOKED_AT) -> pa.Table | None:
+    """Rows of the second look that could be scored: row_id and some of LOOKED_AT. None without any."""
+    found = dataset(run, SECOND_LOOK)
+    return None if found is None else take_rows(run, found, ["row_id", *columns], pc.field("error").is_null())
+
+
+def _add_later(run: Run, table: pa.Table, first_look: bool) -> pa.Table:
+    """What later stages of the scan's own job found: second looks, then trajectories."""
+    wanted = [name for name in LOOKED_AT if name in table.schema.names]
+    looks = second_looks(run, wanted) if wanted and not first_look else None
+    if looks is not None and looks.num_rows:
+        at = pc.index_in(table["row_id"], looks["row_id"].combine_chunks())
+        for name in wanted:
+            column = pc.coalesce(looks[name].take(at), table[name])
+            table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
+    return _add_windows(run, table)
 
 
 def _add_windows(run: Run, table: pa.Table) -> pa.Table:

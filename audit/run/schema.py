@@ -22,6 +22,7 @@ SCORE_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "truncated": (pa.bool_(), "the caption is longer than the tokenizer's length; the rest was not seen"),
     **{name: (F32, found.text) for name, found in _DETECTORS.items()},
     "ld_std": (F32, "standard deviation of ld over the noises"),
+    "num_noises": (pa.int32(), "noises that the row's scores are means over: more where it had a second look"),
     "mask_source": (
         pa.string(),
         "where the mask of ld comes from: step:token[:layers]; none: why, for a model without one",
@@ -47,10 +48,29 @@ MASK_DETECTORS = tuple(name for name, found in _DETECTORS.items() if {"mask", "t
 """Those that take an attention a model may not have."""
 DEFAULT_SCORE = "ld_energy"
 """What candidates are picked by: on local copies of the testbed no worse than magnitude (docs/tables.md)."""
+RUN_DETECTORS = tuple(name for name, found in _DETECTORS.items() if "null" in found.needs)
+"""Those measured against the run's own captions: no trajectory and no single prompt has them."""
 WINDOWS = ("ld_first", "ld_10", "ld_all", "magnitude_10", "magnitude_all")
 """Score columns that take a trajectory."""
 SCORES = (*DETECTORS, *WINDOWS)
 """Every column captions can be ranked by; higher is more suspicious."""
+
+SECOND_LOOK_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
+    "row_id": (pa.int64(), "row of the run"),
+    "caption": (pa.string(), "the caption"),
+    "error": (pa.string(), "why the second look failed; the row keeps its first scores"),
+    **{name: SCORE_COLUMNS[name] for name in ("num_noises", *DETECTORS, "ld_std", *WINDOWS)},
+}
+"""Columns of second_look/, in order: one row a caption; whatever reads a run gives the row these scores."""
+LOOKED_AT = tuple(SECOND_LOOK_COLUMNS)[3:]
+"""Score columns that a second look replaces."""
+NULL_MAP_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
+    "row_id": (pa.int64(), "row of the run"),
+    "caption": (pa.string(), "the caption"),
+    "error": (pa.string(), "why it could not be scored; it is left out of the null maps"),
+    "energy": (pa.null(), "energy map of the first step under the shard's noise, float32 [H, W]"),
+}
+"""Columns of null_maps/, in order: one row a sampled caption, one shard a noise."""
 
 MASKS = {"final": "be_mask", "first": "first_mask", "energy": "energy_mask"}
 """Masks of a trajectory by the word a flag takes: column of trajectories/."""
@@ -83,7 +103,7 @@ TRAJECTORY_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     **{
         name: (F32, f"as in scores: {found.text}")
         for name, found in _DETECTORS.items()
-        if "low" not in found.needs and name not in ("magnitude", "ld")
+        if not {"low", "null"} & set(found.needs) and name not in ("magnitude", "ld")
     },
 }
 """Columns of trajectories/ and refined/, in order: one row a generated image."""

@@ -38,7 +38,13 @@ def rows_of(fraction: float, count: int) -> int:
 
 
 def best_rows(
-    run: Run, by: str, top_k: int | None = None, fraction: float | None = None, threshold: float | None = None
+    run: Run,
+    by: str,
+    top_k: int | None = None,
+    fraction: float | None = None,
+    threshold: float | None = None,
+    num_noises: int | None = None,
+    first_look: bool = False,
 ) -> pa.Table:
     """The best-scored distinct captions of a run, best first: row_id, caption, score, rank.
 
@@ -47,13 +53,19 @@ def best_rows(
         by: score column, higher is more suspicious.
         top_k: this many at most. fraction: this part of the scored captions at most. threshold: scored above this.
             Every one given must hold.
+        num_noises: only rows whose scores are means over so many noises: a threshold holds for no others.
+        first_look: by the scores of the first look, whatever a second one found.
 
     Raises:
         AuditError: a column the run does not have values in.
     """
-    table = ranked(read_scores(run, ["row_id", "status", "duplicate_of", check_score(by)]), by)
+    columns = ["row_id", "status", "duplicate_of", check_score(by)]
+    scores = read_scores(run, [*columns, "num_noises"], first_look=first_look)
+    if num_noises is not None:
+        scores = scores.filter(pc.equal(scores["num_noises"], num_noises))
+    table = ranked(scores, by)
     count = len(table) - table[by].null_count
-    if not count:
+    if not count and num_noises is None:
         raise AuditError(f"--by {by}: the run has no scores in this column")
     if fraction is not None:
         count = min(count, rows_of(fraction, count))

@@ -54,6 +54,19 @@ _SCORES, _CONFIRM, _MITIGATE = "audit.scores.scan", "audit.verdicts.confirm", "a
 SCAN = StageKind(
     "scan", "scores", "captions", "audit.scores.scan_shard:open_job", f"{_SCORES}:resume", f"{_SCORES}:check_same"
 )
+NULL_MAPS = StageKind("null_maps", "null_maps", "captions", "audit.scores.null_maps:open_job", SCAN.resume, SCAN.check)
+SECOND_NULL_MAPS = StageKind(
+    "second_null_maps", "second_null_maps", "captions", "audit.scores.null_maps:open_second", SCAN.resume, SCAN.check
+)
+SECOND_LOOK = StageKind(
+    "second_look",
+    "second_look",
+    "captions",
+    "audit.scores.second_look:open_job",
+    SCAN.resume,
+    SCAN.check,
+    SECOND_NULL_MAPS.name,
+)
 REFINE = StageKind(
     "refine", "refined", "trajectories", "audit.scores.trajectories:open_refine", SCAN.resume, SCAN.check
 )
@@ -92,8 +105,9 @@ MITIGATE = StageKind(
     f"{_MITIGATE}:check_same",
     "confirm",
 )
-STAGES = {kind.name: kind for kind in (SCAN, REFINE, TRAJECTORIES, MATCH, CONFIRM, MITIGATE)}
-"""Every stage, in the order in which one rests on the other."""
+_ALL = (SCAN, NULL_MAPS, SECOND_NULL_MAPS, SECOND_LOOK, REFINE, TRAJECTORIES, MATCH, CONFIRM, MITIGATE)
+STAGES = {kind.name: kind for kind in _ALL}
+"""Every stage, in the order in which one rests on the other; the scan first, though it reads the null maps."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from audit.base.commits import Ledger
 from audit.base.stopping import Stop
 from audit.captions import is_empty, read_shard
 from audit.run.run import Run
-from audit.run.stage import SCAN, STAGES, Stage
+from audit.run.schema import RUN_DETECTORS
+from audit.run.stage import NULL_MAPS, SCAN, STAGES, Stage
 
 RESTORE_PLAN = "audit.scores.scan:restore_plan"
 
@@ -84,6 +85,9 @@ def _check(run: Run, deep: bool) -> Verified:
         found.summary = f"{run.url}: the plan is not whole: --repair makes it again from the inputs."
         return found
     checked = sum(_check_stage(stage, found) for stage in Stage.begun(run))
+    if run.plan.sample and scan.done() and Stage.find(run, NULL_MAPS) is None:
+        found.problems.append(f"stages/{NULL_MAPS.name}.json: missing")
+        found.bad.setdefault(SCAN.name, [])
     if deep:
         for shard in sorted(set(range(len(run.plan))) - set(found.bad.get(SCAN.name, []))):
             reason = _check_rows(run, shard)
@@ -151,7 +155,7 @@ def _check_rows(run: Run, shard: int) -> str | None:
         return "duplicates are not as planned"
     scored = pc.and_(pc.equal(table["status"], "ok"), pc.is_null(table["duplicate_of"]))
     values = table.filter(scored)
-    for name in ("magnitude", "ld", "ld_energy"):
+    for name in ("magnitude", "ld", "ld_energy", *(RUN_DETECTORS if run.plan.sample else ())):
         if name == "ld" and values[name].null_count == values.num_rows:
             continue  # a model without an attention to read
         if values[name].null_count or not np.isfinite(values[name].to_numpy()).all():

@@ -23,10 +23,12 @@ from audit.base.storage import Folder
 from audit.base.text import grid
 from audit.run.read import read_scores
 from audit.run.run import Run
-from audit.run.schema import DEFAULT_SCORE, EXTRA_DETECTORS, SCORES, WINDOWS
+from audit.run.schema import DEFAULT_SCORE, EXTRA_DETECTORS, RUN_DETECTORS, SCORES, WINDOWS
 from audit.run.stage import SCAN, Stage
 from audit.scores.config import ScoringConfig
+from audit.scores.null_maps import sample_of
 from audit.scores.scan import ScanConfig, scan
+from audit.scores.second_look import SECOND_LOOK_NOISES, looks_noises
 from audit.statistics.thresholds import CleanThreshold, sample_size_note, threshold_at_fpr
 
 FORMAT = 1
@@ -44,6 +46,12 @@ class CalibrateConfig(ScoringConfig):
     captions: tuple[str, ...] = option((), "Clean captions, as scan takes them, or the run of a scan.", argument=True)
     output: str = option("thresholds.json", "The thresholds; captions are scanned into OUTPUT.run.", short="-o")
     fpr: float = option(0.01, "Share of clean captions that may be flagged.", min=1e-9, max=1 - 1e-9)
+    num_noises: int = option(
+        SECOND_LOOK_NOISES,
+        "Initial noises every caption is scored with: as many as the second look of the scan has, or the scan itself.",
+        min=1,
+        max=4096,
+    )
     method: str = option(DEFAULT_SCORE, "Score to say the threshold of; the file has them all.", choices=SCORES)
 
 
@@ -64,7 +72,10 @@ class ScoreThreshold:
 
 @dataclass(frozen=True)
 class ThresholdsFile:
-    """What `be-audit calibrate` writes. model: what the scores depend on. method: the score that was asked for."""
+    """What `be-audit calibrate` writes. model: what the scores depend on. method: the score that was asked for.
+
+    null_maps: digest of the captions that `excess` was measured against: its threshold holds for no others.
+    """
 
     format: int
     created: str
@@ -76,6 +87,7 @@ class ThresholdsFile:
     rows: int
     note: str
     thresholds: dict[str, ScoreThreshold]
+    null_maps: str | None = None
 
 
 @dataclass(frozen=True)
@@ -119,21 +131,28 @@ class Thresholds:
 
     Attributes:
         path: where it was read from. facts: its content.
+        num_noises: noises that the scores of a row must be means over for it to be flagged; None where all rows' are.
+        null_maps: of the run.
     """
 
-    def __init__(self, path: str, facts: ThresholdsFile) -> None:
-        self.path, self.facts = path, facts
+    def __init__(self, path: str, facts: ThresholdsFile, num_noises: int | None, null_maps: str | None) -> None:
+        self.path, self.facts, self.num_noises, self.null_maps = path, facts, num_noises, null_maps
 
     def threshold(self, score: str) -> float:
         """Flag a caption when its `score` is above this.
 
         Raises:
-            AuditError: the file has no threshold for this score.
+            AuditError: the file has no threshold for this score, or one under other null maps.
         """
         known = self.facts.thresholds
         if score not in known:
             raise AuditError(
                 f"--thresholds {self.path}: none for {score}; it has {', '.join(known)}: pass another --by"
+            )
+        if score in RUN_DETECTORS and self.facts.null_maps != self.null_maps:
+            raise AuditError(
+                f"--thresholds {self.path}: {score} is measured against a run's own captions, and these are another "
+                "run's: pass another --by, or calibrate the run itself"
             )
         return known[score].threshold
 
@@ -158,6 +177,11 @@ def calibrate(
         raise AuditError(
             f"{run.url}: {len(left)} of {len(stage.shards)} shards are not scanned: go on with `be-audit scan`"
         )
+    if looks_noises(run) is not None:
+        raise AuditError(
+            f"{run.url}: its rows are scored with different numbers of noises (a second look): scan the clean captions "
+            "with --second-look 0, and with --num-noises as many as the second look of the audit has"
+        )
     table = read_scores(run, ["status", "duplicate_of", "mask_source", *SCORES])
     table = table.filter(pc.is_null(table["duplicate_of"]))
     clean = table.filter(pc.equal(table["status"], "ok"))
@@ -180,6 +204,7 @@ def calibrate(
         rows=clean.num_rows,
         note=sample_size_note(clean.num_rows, config.fpr),
         thresholds={name: _score_threshold(each, config.fpr) for name, each in found.items()},
+        null_maps=_null_maps(run),
     )
     with fsspec.open(config.output, "wb") as file:
         file.write(to_json(facts))
@@ -191,18 +216,26 @@ def load_thresholds(path: str, run: Run) -> Thresholds:
     """A thresholds file for a run.
 
     Raises:
-        AuditError: no such file, no thresholds file, or one made for another model, mask or sampler: with one line a
-            field that differs.
+        AuditError: no such file, no thresholds file, or one made for another model, mask or sampler, or for scores over
+            another number of noises than the run's last look has: with one line a field that differs.
     """
-    facts = _read(path)
-    lines = diff_lines(facts.model, _model_facts(run))
+    facts, looks = _read(path), looks_noises(run)
+    expected = _model_facts(run)
+    if looks is not None:
+        expected["num_noises"] = looks
+    lines = diff_lines(facts.model, expected)
     if lines:
         raise AuditError(
             f"--thresholds {path}: made for other scores than those of {run.url}. What differs (file -> run):\n  "
             + "\n  ".join(lines[:40])
-            + "\nCalibrate again with the flags the run was scanned with."
+            + "\nCalibrate again with the flags the run was scanned with, and --num-noises of its second look, if any."
         )
-    return Thresholds(path, facts)
+    return Thresholds(path, facts, looks, _null_maps(run))
+
+
+def _null_maps(run: Run) -> str | None:
+    sample = sample_of(run)
+    return None if sample is None else sample.captions
 
 
 def _model_facts(run: Run) -> dict[str, Any]:
@@ -224,7 +257,7 @@ def _find_run(config: CalibrateConfig) -> Run | None:
     run = Run.find(Folder(config.captions[0])) if len(config.captions) == 1 else None
     if run is None:
         return None
-    for place in dataclasses.fields(ScoringConfig):
+    for place in dataclasses.fields(config):
         given, of_run = getattr(config, place.name), run.facts.config.get(place.name)
         of_run = tuple(of_run) if isinstance(of_run, list) else of_run
         if place.name in MODEL_FIELDS and given != place.default and given != of_run and place.name != "dtype":
@@ -240,7 +273,7 @@ def _scan(config: CalibrateConfig, stop: Stop | None, say: Callable[[str], None]
         raise AuditError(f"--method {config.method}: needs --mask final")
     shared = {place.name: getattr(config, place.name) for place in dataclasses.fields(ScoringConfig)}
     output = f"{config.output}.run"
-    alone = {"output": output, "store_masks": "none", "keep_cols": (), "rank": 0, "world_size": 1}
+    alone = {"output": output, "second_look": 0.0, "store_masks": "none", "keep_cols": (), "rank": 0, "world_size": 1}
     done = scan(ScanConfig(**{**shared, **alone}), stop, say)
     if not done.unique:
         raise Broken(f"{output}: all {done.rows:,} captions are empty: nothing to calibrate on")

@@ -23,7 +23,8 @@ from audit.scores.trajectories import open_sampler
 class Estimate:
     """What a dry run found; seconds on one worker from one measured batch, bytes of the masks before compression.
 
-    `refine_seconds` is what `--refine` adds.
+    `refine_seconds` is what `--refine` adds; `evaluations` are those of null maps, scan and second look, `steps` times
+    two for each with `--mask final`.
     """
 
     rows: int
@@ -34,6 +35,7 @@ class Estimate:
     captions_per_second: float
     mask_bytes: int
     refine_seconds: float = 0.0
+    evaluations: int = 0
 
     @property
     def exit_code(self) -> int:
@@ -43,16 +45,26 @@ class Estimate:
     def lines(self, config: ScanConfig) -> list[str]:
         """For a terminal."""
         rate = f"{self.captions_per_second:.1f} captions/s on one worker, one batch"
+        each = f" ({self.evaluations / self.unique:.2f} a caption: {_looks(config)})" if self.unique else ""
         lines = [
             f"rows             {self.rows:,} ({self.empty:,} empty)",
             f"unique captions  {self.unique:,}",
             f"shards           {self.shards:,} of {config.rows_per_shard:,} rows",
+            f"evaluations      {self.evaluations:,}{each}",
             f"estimated time   {duration(self.seconds)} ({rate})",
         ]
         if config.refine:
             lines.append(f"--refine adds    {duration(self.refine_seconds)}")
         stored = f"--store-masks {config.store_masks}, before compression"
         return [*lines, f"masks            {size(self.mask_bytes)} ({stored})", "Nothing was written."]
+
+
+def _looks(config: ScanConfig) -> str:
+    """What the evaluations are made of, in words."""
+    words = f"{config.num_noises} noise{'s' if config.num_noises > 1 else ''}"
+    if config.added_noises:
+        words += f", {config.added_noises} more for the best {config.second_look:.3g}"
+    return f"{words}, and those of the null maps"
 
 
 def estimate(config: ScanConfig, say: Callable[[str], None]) -> Estimate:
@@ -84,6 +96,10 @@ def estimate(config: ScanConfig, say: Callable[[str], None]) -> Estimate:
         started = time.monotonic()
         scorer(batch, lambda _: None)
         rate = len(batch) / (time.monotonic() - started)
+    again = rows_of(config.second_look, plan.num_unique) * config.added_noises
+    each_look = 2 * config.steps if fingerprint.mask == "final" else 1 + config.extra_evaluation
+    sampled = len(plan.sample) * (config.num_noises + config.added_noises)
+    looks = plan.num_unique * config.num_noises + again
     _, height, width = folder.latent_shape()
     stored = {"none": 0, "bits": height * -(-width // 8), "float16": 2 * height * width}[config.store_masks]
     return Estimate(
@@ -91,10 +107,11 @@ def estimate(config: ScanConfig, say: Callable[[str], None]) -> Estimate:
         unique=plan.num_unique,
         empty=plan.num_empty,
         shards=len(plan),
-        seconds=plan.num_unique / rate if rate else 0.0,
+        seconds=(looks + sampled / each_look) / config.num_noises / rate if rate else 0.0,
         captions_per_second=rate,
         mask_bytes=2 * plan.num_unique * stored,  # mask and energy_mask
         refine_seconds=refine_seconds,
+        evaluations=looks * each_look + sampled,
     )
 
 

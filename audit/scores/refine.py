@@ -11,16 +11,20 @@ from audit.engines.launch import EngineConfig
 from audit.engines.retries import Outcome
 from audit.run.run import Run
 from audit.run.select import best_rows, with_images
-from audit.run.stage import REFINE, Stage, run_stage
+from audit.run.stage import REFINE, SECOND_LOOK, Stage, run_stage
 
 
 @dataclass(frozen=True)
 class RefineFingerprint:
-    """What a refinement depends on: the fraction, the score it was chosen by, trajectories a row."""
+    """What a refinement depends on: the fraction, the score it was chosen by, trajectories a row.
+
+    second_look: digest of the second look whose scores they were chosen by; null without one.
+    """
 
     fraction: float
     by: str
     num_images: int
+    second_look: str | None
 
 
 def begin_refine(run: Run, fraction: float, by: str, replace: bool = False) -> Stage:
@@ -28,7 +32,10 @@ def begin_refine(run: Run, fraction: float, by: str, replace: bool = False) -> S
 
     `replace`: discard one that was begun differently.
     """
-    fingerprint = RefineFingerprint(fraction, by, run.fingerprint.num_noises)
+    look = Stage.find(run, SECOND_LOOK)
+    fingerprint = RefineFingerprint(
+        fraction, by, run.fingerprint.num_noises, None if look is None else look.facts.digest
+    )
     chosen = best_rows(run, by, fraction=fraction).sort_by("row_id")
     items = with_images(chosen, fingerprint.num_images)
     shards = pa.array(items["row_id"].to_numpy() >> 32, pa.int32())

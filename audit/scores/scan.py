@@ -18,10 +18,17 @@ from audit.engines.rank import find_rank
 from audit.run.claim import claimed
 from audit.run.run import Fingerprint, Run, check_output
 from audit.run.schema import DEFAULT_SCORE, DETECTORS, EXTRA_DETECTORS, MASK_DETECTORS, SCORE_COLUMNS
-from audit.run.stage import REFINE, SCAN, Stage, run_stage, sum_counts
+from audit.run.stage import NULL_MAPS, REFINE, SCAN, SECOND_LOOK, Stage, run_stage, sum_counts
 from audit.scores.config import ScoringConfig
 from audit.scores.model import absolute_paths, find_model_folder, model_facts, no_mask_reason
+from audit.scores.null_maps import few_lines, make_null_maps
 from audit.scores.refine import RefineFingerprint, begin_refine, run_refine
+from audit.scores.second_look import (
+    SECOND_LOOK_NOISES,
+    SecondLookFingerprint,
+    begin_second_look,
+    run_second_look,
+)
 from audit.scores.self_check import LONG
 
 if TYPE_CHECKING:
@@ -32,11 +39,21 @@ if TYPE_CHECKING:
 class ScanConfig(ScoringConfig):
     """What to scan, with what, and how. Every field is a flag of `be-audit scan`."""
 
+    second_look: float = option(
+        0.1,
+        "Then score this fraction of the rows, the best-scored, with more noises; 0 leaves it out.",
+        min=0.0,
+        max=1.0,
+    )
+    second_look_noises: int = option(
+        SECOND_LOOK_NOISES, "Noises of the second look, the first ones included.", min=2, max=4096
+    )
+    second_look_by: str = option(DEFAULT_SCORE, "Score the second look is chosen by.", choices=DETECTORS)
     refine: float = option(
         0.0, "Then run the full trajectory on this fraction of the rows, the best-scored.", min=0.0, max=1.0
     )
     refine_by: str = option(DEFAULT_SCORE, "Score the fraction is chosen by.", choices=DETECTORS)
-    replace: bool = option(False, "Discard an earlier refinement that was begun differently.")
+    replace: bool = option(False, "Discard an earlier second look or refinement that was begun differently.")
     store_masks: str = option("bits", "Store the masks of ld and ld_energy.", choices=("none", "bits", "float16"))
     keep_cols: tuple[str, ...] | None = option(
         None, "Input columns to carry through, comma-separated; default url, key and id-like."
@@ -51,6 +68,11 @@ class ScanConfig(ScoringConfig):
     )
     dry_run: bool = option(False, "Plan, time one batch, print the estimate, write nothing.")
 
+    @property
+    def added_noises(self) -> int:
+        """Noises that the second look adds; 0 where there is none."""
+        return max(0, self.second_look_noises - self.num_noises) if self.second_look else 0
+
 
 @dataclass(frozen=True)
 class ScanSummary:
@@ -61,6 +83,7 @@ class ScanSummary:
         shards, committed_before, committed_now: numbers of shards. quarantined: shards given up.
         seconds: wall time of this call. complete: every shard of the run is committed.
         mine_complete: every shard of this rank is.
+        looked: rows that had a second look. look_failed: rows in which it failed.
         refined: trajectories of `--refine` that are committed. refine_pending: they wait for other machines' shards.
     """
 
@@ -75,13 +98,16 @@ class ScanSummary:
     seconds: float
     complete: bool
     mine_complete: bool
+    looked: int = 0
+    look_failed: int = 0
     refined: int = 0
     refine_pending: bool = False
 
     @property
     def exit_code(self) -> int:
         """0 complete, 3 with failed rows or shards or no caption at all, 75 when the refinement waits for others."""
-        if not self.unique or self.quarantined or self.counts.get("error") or not self.mine_complete:
+        failed = self.quarantined or self.counts.get("error") or self.look_failed
+        if not self.unique or failed or not self.mine_complete:
             return 3
         return 75 if self.refine_pending else 0
 
@@ -107,7 +133,9 @@ def scan(config: ScanConfig, stop: Stop | None = None, say: Callable[[str], None
     run = _find_or_plan(config, Folder(config.output), stop)
     for line in plan_lines(run):
         say(line)
-    # 2. this machine's shards
+    # 2. what is usual of its captions, before any of them is scored
+    make_null_maps(run, NULL_MAPS, range(run.fingerprint.num_noises), config, stop)
+    # 3. this machine's shards
     stage = Stage.open(run, SCAN)
     before = stage.done()
     mine = stage.shards[rank::world]
@@ -118,8 +146,15 @@ def scan(config: ScanConfig, stop: Stop | None = None, say: Callable[[str], None
     done = stage.done()
     complete = len(done) == len(stage.shards)
     counts, quarantined, refined = sum_counts(done.values()), outcome.quarantined, 0
-    # 3. trajectories of the best-scored rows
-    if config.refine and complete:
+    # 4. more noises for the best-scored rows
+    looks, ready = dict[str, int](), complete
+    if config.added_noises and complete and counts.get("ok"):
+        noises = config.second_look_noises
+        look = begin_second_look(run, config.second_look, config.second_look_by, noises, config, stop, config.replace)
+        quarantined = quarantined + run_second_look(look, config, rank, world, stop).quarantined
+        looks, ready = sum_counts(look.done().values()), look.complete
+    # 5. trajectories of the best-scored rows
+    if config.refine and ready:
         refine = begin_refine(run, config.refine, config.refine_by, config.replace)
         more = run_refine(refine, config, rank, world, stop)
         extra = sum_counts(refine.done().values())
@@ -137,14 +172,22 @@ def scan(config: ScanConfig, stop: Stop | None = None, say: Callable[[str], None
         seconds=time.monotonic() - started,
         complete=complete,
         mine_complete=set(mine) <= set(done),
+        looked=looks.get("ok", 0),
+        look_failed=looks.get("error", 0),
         refined=refined,
-        refine_pending=bool(config.refine) and not complete,
+        refine_pending=bool(config.refine) and not ready,
     )
 
 
 def resume(run: Run, stop: Stop | None = None) -> None:
-    """Go on with a run's scan and refinement as they were begun (`verify --repair`)."""
+    """Go on with a run's scan, second look and refinement as they were begun (`verify --repair`)."""
     config = _as_begun(run)
+    look = Stage.find(run, SECOND_LOOK)
+    if look is not None:  # likewise
+        asked = look.fingerprint(SecondLookFingerprint)
+        config = replace(
+            config, second_look=asked.fraction, second_look_by=asked.by, second_look_noises=asked.num_noises
+        )
     refine = Stage.find(run, REFINE)
     if refine is not None:  # which may have been asked for by a later command than the one that is recorded
         begun = refine.fingerprint(RefineFingerprint)
@@ -189,8 +232,11 @@ def check_config(config: ScanConfig) -> ModelFolder:
     """
     if config.mask == "final" and config.extra_evaluation:
         raise AuditError("--extra-evaluation: goes with --mask first")
-    if config.refine and config.refine_by in EXTRA_DETECTORS and not config.extra_evaluation:
-        raise AuditError(f"--refine-by {config.refine_by}: needs --extra-evaluation")
+    picks = [("--refine-by", config.refine_by)] if config.refine else []
+    picks += [("--second-look-by", config.second_look_by)] if config.added_noises else []
+    for flag, by in picks:
+        if by in EXTRA_DETECTORS and not config.extra_evaluation:
+            raise AuditError(f"{flag} {by}: needs --extra-evaluation")
     model = find_model_folder(config)
     trained = model.schedule().most_steps
     if config.steps > trained:
@@ -202,8 +248,9 @@ def check_config(config: ScanConfig) -> ModelFolder:
     reason = no_mask_reason(model, config.mask_layers)
     if reason and config.mask != "first":
         raise AuditError(f"--mask {config.mask}: {reason}: leave it out, or name layers with --mask-layers")
-    if reason and config.refine and config.refine_by in MASK_DETECTORS:
-        raise AuditError(f"--refine-by {config.refine_by}: {reason}: give {DEFAULT_SCORE}")
+    for flag, by in picks:
+        if reason and by in MASK_DETECTORS:
+            raise AuditError(f"{flag} {by}: {reason}: give {DEFAULT_SCORE}")
     return model
 
 
@@ -223,7 +270,7 @@ def plan_of(config: ScanConfig, staging: Folder) -> CaptionPlan:
 
 def plan_lines(run: Run) -> list[str]:
     """What a run reads and what was left out, for people."""
-    return run.facts.captions.lines(run.facts.rows, run.facts.unique, run.facts.empty)
+    return [*run.facts.captions.lines(run.facts.rows, run.facts.unique, run.facts.empty), *few_lines(run)]
 
 
 def _input_facts(file: CaptionFile) -> dict[str, str | int | None]:

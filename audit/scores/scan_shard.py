@@ -16,8 +16,9 @@ from audit.engines.failures import check_failures
 from audit.engines.job import JobSpec
 from audit.run.run import Run
 from audit.run.schema import SCORE_MASKS, mask_type, pack_mask_bits, scores_schema, tensor_array
-from audit.run.stage import SCAN, Stage
+from audit.run.stage import NULL_MAPS, SCAN, Stage
 from audit.scores.model import load_run_model
+from audit.scores.null_maps import read_null_maps
 from audit.scores.scorer import Scored, mask_source, open_scorer, score_captions
 from audit.scores.self_check import check_scorer
 
@@ -50,7 +51,7 @@ class ScanJob:
     def __init__(self, run: Run, model: DiffusionModel, batch_size: int, max_error_rate: float) -> None:
         self.run, self.stage, self.max_error_rate = run, Stage.open(run, SCAN), max_error_rate
         self.ledger, self.model = self.stage.ledger, model
-        self.scorer = open_scorer(run.fingerprint, model, batch_size)
+        self.scorer = open_scorer(run.fingerprint, model, batch_size, read_null_maps(run, NULL_MAPS))
         self.mask_type = mask_type(run.fingerprint.store_masks, *model.latent_shape[1:])
         self.mask_source = mask_source(run.fingerprint).describe()
         if self.mask_source == "none":
@@ -114,6 +115,8 @@ class ScanJob:
         unknown = set(scored.columns) - {*schema.names, *SCORE_MASKS}
         if unknown:
             raise KeyError(f"no column for {', '.join(sorted(unknown))}: add it to audit/run/schema.py")
+        num_noises = np.full(len(places), self.run.fingerprint.num_noises, np.int32)
+        arrays["num_noises"] = _spread(num_noises, places, length, pa.int32())
         for field in schema:
             values = scored.columns.get(field.name)
             if field.name in SCORE_MASKS:

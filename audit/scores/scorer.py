@@ -15,9 +15,10 @@ from audit.run.run import Fingerprint
 
 if TYPE_CHECKING:
     from pipelines import DiffusionModel, MaskSource, TrajectorySampler
+    from pipelines.null_maps import NullMaps
 
 Columns = dict[str, NDArray[Any]]
-REQUIRED = ("magnitude", "ld", "ld_energy")  # a row in which one of these is not finite was not scored
+REQUIRED = ("magnitude", "ld", "ld_energy", "excess")  # a row in which one of these is not finite was not scored
 
 
 class Scorer(Protocol):
@@ -75,11 +76,19 @@ def mask_source(fingerprint: Fingerprint) -> MaskSource:
     return MaskSource(fingerprint.mask, fingerprint.mask_token, tuple(fingerprint.mask_layers))
 
 
-def open_scorer(fingerprint: Fingerprint, model: DiffusionModel, batch_size: int) -> Scorer:
+def open_scorer(
+    fingerprint: Fingerprint,
+    model: DiffusionModel,
+    batch_size: int,
+    null_maps: NullMaps | None = None,
+    noises: range | None = None,
+) -> Scorer:
     """The scorer a run's fingerprint describes.
 
     Args:
         fingerprint: of a run. model: loaded. batch_size: latents at a time.
+        null_maps: of the noises used; without them there is no `excess`.
+        noises: of the bank; those of the fingerprint by default.
 
     Raises:
         AuditError: settings the model cannot serve.
@@ -87,11 +96,14 @@ def open_scorer(fingerprint: Fingerprint, model: DiffusionModel, batch_size: int
     from pipelines import FirstStepScorer, TrajectorySampler
 
     source = mask_source(fingerprint)
+    noises = noises or range(fingerprint.num_noises)
     shared: dict[str, Any] = {
-        "num_noises": fingerprint.num_noises,
+        "num_noises": noises.stop,
+        "first_noise": noises.start,
         "seed": fingerprint.seed,
         "steps": fingerprint.steps,
         "guidance_scale": fingerprint.guidance_scale,
+        "null_maps": null_maps,
     }
     try:
         if source.step == "final":

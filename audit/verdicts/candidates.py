@@ -89,7 +89,7 @@ def choose(run: Run, config: ConfirmConfig) -> tuple[TrajectoriesFingerprint, pa
         AuditError: nothing to confirm, or too few clean captions for the rate.
     """
     by = config.by
-    threshold = config.threshold
+    threshold, num_noises = config.threshold, None
     if run.fingerprint.mask == "none":
         if config.match_mask != "energy":
             raise AuditError(f"--match-mask {config.match_mask}: the run's model has no attention masks: give energy")
@@ -98,11 +98,12 @@ def choose(run: Run, config: ConfirmConfig) -> tuple[TrajectoriesFingerprint, pa
     if config.thresholds is not None:
         if threshold is not None:
             raise AuditError("--threshold and --thresholds: give one of them")
-        threshold = load_thresholds(config.thresholds, run).threshold(by)
+        thresholds = load_thresholds(config.thresholds, run)
+        threshold, num_noises = thresholds.threshold(by), thresholds.num_noises
     top_k = config.top_k
     if top_k is None and threshold is None and config.top_fraction is None:
         top_k = DEFAULT_TOP_K
-    chosen = best_rows(run, by, top_k, config.top_fraction, threshold)
+    chosen = best_rows(run, by, top_k, config.top_fraction, threshold, num_noises)
     if not chosen.num_rows:
         raise AuditError(f"{run.url}: no caption scores above {threshold:g} by {by}: nothing to confirm")
     rows = digest({"row_ids": chosen["row_id"].to_pylist()})

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+import pipelines
 from pipelines.detectors import DETECTORS, FirstStep, detector, scores
+from pipelines.null_maps import NullMaps
 
 # d is 2 in one channel of the left half of an 8 x 8 grid: E is 4 there and 0 elsewhere
 DIFFERENCE = torch.zeros(1, 4, 8, 8)
@@ -21,7 +24,9 @@ LEFT[..., :4] = 0.5
 def whole() -> FirstStep:
     low = FirstStep.of(DIFFERENCE, UNCOND)
     tokens = torch.full((1, 4), 0.25)
-    return FirstStep.of(DIFFERENCE, UNCOND, LEFT, tokens, low, guidance_scale=2.0, sigma_max=3.0)
+    sample = torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1).expand(3, 8, 8)  # the same in every cell
+    null = NullMaps.of([sample])
+    return FirstStep.of(DIFFERENCE, UNCOND, LEFT, tokens, low, guidance_scale=2.0, sigma_max=3.0, null=null)
 
 
 def test_values_by_hand() -> None:
@@ -31,6 +36,8 @@ def test_values_by_hand() -> None:
     # the mask is E smoothed by 3 x 3: 4 in columns 0 to 2, 8/3 in column 3, 4/3 in column 4, 0 beyond
     energy = 8 * (3 * 16 + (8 / 3) ** 2) * 4
     assert found["ld_energy"] == pytest.approx(math.sqrt(energy) / (8 * (12 + 8 / 3 + 4 / 3) / 64))
+    # 4 on the left, smoothed or not; the sample's median is 2, its 84 % quantile 68 % of the way from 2 to 4, in logs
+    assert found["excess"] == pytest.approx(math.log(4 / 2) / (0.68 * math.log(2)))
     # eps_cfg is 1 + 2 * 2 and 1 in two channels on the left, 1 and 1 on the right
     assert found["webster"] == pytest.approx(9 * (32 * (25 + 1) + 32 * 2) / 256)
     assert found["attention_entropy"] == pytest.approx(math.log(4))
@@ -41,8 +48,29 @@ def test_values_by_hand() -> None:
 def test_what_is_not_there_is_left_out() -> None:
     found = scores(FirstStep.of(DIFFERENCE))
     assert {"magnitude", "ld_energy"} <= set(found)
-    assert not {"ld", "attention_entropy", "cosine_low", "anisotropy"} & set(found)
+    assert not {"ld", "excess", "attention_entropy", "cosine_low", "anisotropy"} & set(found)
     assert set(scores(whole())) == set(DETECTORS)
+
+
+def test_the_window_that_stands_out_most_decides() -> None:
+    """One bright cell shows in the smallest window; a rise everywhere in the whole map, whose spread is less."""
+    draw = torch.Generator().manual_seed(0)
+    sample = torch.rand((200, 8, 8), generator=draw) + 0.5
+    null = NullMaps.of([sample])
+    bright, whole = torch.ones(1, 8, 8), torch.full((1, 8, 8), 1.5)
+    bright[0, 4, 4] = 30
+    for energy, cells in ((bright, (0,)), (whole, (3,))):
+        logs = (pipelines.formulas.log_energy(energy) - null.median) / null.spread
+        assert logs.amax((0, 2, 3)).argmax().item() in cells
+        found = FirstStep.of(torch.ones(1, 1, 8, 8), null=null)
+        value = scores(replace(found, energy=energy))["excess"]
+        assert value.item() == pytest.approx(logs.amax().item())
+
+
+def test_a_sample_without_spread_gives_numbers() -> None:
+    for sample in (torch.zeros(4, 8, 8), torch.ones(1, 8, 8)):
+        found = scores(FirstStep.of(DIFFERENCE, null=NullMaps.of([sample])))["excess"]
+        assert math.isfinite(float(found[0]))
 
 
 def test_a_name_that_is_taken_is_refused() -> None:

@@ -1,0 +1,201 @@
+"""What `excess` is measured against: energy maps of a sample of the run's own captions, a stage before the scan.
+
+The sample is the captions with the lowest hashes (audit/captions/sample.py), so that it depends on the captions alone.
+One process makes the maps, under a claim, and commits them a shard a noise; every worker reads what was committed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from audit.base.commits import Commit
+from audit.base.errors import Broken
+from audit.base.fingerprint import digest
+from audit.base.stopping import Stop
+from audit.captions import SAMPLE, read_captions
+from audit.engines.failures import ShardFailed, together_or_alone
+from audit.engines.job import JobSpec
+from audit.engines.launch import EngineConfig
+from audit.run.claim import held
+from audit.run.run import Run
+from audit.run.schema import NULL_MAP_COLUMNS, tensor_array, tensor_values
+from audit.run.stage import NULL_MAPS, SECOND_NULL_MAPS, Stage, StageKind, run_stage
+from audit.scores.model import load_run_model
+
+if TYPE_CHECKING:
+    from pipelines import DiffusionModel
+    from pipelines.null_maps import NullMaps
+
+
+@dataclass(frozen=True)
+class NullMapsFingerprint:
+    """What null maps depend on beside the run's model and noises.
+
+    Attributes:
+        captions: digest of the sampled captions, in order. count: how many.
+        first_noise, num_noises: which noises of the bank.
+    """
+
+    captions: str
+    count: int
+    first_noise: int
+    num_noises: int
+
+
+def make_null_maps(run: Run, kind: StageKind, noises: range, config: EngineConfig, stop: Stop | None) -> Stage | None:
+    """Make the null maps of some noises, or wait for the process that makes them; None for a run without captions.
+
+    Raises:
+        Drained: `stop` asked to.
+        Broken: no caption of the sample could be scored; nothing was begun that needs the maps.
+    """
+    if not run.plan.sample:
+        return None
+    stage = _begin(run, kind, noises)
+    if stage.complete:
+        return stage
+    place = f"_claims/{kind.name}"
+    with held(run.folder, place, run.fingerprint, lambda: stage.complete, "makes the null maps", stop) as number:
+        outcome = run_stage(stage, stage.missing() if number else [], config, stop)
+    if outcome.quarantined:
+        why = {shard: stage.ledger.attempts(shard)[-1].error for shard in outcome.quarantined}
+        for shard in why:
+            stage.ledger.forget_attempts(shard)
+        raise Broken(
+            f"{run.url}: the null maps of excess cannot be made: {next(iter(why.values()))}: nothing was scanned; mend "
+            "it, and give the same command again."
+        )
+    return stage
+
+
+def _begin(run: Run, kind: StageKind, noises: range) -> Stage:
+    found = Stage.find(run, kind)
+    if found is not None and not found.problems():
+        begun = found.fingerprint(NullMapsFingerprint)
+        if range(begun.first_noise, begun.first_noise + begun.num_noises) == noises:
+            return found
+    rows = run.plan.sample
+    captions = read_captions(run.plan, rows, run.folder)
+    one = pa.table({"row_id": pa.array(rows, pa.int64()), "caption": pa.array(captions, pa.string())})
+    items = pa.concat_tables(
+        one.append_column("shard", pa.array(np.full(len(rows), noise), pa.int32())) for noise in noises
+    )
+    fingerprint = NullMapsFingerprint(digest({"captions": captions}), len(rows), noises.start, len(noises))
+    return Stage.begin(run, kind, fingerprint, items, replace=True)
+
+
+def sample_of(run: Run) -> NullMapsFingerprint | None:
+    """What the run's null maps are made of; None where it has none."""
+    stage = Stage.find(run, NULL_MAPS)
+    return None if stage is None else stage.fingerprint(NullMapsFingerprint)
+
+
+def few_lines(run: Run) -> list[str]:
+    """Said of a run whose null maps rest on fewer captions than they should; [] where they do not."""
+    count = len(run.plan.sample)
+    if not count or count >= SAMPLE:
+        return []
+    return [f"note: excess rests on few captions: the null maps are of all {count:,} there are, not of {SAMPLE:,}"]
+
+
+def read_null_maps(run: Run, *kinds: StageKind) -> NullMaps | None:
+    """The null maps of the noises of some stages, in order; None for a run that has none.
+
+    Raises:
+        Damaged: they are not what was committed.
+    """
+    import torch
+
+    from pipelines.null_maps import NullMaps
+
+    energies = []
+    for stage in (Stage.find(run, kind) for kind in kinds):
+        if stage is None:
+            return None
+        for shard in stage.shards:
+            table = stage.table(shard, ["energy", "error"])
+            good = table.filter(pc.is_null(table["error"]))["energy"]
+            energies.append(torch.from_numpy(tensor_values(good).copy()))
+    return NullMaps.of(energies)
+
+
+def open_job(spec: JobSpec) -> NullMapsJob:
+    """The null maps of a scan, with the run's model loaded."""
+    return _open(spec, NULL_MAPS)
+
+
+def open_second(spec: JobSpec) -> NullMapsJob:
+    """Those of the noises that a second look adds."""
+    return _open(spec, SECOND_NULL_MAPS)
+
+
+def _open(spec: JobSpec, kind: StageKind) -> NullMapsJob:
+    run = Run.open(spec.run)
+    return NullMapsJob(Stage.open(run, kind), load_run_model(run, spec.device), spec.batch_size)
+
+
+class NullMapsJob:
+    """Energy maps of the sample under one noise a shard, a row a caption; one that fails is left out of the maps.
+
+    Args:
+        stage: null maps, as they were begun. model: loaded. batch_size: latents at a time.
+    """
+
+    def __init__(self, stage: Stage, model: DiffusionModel, batch_size: int) -> None:
+        self.stage, self.ledger, self.model, self.batch_size = stage, stage.ledger, model, batch_size
+
+    def __call__(self, shard: int, on_rows: Callable[[int], None]) -> Commit:
+        from pipelines import FirstStepScorer
+
+        started = time.monotonic()
+        made, items = self.stage.run.fingerprint, self.stage.rows(shard)
+        scorer = FirstStepScorer(
+            self.model,
+            num_noises=shard + 1,
+            first_noise=shard,
+            seed=made.seed,
+            steps=made.steps,
+            guidance_scale=made.guidance_scale,
+            batch_size=self.batch_size,
+        )
+        captions = items["caption"].to_pylist()
+
+        def compute(rows: Sequence[int]) -> list[np.ndarray]:
+            return list(scorer.energies([captions[row] for row in rows], on_rows)[:, 0].numpy())
+
+        found = together_or_alone(range(len(captions)), compute)
+        energies = [
+            each if isinstance(each, str) or np.isfinite(each).all() else "the energy map is not finite"
+            for each in found
+        ]
+        errors = [each for each in energies if isinstance(each, str)]
+        if len(errors) == len(captions):
+            raise ShardFailed(f"none of {len(captions)} captions could be scored, the first: {errors[0]}")
+        counts = {"ok": len(captions) - len(errors), "error": len(errors)}
+        wall = time.monotonic() - started
+        return self.ledger.commit(shard, _table(items, energies), counts, {"score": wall, "wall": wall})
+
+
+def _table(items: pa.Table, energies: Sequence[np.ndarray | str]) -> pa.Table:
+    """Rows of null_maps/: of each caption its energy map, or why there is none."""
+    good = np.array([row for row, each in enumerate(energies) if not isinstance(each, str)], np.int64)
+    maps = np.stack([each for each in energies if not isinstance(each, str)])
+    kind = pa.fixed_shape_tensor(pa.float32(), maps.shape[1:])
+    arrays = {
+        "row_id": items["row_id"],
+        "caption": items["caption"],
+        "error": pa.array([each if isinstance(each, str) else None for each in energies], pa.string()),
+        "energy": tensor_array(maps, kind, good, len(energies)),
+    }
+    fields = [
+        pa.field(name, kind if name == "energy" else plain, metadata={"description": text})
+        for name, (plain, text) in NULL_MAP_COLUMNS.items()
+    ]
+    return pa.table([arrays[field.name] for field in fields], schema=pa.schema(fields))
