@@ -59,7 +59,9 @@ def list_tree(fs: Any, root: str) -> dict[str, int]:
     return dict(sorted(files.items()))
 
 
-_SECRET = re.compile(r"pass|secret|token|signature|credential|api_?key|access_?key|auth(?!ors?$)|^sig$|^pwd$", re.IGNORECASE)
+_SECRET = re.compile(
+    r"pass|secret|token|signature|credential|api_?key|access_?key|auth(?!ors?$)|^sig$|^pwd$", re.IGNORECASE
+)
 
 
 def check_name(text: str) -> str:
