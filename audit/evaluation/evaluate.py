@@ -20,7 +20,7 @@ from audit.base.text import grid
 from audit.evaluation.config import EvaluateConfig
 from audit.evaluation.labels import Truth, is_clean, match_labels, memorised_types
 from audit.evaluation.plots import distribution_plot, roc_plot
-from audit.evaluation.series import BASELINE, NOT_CONFIRMED, Series, aligned, covered, find_series
+from audit.evaluation.series import BASELINE, NOT_CONFIRMED, SECOND_LOOK, Series, aligned, covered, find_series
 from audit.run.read import read_stage
 from audit.run.run import Run, check_writable
 from audit.statistics.intervals import Statistic, cluster_bootstrap, paired_bootstrap
@@ -152,7 +152,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             label: aligned(each, truth.row_ids)[truth.labels == label] for label in counts if label
         }
         for each in series
-        if each.images in ("one", "mean")
+        if each.images in ("one", "mean", SECOND_LOOK)
     }
     return _write(found, config, curves, distributions)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from audit.run.read import read_scores, read_stage
@@ -24,6 +25,9 @@ TRAJECTORY_SCORES = tuple(
 """Scores of a trajectory; the other detectors' are those of the scan."""
 MATCH_SCORES = ("sscd", "s", "ls", "ls_norm", "ls_energy", "ls_score", "ls_corr")
 
+SECOND_LOOK = "second look"
+"""Instead of `one` or `mean`: the best-scored captions' values are means over more noises than the others'."""
+
 
 @dataclass(frozen=True)
 class Series:
@@ -38,8 +42,9 @@ class Series:
 
 def find_series(run: Run, row_ids: NDArray[np.int64]) -> Iterator[Series]:
     """Every score the run holds of these captions: the scan's, then those of the candidates."""
-    table = read_scores(run, ["row_id", *SCORES])
-    images = "mean" if run.fingerprint.num_noises > 1 else "one"
+    table = read_scores(run, ["row_id", "num_noises", *SCORES])
+    noises = pc.unique(table["num_noises"].drop_null()).to_pylist() or [run.fingerprint.num_noises]
+    images = SECOND_LOOK if len(noises) > 1 else "mean" if noises[0] > 1 else "one"
     ids = table["row_id"].to_numpy()
     kept = np.isin(ids, row_ids)
     for name in SCORES:

@@ -204,7 +204,7 @@ def _begin(run: Run, config: MitigateConfig) -> tuple[Stage, int]:
         raise AuditError(f"--mask {mask}: the run's model has no attention masks: give --mask energy")
     threshold, by = config.threshold, trigger_column(config.loss, mask)
     if config.thresholds is not None:
-        threshold = load_thresholds(config.thresholds, run).threshold(by)
+        threshold = load_thresholds(config.thresholds, run, 1).threshold(by)  # an image has one noise
     target = config.target
     if target is None:
         target = begun_target(run, confirmed, config, mask)

@@ -25,7 +25,7 @@ from audit.captions.streams import open_input, reading
 from audit.reports.flagged import default_score, read_verdicts
 from audit.run.run import DEFAULT_RUN, Run
 from audit.run.schema import COPIES, SCORES
-from audit.run.select import best_rows
+from audit.run.select import best_rows, unlooked, unlooked_line
 from audit.run.status import run_status
 from audit.scores.calibrate import load_thresholds
 
@@ -86,7 +86,8 @@ def drop(config: DropConfig) -> DropSummary:
     if not config.captions:
         raise AuditError("give the run and the caption tables: be-audit drop RUN CAPTIONS -o CLEAN")
     run = Run.open(config.run)
-    captions = pa.array(_flagged_captions(run, config), pa.string())
+    flagged, beyond = _flagged_captions(run, config)
+    captions = pa.array(flagged, pa.string())
     tables = [_table(source, config.caption_col) for source in find_captions(config.captions).sources]
     targets = _targets([file.path for file in tables], config.output)
     files, examples = [], dict[str, None]()
@@ -98,11 +99,11 @@ def drop(config: DropConfig) -> DropSummary:
         for stage in run_status(run.url).stages
         if not stage.complete
     ]
-    return DropSummary(len(captions), files, list(examples), unfinished)
+    return DropSummary(len(captions), files, list(examples), [*unfinished, *beyond])
 
 
-def _flagged_captions(run: Run, config: DropConfig) -> list[str]:
-    """The captions with a verdict of a copy, and those above a threshold where one is given."""
+def _flagged_captions(run: Run, config: DropConfig) -> tuple[list[str], list[str]]:
+    """Captions with a verdict of a copy, and those above a threshold where one is given; and what that passed over."""
     by, threshold, num_noises = config.by or default_score(run), config.threshold, None
     if config.thresholds is not None:
         if threshold is not None:
@@ -118,10 +119,12 @@ def _flagged_captions(run: Run, config: DropConfig) -> list[str]:
     if verdicts is not None:
         copies = verdicts.filter(pc.is_in(verdicts["verdict"], pa.array(COPIES)))
         found.update(dict.fromkeys(copies["caption"].to_pylist()))
+    beyond = 0
     if threshold is not None:
         above = best_rows(run, by, threshold=threshold, num_noises=num_noises)
         found.update(dict.fromkeys(above["caption"].to_pylist()))
-    return list(found)
+        beyond = unlooked(run, by, threshold, num_noises)
+    return list(found), [unlooked_line(beyond, by)] if beyond else []
 
 
 def _table(source: Source, caption_col: str | None) -> CaptionFile:

@@ -16,6 +16,7 @@ from audit.index.query import index_info
 from audit.reports.flagged import Flagged
 from audit.run.run import Run
 from audit.run.schema import COPIES, VERDICTS
+from audit.run.select import unlooked_line
 from audit.run.stage import CONFIRM, NULL_MAPS, SECOND_LOOK, SECOND_NULL_MAPS, TRAJECTORIES, Stage
 from audit.run.status import RunStatus, run_status
 from audit.scores.second_look import looks_noises
@@ -73,7 +74,10 @@ def report_facts(run: Run, flagged: Flagged) -> dict[str, Any]:
         "verdicts": counts,
         "decided": sum(counts.values()) - counts["no_reference"],
         "copied": sum(counts[name] for name in COPIES),
-        "unfinished": _unfinished(status),
+        "unfinished": [
+            *_unfinished(status),
+            *([unlooked_line(flagged.unlooked, flagged.by)] if flagged.unlooked else []),
+        ],
         "not_checked": _not_checked(flagged, status, confirmed, counts),
         "cost": _cost(run, status),
         "histogram": histogram(flagged),

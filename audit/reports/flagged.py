@@ -22,7 +22,7 @@ from audit.run.schema import (
     SCORE_MASKS,
     VERDICTS,
 )
-from audit.run.select import check_score, ranked, rows_of
+from audit.run.select import check_score, ranked, rows_of, unlooked
 from audit.run.stage import CONFIRM, TRAJECTORIES, Stage
 from audit.statistics.multiple import q_values
 from audit.verdicts.candidates import ConfirmConfig
@@ -90,6 +90,7 @@ class Flagged:
         above: scored captions above the threshold. taken: how many of them were taken, the best, beside candidates.
         candidates: CANDIDATE_COLUMNS; no rows where the run kept no URLs.
         counts: rows of the committed shards by status after duplicates are resolved, and distinct scored captions.
+        unlooked: captions that the threshold passes over, since they had no second look (`select.unlooked`).
     """
 
     table: pa.Table
@@ -101,6 +102,7 @@ class Flagged:
     taken: int
     counts: dict[str, int]
     candidates: pa.Table
+    unlooked: int = 0
 
 
 def find_flagged(
@@ -148,7 +150,8 @@ def find_flagged(
     counts["distinct"] = first.num_rows
     deny = deny_list(run, scores["row_id"].to_numpy(), same, table, verdicts is not None)
     candidates = url_list(run, scores["row_id"].to_numpy(), same, table)
-    return Flagged(table, deny, values[:valid], by, threshold, above, taken, counts, candidates)
+    beyond = 0 if threshold is None else unlooked(run, by, threshold, num_noises)
+    return Flagged(table, deny, values[:valid], by, threshold, above, taken, counts, candidates, beyond)
 
 
 def _rows_over(scores: pa.Table, num_noises: int) -> np.ndarray:

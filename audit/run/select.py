@@ -84,6 +84,29 @@ def best_rows(
     )
 
 
+def unlooked(run: Run, by: str, threshold: float, num_noises: int | None) -> int:
+    """How many captions a threshold passes over that it might flag: those without a second look, where all with one are
+    above it; else 0. The more of them are copied, the larger `--second-look` has to be.
+
+    Args:
+        num_noises: that the threshold's scores are means over; None where all rows' are.
+    """
+    if num_noises is None:
+        return 0
+    scores = distinct(read_scores(run, ["row_id", "status", "duplicate_of", check_score(by), "num_noises"]))
+    looked = pc.equal(scores["num_noises"], num_noises)
+    values = scores[by].filter(looked).drop_null()
+    return scores.num_rows - len(values) if len(values) and pc.all(pc.greater(values, threshold)).as_py() else 0
+
+
+def unlooked_line(count: int, by: str) -> str:
+    """Of `unlooked`, for people."""
+    return (
+        f"{count:,} captions had no second look, while all that had one are above the threshold of {by}: more may "
+        "be: scan into a new folder with a larger --second-look."
+    )
+
+
 def with_images(rows: pa.Table, num_images: int) -> pa.Table:
     """Every row once an image: `image_index` 0 to num_images - 1."""
     repeated = rows.take(pa.array(np.repeat(np.arange(rows.num_rows), num_images)))

@@ -212,12 +212,15 @@ def calibrate(
     return Calibration(config.output, run.url, config.fpr, config.method, clean.num_rows, failed, found)
 
 
-def load_thresholds(path: str, run: Run) -> Thresholds:
+def load_thresholds(path: str, run: Run, num_noises: int | None = None) -> Thresholds:
     """A thresholds file for a run.
 
+    Args:
+        num_noises: that the scores to be compared are means over; as many as the run's last look by default.
+
     Raises:
-        AuditError: no such file, no thresholds file, or one made for another model, mask or sampler, or for scores over
-            another number of noises than the run's last look has: with one line a field that differs.
+        AuditError: no such file, no thresholds file, or one made for another model, mask or sampler, or another number
+            of noises: with one line a field that differs.
     """
     facts, looks = _read(path), looks_noises(run)
     expected = _model_facts(run)
@@ -228,7 +231,7 @@ def load_thresholds(path: str, run: Run) -> Thresholds:
         raise AuditError(
             f"--thresholds {path}: made for other scores than those of {run.url}. What differs (file -> run):\n  "
             + "\n  ".join(lines[:40])
-            + "\nCalibrate again with the flags the run was scanned with, and --num-noises of its second look, if any."
+            + f"\nCalibrate again with the flags the run was scanned with, and --num-noises {expected['num_noises']}."
         )
     return Thresholds(path, facts, looks, _null_maps(run))
 

@@ -19,7 +19,7 @@ from audit.index.build import DEFAULT_INDEX
 from audit.run.read import read_rows, read_scores
 from audit.run.run import DEFAULT_RUN, Run
 from audit.run.schema import DEFAULT_SCORE, MASK_DETECTORS, MASKS, SCORES, WINDOWS
-from audit.run.select import best_rows, distinct, with_images
+from audit.run.select import best_rows, distinct, unlooked, unlooked_line, with_images
 from audit.scores.calibrate import load_thresholds
 from audit.scores.config import DEVICE_HELP
 from audit.statistics.null import sample_needed
@@ -124,6 +124,15 @@ def choose(run: Run, config: ConfirmConfig) -> tuple[TrajectoriesFingerprint, pa
             parts.append(table.append_column("clean", marks).append_column("shard", shards))
             first = shards[-1].as_py() + 1
     return fingerprint, with_images(pa.concat_tables(parts), config.num_images)
+
+
+def passed_over(run: Run, config: ConfirmConfig) -> str:
+    """What a thresholds file passed over, in words (`select.unlooked`); "" where nothing was."""
+    if config.thresholds is None:
+        return ""
+    found = load_thresholds(config.thresholds, run)
+    count = unlooked(run, config.by, found.threshold(config.by), found.num_noises)
+    return unlooked_line(count, config.by) if count else ""
 
 
 def _clean_captions(run: Run, chosen: pa.Table, config: ConfirmConfig) -> pa.Table | None:

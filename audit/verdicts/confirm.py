@@ -27,7 +27,7 @@ from audit.run.stage import CONFIRM, MATCH, SCAN, TRAJECTORIES, Stage, run_stage
 from audit.scores.trajectories import decode_png
 from audit.statistics.null import CAPTIONS, PICTURES, Null, NullFacts, sample_needed
 from audit.verdicts.beside import Beside
-from audit.verdicts.candidates import ConfirmConfig, choose
+from audit.verdicts.candidates import ConfirmConfig, choose, passed_over
 from audit.verdicts.compare import COPY, VERDICT_VERSION, References, statistic_of
 from audit.verdicts.crops import TrainingCrops
 from audit.verdicts.match_shard import own_pictures
@@ -74,6 +74,7 @@ class ConfirmSummary:
         failed: trajectories that failed. quarantined: shards given up. unreadable: comparisons with training pictures
             that could not be read any more; why_unreadable: the first reason.
         before: the null that this call replaced, because pictures it was made without are back.
+        unlooked: what a threshold passed over since it had no second look, in words.
         with_picture: candidates whose own picture is in the index. dead_urls: URLs that img2dataset could not download.
         committed_now: shards done by this call.
     """
@@ -89,6 +90,7 @@ class ConfirmSummary:
     seconds: float
     why_unreadable: str = ""
     before: Null | None = None
+    unlooked: str = ""
     with_picture: int = 0
     dead_urls: int = 0
 
@@ -131,6 +133,8 @@ class ConfirmSummary:
                 f"Pictures are back: the local threshold was made again, {was} -> {now}, and every verdict was decided "
                 "again by it."
             )
+        if self.unlooked:
+            lines.append(self.unlooked)
         if self.failed:
             lines.append(f"{self.failed} trajectories failed: be-audit status {self.run}")
         if self.decided < self.candidates:
@@ -226,6 +230,7 @@ def confirm(config: ConfirmConfig, stop: Stop | None = None) -> ConfirmSummary:
         seconds=time.monotonic() - started,
         why_unreadable=(_why_unreadable(matching) or null.untold) if counts.get("unreadable") else "",
         before=before,
+        unlooked=passed_over(run, config),
         with_picture=len(own_pictures(run, index, candidates)),
         dead_urls=index.info.left_out.get("dead URLs", 0),
     )

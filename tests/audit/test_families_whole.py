@@ -107,7 +107,8 @@ def test_one_prompt(work: Path, tmp_path: Path) -> None:
 
 
 def test_thresholds_of_another_unit_are_refused(work: Path, tmp_path: Path) -> None:
-    done = be_audit("calibrate", work / "run", "-o", tmp_path / "t.json", "--fpr", 0.5)
+    words = ("calibrate", work / "captions.parquet", "--model", work / "model", "-o", tmp_path / "t.json", "--fpr", 0.5)
+    done = be_audit(*words, *STEPS)
     assert done.code == 0, done
     facts = json.loads((tmp_path / "t.json").read_text())
     assert facts["model"]["unit"] == KINDS[work.name][0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,6 +159,20 @@ def test_a_threshold_holds_for_rows_over_as_many_noises_alone(config: ScanConfig
     assert 0 < flagged.num_rows <= LOOKED and set(flagged["num_noises"].to_pylist()) == {4}
     refused = be_audit("calibrate", config.output, "-o", tmp_path / "mixed.json")
     assert refused.code == 2 and "scored with different numbers of noises" in refused.err
+
+
+def test_a_second_look_that_was_too_small_for_a_threshold_is_said(config: ScanConfig, tmp_path: Path) -> None:
+    clean, file = tmp_path / "clean.parquet", tmp_path / "t.json"
+    pq.write_table(pq.read_table(config.captions[0]).slice(0, 40), clean)
+    assert be_audit("calibrate", clean, "--model", config.model, "--fpr", 0.6, "-o", file).code == 0
+    facts = json.loads(file.read_text())
+    facts["thresholds"]["ld_energy"]["threshold"] = 0.0  # below every row that had a second look
+    file.write_text(json.dumps(facts))
+    said = "10 captions had no second look, while all that had one are above the threshold of ld_energy"
+    done = be_audit("report", config.output, "--format", "csv", "-o", tmp_path / "report", "--thresholds", file)
+    assert done.code == 3 and said in done.err
+    done = be_audit("drop", config.output, *config.captions, "--thresholds", file)
+    assert said in done.err
 
 
 def test_refine_and_confirm_choose_by_the_second_look(config: ScanConfig) -> None:
