@@ -16,7 +16,6 @@ import pytest
 from audit.base.errors import AuditError
 from audit.base.fingerprint import digest
 from audit.engines.job import JobSpec
-from audit.engines.rank import find_rank
 from audit.run.read import dataset, read_scores, read_stage
 from audit.run.run import Run
 from audit.run.schema import SCORE_COLUMNS, tensor_values
@@ -123,31 +122,6 @@ def test_machines_share_a_run_by_rank(config: ScanConfig, tmp_path: Path) -> Non
         assert (done.committed_now, done.mine_complete, done.complete, done.exit_code) == (3, True, False, 0)
     assert scan(replace(other, rank=1)).complete
     assert_same(table(other), table(config), ids=False)
-
-
-@pytest.mark.parametrize(
-    "slurm, expected",
-    [
-        ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8"}, (3, 8)),
-        ({"SLURM_ARRAY_TASK_ID": "6", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "5"}, (1, 4)),
-        (
-            {
-                "SLURM_ARRAY_TASK_ID": "9",
-                "SLURM_ARRAY_TASK_COUNT": "4",
-                "SLURM_ARRAY_TASK_MIN": "5",
-                "SLURM_ARRAY_TASK_STEP": "2",
-            },
-            (2, 4),
-        ),
-        ({}, (0, 1)),
-    ],
-)
-def test_rank_from_slurm(monkeypatch: pytest.MonkeyPatch, slurm: dict[str, str], expected: tuple[int, int]) -> None:
-    for name, value in slurm.items():
-        monkeypatch.setenv(name, value)
-    assert find_rank(None, None) == expected
-    assert find_rank(1, 2) == (1, 2)
-    assert find_rank(0, 1) == (0, 1)
 
 
 def test_finished_run_is_left_alone_and_says_so(config: ScanConfig, monkeypatch: pytest.MonkeyPatch) -> None:
