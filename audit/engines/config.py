@@ -14,6 +14,9 @@ class EngineFlags:
     """Where shards run, and how much may fail there."""
 
     engine: str = option("local", "Where shards run.", choices=ENGINES)
+    ray_address: str | None = option(
+        None, "With --engine ray: a cluster's address, HOST:PORT; default RAY_ADDRESS, else one is started here."
+    )
     workers: int = option(0, "Worker processes; 0 is one a GPU.", min=0, max=1024)
     max_error_rate: float = option(
         0.05, "A shard with a larger share of failed rows (and more than one) is not committed.", min=0.0, max=1.0

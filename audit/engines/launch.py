@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Protocol
 
+from audit.base.errors import AuditError
 from audit.base.progress import Progress
 from audit.base.stopping import Stop
 from audit.engines.job import JobSpec
@@ -22,6 +23,8 @@ class EngineConfig(Protocol):
     def batch_size(self) -> int: ...
     @property
     def engine(self) -> str: ...
+    @property
+    def ray_address(self) -> str | None: ...
     @property
     def workers(self) -> int: ...
     @property
@@ -45,7 +48,9 @@ def run_shards(
     """
     spec = JobSpec(opener, run, config.device, config.batch_size, config.max_error_rate)
     if config.engine == "ray":
-        return run_on_ray(spec, config.workers, retries, progress, stop)
+        return run_on_ray(spec, config.ray_address, config.workers, retries, progress, stop)
+    if config.ray_address is not None:
+        raise AuditError("--ray-address: goes with --engine ray")
     devices = find_devices(config.device, config.workers)
     if len(devices) == 1:
         return run_here(replace(spec, device=devices[0]).open(), retries, progress, stop)

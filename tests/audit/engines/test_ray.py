@@ -1,11 +1,14 @@
-"""The Ray engine on a real local cluster: the same rows and scores, a killed actor replaced."""
+"""The Ray engine on real clusters: the same rows and scores; actors, a node, the head and the driver killed."""
 
 from __future__ import annotations
 
 import json
 import signal
+import socket
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray.cluster_utils import Cluster
 
 from audit.base.errors import AuditError, Drained
 from audit.base.fingerprint import digest
@@ -21,6 +25,7 @@ from audit.run.read import read_scores
 from audit.run.run import Run
 from audit.run.stage import SCAN, Stage, run_stage
 from audit.scores.scan import ScanConfig, scan
+from tests.command import start
 from tests.tiny import save_model
 
 pytestmark = pytest.mark.processes
@@ -94,3 +99,86 @@ def test_bad_input_found_by_an_actor_ends_the_job(inputs: tuple[str, str], tmp_p
     with pytest.raises(AuditError, match="other weights than the run was begun with"):
         run_stage(stage, [0, 1, 2], mine, None)
     assert stage.ledger.tried() == set()
+
+
+def after_a_commit(run: Path, strike: Callable[[], object]) -> threading.Thread:
+    """Do something once one more shard is committed than now."""
+    commits = run / "_commits/scan"
+    before = len(list(commits.glob("*.json")))
+
+    def watch() -> None:
+        while len(list(commits.glob("*.json"))) <= before:
+            time.sleep(0.05)
+        strike()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.timeout(900)
+def test_a_cluster_loses_its_driver_its_head_and_a_node(
+    inputs: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One run folder, the same command three times."""
+    monkeypatch.setattr("audit.engines.ray_cluster.LOST", 3.0)
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # else 15: a machine busy with other tests never comes to them
+    run = tmp_path / "run"
+    facts = {"rows_per_shard": 1, "num_noises": 2, "batch_size": 1}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        # 1. kill -9 of the driver
+        words = ("scan", inputs[0], "--model", inputs[1], "-o", run, "--engine", "ray", "--device", "cpu")
+        words += ("--ray-address", cluster.address)
+        for name, value in facts.items():
+            words += (f"--{name.replace('_', '-')}", value)
+        driver = start(*words, log=tmp_path / "log")
+        after_a_commit(run, driver.kill).join()
+        driver.join()
+        assert driver.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
+        # 2. the head dies
+        mine = replace(config(inputs, run, "ray"), **facts, workers=1, ray_address=cluster.address)
+        after_a_commit(run, cluster.head_node.kill_gcs_server)
+        with pytest.raises(Drained):
+            scan(mine)
+        assert f"head at {cluster.address} no longer answers" in capsys.readouterr().err
+    finally:
+        cluster.shutdown()
+    assert len(Stage.open(Run.open(str(run)), SCAN).done()) < 60, "nothing was left to do: the test shows nothing"
+    # 3. a new cluster, one of whose two nodes dies: what it had in hand is done by the other
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        node = cluster.add_node(num_cpus=1)
+        watcher = after_a_commit(run, lambda: cluster.remove_node(node, allow_graceful=False))
+        done = scan(replace(mine, workers=2, ray_address=cluster.address))
+        watcher.join()
+    finally:
+        cluster.shutdown()
+    assert (done.exit_code, done.complete, done.counts) == (0, True, {"ok": 60})
+    assert "scan: 60/60 captions" in capsys.readouterr().err
+    assert sorted(read_scores(Run.open(str(run))).to_pandas().row_id) == [shard << 32 for shard in range(60)]
+
+
+@pytest.mark.timeout(60)
+def test_an_address_where_no_cluster_answers(
+    inputs: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody there, somebody silent, somebody else, no address at all: one line within a bounded time."""
+    monkeypatch.setattr("audit.engines.ray_cluster.CONNECT", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent, socket.create_server(("127.0.0.1", 0)) as other:
+
+        def answer() -> None:
+            with other.accept()[0] as caller:
+                caller.recv(100)
+                caller.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        ports = [file.getsockname()[1] for file in (silent, other)]
+        addresses = ["127.0.0.1:1", *(f"127.0.0.1:{port}" for port in ports), "127.0.0.1:x", "ray://127.0.0.1:1"]
+        for address in addresses:
+            mine = replace(config(inputs, tmp_path / "run", "ray"), ray_address=address)
+            with pytest.raises(AuditError, match=rf"^--ray-address {address}: no Ray cluster answers there: [^\n]*$"):
+                scan(mine)
+    mine = replace(mine, engine="local")
+    with pytest.raises(AuditError, match="--ray-address: goes with --engine ray"):
+        scan(mine)
