@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?= -n 2 --dist worksteal --durations=25
 MINUTES ?= 60
 
-.PHONY: help setup demo quick test check bench tables screenshot torture clean
+.PHONY: help setup demo quick test cluster check bench tables screenshot torture clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,6 +45,11 @@ quick: $(VENV)/.test ## for every change: linked package, checks, tests that are
 
 test: $(VENV)/.test $(IMG2DATASET) setup check ## linters, types and every test, against the installed package
 	BE_AUDIT_IMG2DATASET=$(abspath $(IMG2DATASET)) $(BIN)/pytest $(PYTEST_ARGS)
+
+cluster: $(VENV)/.test setup ## the job scripts of docs/cluster.md on a real Slurm of this machine; needs root
+	@command -v slurmctld >/dev/null || { echo "this needs Slurm: installing Debian's slurm-wlm"; \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null; }
+	$(BIN)/pytest tests/cluster/check_slurm.py
 
 check: $(VENV)/.test ## ruff, mypy and import-linter
 	$(BIN)/ruff check .
