@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -212,6 +214,65 @@ def test_workers_share_a_run_on_s3(s3: dict[str, str], sd1: str, tmp_path: Path)
     found = be_audit("scan", tmp_path / "captions.parquet", "-o", "s3://bucket/workers", *flags)
     assert found.code == 0, found
     assert read_scores(Run.open("s3://bucket/workers"))["caption"].to_pylist() == some_captions(12)
+
+
+class Door:
+    """Before a server's port: while it is shut, connections are cut and new ones refused, as by one that restarts."""
+
+    def __init__(self, server: str) -> None:
+        self.server = int(server.rpartition(":")[2])
+        self.sockets: list[socket.socket] = []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.open(self.listener)
+
+    def open(self, listener: socket.socket | None = None) -> None:
+        self.listener = listener or socket.create_server(("127.0.0.1", self.port))
+        threading.Thread(target=self._accept, args=(self.listener,), daemon=True).start()
+
+    def shut(self) -> None:
+        for each in (self.listener, *self.sockets):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        self.sockets.clear()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                inner, outer = listener.accept()[0], socket.create_connection(("127.0.0.1", self.server))
+                self.sockets += [inner, outer]
+                for pair in ((inner, outer), (outer, inner)):
+                    threading.Thread(target=self._pass, args=pair, daemon=True).start()
+
+    def _pass(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.processes
+def test_a_scan_outlives_a_restart_of_the_server(s3: dict[str, str], sd1: str, tmp_path: Path) -> None:
+    """Three seconds without it, after the first commits: exit 0, every row once."""
+    pq.write_table(pa.table({"TEXT": some_captions(40)}), tmp_path / "captions.parquet")
+    door, log, folder = Door(s3["AWS_ENDPOINT_URL"]), tmp_path / "log", Folder("s3://bucket/restarted")
+    scan = ("scan", tmp_path / "captions.parquet", "-o", folder.url, "--model", sd1)
+    flags = ("--rows-per-shard", 2, "--batch-size", 1, "--num-noises", 2)
+    process = start(*scan, *flags, log=log, environment={**s3, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{door.port}"})
+    deadline = time.monotonic() + 200
+    while len(folder.list("_commits/scan")) < 2:
+        assert process.is_alive() and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+    door.shut()
+    done = len(folder.list("_commits/scan"))
+    time.sleep(3)
+    door.open()
+    process.join(200)
+    assert done < 20, "it was done before the server was away: the test shows nothing"
+    assert process.exitcode == 0, log.read_text()
+    assert read_scores(Run.open(folder.url))["caption"].to_pylist() == some_captions(40)
+    assert be_audit("verify", folder.url, "--deep").code == 0
 
 
 def test_buckets_that_cannot_be_had_are_one_line(
