@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,47 +116,63 @@ def after_a_commit(run: Path, strike: Callable[[], object]) -> threading.Thread:
     return thread
 
 
-@pytest.mark.timeout(900)
-def test_a_cluster_loses_its_driver_its_head_and_a_node(
-    inputs: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """One run folder, the same command three times."""
-    monkeypatch.setattr("audit.engines.ray_cluster.LOST", 3.0)
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head with room for one actor."""
     monkeypatch.setenv("RAY_worker_niceness", "0")  # else 15: a machine busy with other tests never comes to them
-    run = tmp_path / "run"
-    facts = {"rows_per_shard": 1, "num_noises": 2, "batch_size": 1}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
-        # 1. kill -9 of the driver
-        words = ("scan", inputs[0], "--model", inputs[1], "-o", run, "--engine", "ray", "--device", "cpu")
-        words += ("--ray-address", cluster.address)
-        for name, value in facts.items():
-            words += (f"--{name.replace('_', '-')}", value)
-        driver = start(*words, log=tmp_path / "log")
-        after_a_commit(run, driver.kill).join()
-        driver.join()
-        assert driver.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
-        # 2. the head dies
-        mine = replace(config(inputs, run, "ray"), **facts, workers=1, ray_address=cluster.address)
-        after_a_commit(run, cluster.head_node.kill_gcs_server)
-        with pytest.raises(Drained):
-            scan(mine)
-        assert f"head at {cluster.address} no longer answers" in capsys.readouterr().err
-    finally:
-        cluster.shutdown()
-    assert len(Stage.open(Run.open(str(run)), SCAN).done()) < 60, "nothing was left to do: the test shows nothing"
-    # 3. a new cluster, one of whose two nodes dies: what it had in hand is done by the other
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
-        node = cluster.add_node(num_cpus=1)
-        watcher = after_a_commit(run, lambda: cluster.remove_node(node, allow_graceful=False))
-        done = scan(replace(mine, workers=2, ray_address=cluster.address))
-        watcher.join()
-    finally:
-        cluster.shutdown()
-    assert (done.exit_code, done.complete, done.counts) == (0, True, {"ok": 60})
+    yield cluster
+    cluster.shutdown()
+
+
+def check_rows(run: Path) -> None:
+    """Every caption of the inputs is there once."""
+    table = read_scores(Run.open(str(run))).to_pandas()
+    assert table.row_id.is_unique and set(table.status) == {"ok"}
+    assert sorted(table.caption) == sorted(f"a picture of {number} things" for number in range(60))
+
+
+@pytest.mark.timeout(900)
+def test_a_node_dies(
+    inputs: tuple[str, str], cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it had in hand is done by the other node; committed shards move the bar."""
+    node, run = cluster.add_node(num_cpus=1), tmp_path / "run"
+    watcher = after_a_commit(run, lambda: cluster.remove_node(node, allow_graceful=False))
+    done = scan(replace(config(inputs, run, "ray"), ray_address=cluster.address))
+    watcher.join()
+    assert (done.exit_code, done.complete) == (0, True)
     assert "scan: 60/60 captions" in capsys.readouterr().err
-    assert sorted(read_scores(Run.open(str(run))).to_pandas().row_id) == [shard << 32 for shard in range(60)]
+    check_rows(run)
+
+
+@pytest.mark.timeout(900)
+def test_the_driver_is_killed_and_then_the_head(
+    inputs: tuple[str, str],
+    cluster: Cluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The same command three times, the last without a cluster."""
+    monkeypatch.setattr("audit.engines.ray_cluster.LOST", 3.0)
+    run, address = tmp_path / "run", cluster.address
+    facts = {"rows_per_shard": 1, "num_noises": 2, "batch_size": 1}
+    words = ["scan", inputs[0], "--model", inputs[1], "-o", run, "--engine", "ray", "--ray-address", address]
+    for name, value in {**facts, "device": "cpu"}.items():
+        words += [f"--{name.replace('_', '-')}", value]
+    driver = start(*words, log=tmp_path / "log")
+    after_a_commit(run, driver.kill).join()
+    driver.join()
+    assert driver.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
+    mine = replace(config(inputs, run, "ray"), **facts, workers=1, ray_address=address)
+    after_a_commit(run, cluster.head_node.kill_gcs_server)
+    with pytest.raises(Drained):
+        scan(mine)
+    assert f"head at {address} no longer answers" in capsys.readouterr().err
+    assert len(Stage.open(Run.open(str(run)), SCAN).done()) < 60, "nothing was left to do: the test shows nothing"
+    assert scan(replace(mine, engine="local", ray_address=None)).exit_code == 0
+    check_rows(run)
 
 
 @pytest.mark.timeout(60)
