@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,28 @@ from audit.base.errors import AuditError
 CONNECT, LOST = 30.0, 20.0  # seconds that a head may be silent before it is refused; before it is given up
 ASK = 2.0  # seconds between two looks at the head
 SETTINGS = 4  # type of an HTTP/2 frame
+_commands = 0  # how many of `one_connection` are running
+_made_here = False  # whether the connection there is was made by `connected`
+
+
+@contextlib.contextmanager
+def one_connection() -> Iterator[None]:
+    """Decorates a command of several stages: a connection that one of them made stays for the next ones."""
+    global _commands
+    _commands += 1
+    try:
+        yield
+    finally:
+        _commands -= 1
+        ray = sys.modules.get("ray")
+        if not _commands and ray is not None and _made_here:
+            _disconnect(ray)
+
+
+def _disconnect(ray: Any) -> None:
+    global _made_here
+    _made_here = False
+    ray.shutdown()
 
 
 @contextlib.contextmanager
@@ -25,6 +48,7 @@ def connected(address: str | None) -> Iterator[Any]:
     Raises:
         AuditError: Ray is not installed, or nothing answers as a Ray head within about CONNECT seconds.
     """
+    global _made_here
     try:
         import ray
     except ImportError as error:
@@ -39,6 +63,7 @@ def connected(address: str | None) -> Iterator[Any]:
             _wait_for(address.removeprefix("ray://"))
         more: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
         ray.init(log_to_driver=False, logging_level="ERROR", **more)
+        _made_here = True
     except (OSError, RuntimeError, ValueError) as error:
         if not address:
             raise
@@ -47,7 +72,8 @@ def connected(address: str | None) -> Iterator[Any]:
     try:
         yield ray
     finally:
-        ray.shutdown()
+        if not _commands:
+            _disconnect(ray)
 
 
 class Head:

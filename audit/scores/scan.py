@@ -15,6 +15,7 @@ from audit.base.stopping import Stop
 from audit.base.storage import Folder
 from audit.captions import CaptionFile, CaptionPlan, describe_captions, plan_captions
 from audit.engines.rank import find_rank
+from audit.engines.ray_cluster import one_connection
 from audit.run.claim import claimed
 from audit.run.run import Fingerprint, Run, check_output
 from audit.run.schema import DEFAULT_SCORE, DETECTORS, EXTRA_DETECTORS, MASK_DETECTORS, SCORE_COLUMNS
@@ -116,6 +117,7 @@ def _silent(line: str) -> None:
     pass
 
 
+@one_connection()
 def scan(config: ScanConfig, stop: Stop | None = None, say: Callable[[str], None] = _silent) -> ScanSummary:
     """Scan captions into a run folder, or go on with a scan that was begun there.
 

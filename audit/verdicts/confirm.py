@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from audit.base.errors import AuditError
 from audit.base.facts import read_facts, to_json
 from audit.base.stopping import Stop
+from audit.engines.ray_cluster import one_connection
 from audit.index import Index
 from audit.run.run import Run
 from audit.run.schema import MASKS, VERDICTS, tensor_values
@@ -156,6 +157,7 @@ class ConfirmSummary:
         return lines
 
 
+@one_connection()
 def confirm(config: ConfirmConfig, stop: Stop | None = None) -> ConfirmSummary:
     """Confirm a run's candidates, or go on with a confirm that was begun.
 
