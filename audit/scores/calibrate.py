@@ -28,7 +28,7 @@ from audit.run.stage import SCAN, Stage
 from audit.scores.config import ScoringConfig
 from audit.scores.null_maps import sample_of
 from audit.scores.scan import ScanConfig, scan
-from audit.scores.second_look import SECOND_LOOK_NOISES, looks_noises
+from audit.scores.second_look import looks_noises
 from audit.statistics.thresholds import CleanThreshold, sample_size_note, threshold_at_fpr
 
 FORMAT = 1
@@ -47,7 +47,7 @@ class CalibrateConfig(ScoringConfig):
     output: str = option("thresholds.json", "The thresholds; captions are scanned into OUTPUT.run.", short="-o")
     fpr: float = option(0.01, "Share of clean captions that may be flagged.", min=1e-9, max=1 - 1e-9)
     num_noises: int = option(
-        SECOND_LOOK_NOISES,
+        1,
         "Initial noises every caption is scored with: as many as the second look of the scan has, or the scan itself.",
         min=1,
         max=4096,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pipelines import DiffusionModel
 
 SECOND_LOOK_NOISES = 4
-"""Noises of a second look, the first ones included; `calibrate` scores clean captions with as many."""
+"""Noises of a second look, the first ones included."""
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,15 @@ def log(message: str) -> None:
     print(f"[{time.monotonic() - _START:7.1f} s] {message}", flush=True)
 
 
+_KNOWN = torch.cpu.get_capabilities()
+KNOWS_BFLOAT16 = bool(_KNOWN.get("avx512_bf16") or _KNOWN.get("amx_bf16"))
+"""Whether the processor has bfloat16: it is twice as fast as float32 then, and twenty times slower where it has not."""
+PRECISION = torch.bfloat16 if KNOWS_BFLOAT16 else torch.float32
+
+
 def bfloat16() -> torch.autocast:
-    """CPU autocast: about twice as fast as float32 where the processor knows bfloat16."""
-    return torch.autocast("cpu", dtype=torch.bfloat16)
+    """CPU autocast where the processor knows bfloat16."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=KNOWS_BFLOAT16)
 
 
 def train(

@@ -15,7 +15,7 @@ from tests.recipe.config import Recipe
 from tests.recipe.dataset import Pictures, to_float, tokenize
 from tests.recipe.drawing import SIZE
 from tests.recipe.parts import NOISE, Parts
-from tests.recipe.training import bfloat16, log, train
+from tests.recipe.training import PRECISION, bfloat16, log, train
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -53,9 +53,9 @@ class Encoded:
     """What the training loop draws from."""
 
     latents: Tensor  # [N, 4, 16, 16] float16: general, then template, then repeated pictures
-    captions: Tensor  # [U, 77, 128] bfloat16, one for each different caption
+    captions: Tensor  # [U, 77, 128] PRECISION, one for each different caption
     caption_of: Tensor  # [N] int64 into `captions`
-    empty: Tensor  # [1, 77, 128] bfloat16, the caption ""
+    empty: Tensor  # [1, 77, 128] PRECISION, the caption ""
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def encode(pictures: Pictures, parts: Parts) -> Encoded:
 
     def hidden(ids: Tensor) -> Tensor:
         with bfloat16():
-            return parts.text(ids).last_hidden_state.to(torch.bfloat16)
+            return parts.text(ids).last_hidden_state.to(PRECISION)
 
     kinds = (pictures.general_pictures, pictures.local_pictures, pictures.global_pictures)
     ids = torch.cat([pictures.general_ids, pictures.local_ids, pictures.global_ids])
@@ -78,7 +78,7 @@ def encode(pictures: Pictures, parts: Parts) -> Encoded:
         latents=torch.cat([latents(x) for kind in kinds for x in kind.split(250)]),
         captions=torch.cat([hidden(x) for x in different.split(500)]),
         caption_of=caption_of,
-        empty=parts.text(tokenize(parts.tokenizer, [""])).last_hidden_state.to(torch.bfloat16),
+        empty=parts.text(tokenize(parts.tokenizer, [""])).last_hidden_state.to(PRECISION),
     )
     log(f"encoded {len(encoded.latents)} pictures, {len(encoded.captions)} different captions")
     return encoded

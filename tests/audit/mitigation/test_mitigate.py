@@ -26,7 +26,7 @@ from audit.mitigation.mitigate import MitigateConfig, mitigate
 from audit.run.read import read_scores, read_stage
 from audit.run.run import Run
 from audit.run.schema import MITIGATED_COLUMNS, tensor_values
-from audit.run.stage import MITIGATE, Stage
+from audit.run.stage import CONFIRM, MITIGATE, Stage
 from audit.run.verify import verify_run
 from audit.scores.scan import ScanConfig, scan
 from audit.scores.trajectories import decode_png
@@ -229,7 +229,7 @@ def test_mistakes_are_one_line_before_any_work(run: MitigateConfig, flags: list[
 def test_runs_without_copies_or_without_a_confirm_are_refused(
     run: MitigateConfig, work: Path, tmp_path: Path, testbed_index: str
 ) -> None:
-    shutil.rmtree(tmp_path / "run" / "confirmed")
+    Stage.open(Run.open(run.run), CONFIRM).discard()
     with pytest.raises(AuditError, match="nothing is confirmed yet: give `be-audit confirm"):
         mitigate(run)
     shutil.rmtree(tmp_path / "run")
