@@ -15,8 +15,8 @@ MARK = {b"be-audit": b"written by a scan"}
 _KINDS: dict[str, tuple[frozenset[str], str]] = {
     "run.json": (
         frozenset({"format", "fingerprint", "digest", "shards"}),
-        r"scores/.*|refined/.*|trajectories/.*|matched/.*|confirmed/.*|mitigated/.*|stages/.*|input/.*|logs/.*|"
-        r"evaluate/.*|_claims/.*|_commits/.*|_attempts/.*|run\.json|plan\.arrow|duplicates\.arrow",
+        r"(second_)?null_maps/.*|scores/.*|second_look/.*|refined/.*|trajectories/.*|matched/.*|confirmed/.*|mitigated/.*|"
+        r"stages/.*|input/.*|logs/.*|evaluate/.*|_claims/.*|_commits/.*|_attempts/.*|run\.json|plan\.arrow|duplicates\.arrow",
     ),
     "index.json": (
         frozenset({"fingerprint", "descriptor_name", "facts"}),

@@ -17,7 +17,7 @@ from audit.run.read import dataset, read_rows, read_scores, read_stage, resolve_
 from audit.run.run import Run
 from audit.run.schema import SCORE_COLUMNS, SCORE_MASKS, tensor_values
 from audit.run.select import best_rows
-from audit.run.stage import REFINE, SCAN, SECOND_LOOK, Stage
+from audit.run.stage import REFINE, SCAN, Stage
 from audit.scores.scan import ScanConfig, scan
 from tests.command import be_audit
 
@@ -145,7 +145,6 @@ def test_chosen_columns_and_masks(run: Run) -> None:
 def test_a_score_that_is_younger_than_the_run_or_a_part_of_it_has_nulls(run: Run, tmp_path: Path) -> None:
     """Scanned before the detector existed, and gone on with after: nulls in the old shards, whoever reads."""
     other = Run.open(shutil.copytree(run.url, tmp_path / "run"))
-    Stage.open(other, SECOND_LOOK).discard()
     stage = Stage.open(other, SCAN)
     query = tmp_path / "q.sql"
     query.write_text("SELECT row_id, cosine FROM scores ORDER BY row_id")

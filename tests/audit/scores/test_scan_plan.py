@@ -11,7 +11,9 @@ import pytest
 from click.testing import CliRunner
 
 from audit import testbed
+from audit.base.ours import is_run_name
 from audit.cli.commands import cli
+from audit.run.stage import STAGES
 from pipelines.loading import find_model, load
 from pipelines.model import LONGEST
 
@@ -55,6 +57,10 @@ def test_a_run_inside_the_folder_it_scans(captions: Path) -> None:
         assert code == 0 and "3 rows, 1 unique captions" in output
     code, output = scan(str(captions), "-o", str(captions / "other"))
     assert code == 0 and "3 rows, 1 unique captions" in output and "of be-audit's own" in output
+
+
+def test_the_folder_of_every_stage_is_a_runs_own() -> None:
+    assert all(is_run_name(kind.folder) for kind in STAGES.values())
 
 
 def test_captions_inside_the_run_they_make(captions: Path) -> None:

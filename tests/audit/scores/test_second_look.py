@@ -147,8 +147,8 @@ def test_a_threshold_holds_for_rows_over_as_many_noises_alone(config: ScanConfig
     clean, one, four = tmp_path / "clean.parquet", tmp_path / "one.json", tmp_path / "four.json"
     pq.write_table(pq.read_table(config.captions[0]).slice(0, 40), clean)
     calibrate = ("calibrate", clean, "--model", config.model, "--fpr", 0.6, "-o")
-    assert be_audit(*calibrate, four).code == 0  # as many noises as the second look has, without being told
-    assert be_audit(*calibrate, one, "--num-noises", 1).code == 0
+    assert be_audit(*calibrate, four, "--num-noises", 4).code == 0  # as many as the second look has
+    assert be_audit(*calibrate, one).code == 0
     report = ("report", config.output, "--format", "parquet", "-o", tmp_path / "report", "--thresholds")
     refused = be_audit(*report, one)
     assert refused.code == 2 and "num_noises: 1 -> 4" in refused.err
@@ -164,7 +164,7 @@ def test_a_threshold_holds_for_rows_over_as_many_noises_alone(config: ScanConfig
 def test_a_second_look_that_was_too_small_for_a_threshold_is_said(config: ScanConfig, tmp_path: Path) -> None:
     clean, file = tmp_path / "clean.parquet", tmp_path / "t.json"
     pq.write_table(pq.read_table(config.captions[0]).slice(0, 40), clean)
-    assert be_audit("calibrate", clean, "--model", config.model, "--fpr", 0.6, "-o", file).code == 0
+    assert be_audit("calibrate", clean, "--model", config.model, "--fpr", 0.6, "--num-noises", 4, "-o", file).code == 0
     facts = json.loads(file.read_text())
     facts["thresholds"]["ld_energy"]["threshold"] = 0.0  # below every row that had a second look
     file.write_text(json.dumps(facts))
