@@ -60,7 +60,7 @@ def test_a_run_inside_the_folder_it_scans(captions: Path) -> None:
 
 
 def test_the_folder_of_every_stage_is_a_runs_own() -> None:
-    assert all(is_run_name(kind.folder) for kind in STAGES.values())
+    assert all(is_run_name(kind.files) for kind in STAGES.values())
 
 
 def test_captions_inside_the_run_they_make(captions: Path) -> None:
