@@ -24,6 +24,7 @@ LAZY = {
     "audit.mitigation.mitigate_shard": {"pipelines"},
     "audit.mitigation.prompt": {"pipelines"},
     "audit.scores.model": {"pipelines.folders", "pipelines.loading"},
+    "audit.scores.null_maps": {"pipelines", "pipelines.null_maps"},
     "audit.scores.prompt": {"pipelines"},
     "audit.scores.scan": {"pipelines.formulas", "pipelines.loading"},
     "audit.scores.scorer": {"pipelines"},

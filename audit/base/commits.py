@@ -23,6 +23,7 @@ from audit.base.facts import read_facts
 from audit.base.storage import Folder
 
 FORMAT = 1
+HASHED = 256 << 20  # bytes of a stage up to which a reader hashes its files before it opens them
 
 
 def table_bytes(table: pa.Table) -> bytes:
@@ -226,16 +227,21 @@ class Ledger:
     def whole(self, shards: Iterable[int]) -> dict[int, Commit]:
         """The commits of those shards that have one, for a reader of what is committed.
 
+        Files of HASHED bytes in all are also compared with their digests: pyarrow ends the process over some that are
+        damaged.
+
         Raises:
-            Damaged: a commit cannot be read, or its file is missing or of another size: rows would be left out.
+            Damaged: a commit cannot be read, or its file is missing, of another size or of other contents.
         """
         wanted = set(shards) & set(self.shards())
         done = self.done(wanted)
-        for shard in sorted(wanted - set(done)):
-            made, why = self._look(shard)
+        deep = sum(made.bytes for made in done.values()) <= HASHED
+        bad = {shard for shard, made in done.items() if deep and self.problem(made, deep)}
+        for shard in sorted(wanted - set(done) | bad):
+            made, why = self._look(shard, deep)
             if why:
                 time.sleep(1)  # another worker may be between a file and its commit
-                made, why = self._look(shard)
+                made, why = self._look(shard, deep)
             if made is None and shard not in self.shards():
                 continue  # taken back meanwhile
             if why or made is None:
@@ -243,10 +249,10 @@ class Ledger:
             done[shard] = made
         return done
 
-    def _look(self, shard: int) -> tuple[Commit | None, str]:
+    def _look(self, shard: int, deep: bool) -> tuple[Commit | None, str]:
         """A shard's commit, and what is wrong with it or its file; "" where nothing is."""
         made = self.read(shard)
-        return made, (self.problem(made) or "") if made else f"{self.name(shard)}: damaged"
+        return made, (self.problem(made, deep) or "") if made else f"{self.name(shard)}: damaged"
 
     def problem(self, made: Commit, deep: bool = False) -> str | None:
         """What is wrong with a commit's file, in words; None when nothing is. `deep` reads and hashes it."""
