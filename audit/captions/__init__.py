@@ -86,6 +86,7 @@ def read_captions(plan: CaptionPlan, row_ids: Sequence[int], staging: Folder) ->
     for shard in sorted({row >> 32 for row in row_ids}):
         captions = read_shard(plan, shard, staging, [])["caption"]
         found |= {row: captions[row & 0xFFFFFFFF].as_py() for row in row_ids if row >> 32 == shard}
+    _open.cache_clear()  # who reads them next identifies them again
     return [found[row] for row in row_ids]
 
 

@@ -114,7 +114,7 @@ def told(words: list[object]) -> int:
     return found.code
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_10_a_damaged_file_of_a_run_is_one_line(
     world: World, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
