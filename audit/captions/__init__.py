@@ -6,6 +6,8 @@ text_lines.py  text files: how they are written, their lines unpacked and decode
 csv_rows.py    CSV and TSV; json_rows.py  JSON
 streams.py     text files, Arrow streams, lists of captions and data sets, read front to back
 rows.py        Parquet and Arrow files, read by position
+carried.py     which other columns go along, and their one type over all files
+hashes.py      captions as 64-bit hashes, and equal ones found by them
 sample.py      which captions the null maps are made of
 plan.py        shards and duplicates, kept in the run folder; what was found, for people
 """
@@ -21,7 +23,8 @@ from audit.base.errors import AuditError, Damaged
 from audit.base.storage import Folder
 from audit.captions.files import CAPTION_COLUMNS, CaptionFile
 from audit.captions.find import find_captions
-from audit.captions.plan import CaptionPlan, PlanFacts, captions_digest, describe_captions, plan_captions
+from audit.captions.hashes import captions_digest
+from audit.captions.plan import CaptionPlan, PlanFacts, describe_captions, plan_captions
 from audit.captions.rows import Rows, caption_text, is_empty, text
 from audit.captions.sample import SAMPLE
 from audit.captions.text_lines import QUOTINGS, TextFormat

@@ -8,9 +8,8 @@ from __future__ import annotations
 import functools
 import json
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,17 @@ import xxhash
 
 from audit.base.commits import damaged
 from audit.base.errors import AuditError
-from audit.base.identity import is_identity
 from audit.base.ours import MARK
-from audit.base.progress import Progress
 from audit.base.seal import Seal, read_sealed
 from audit.base.storage import Folder
 from audit.base.text import reasons
-from audit.captions.files import CaptionFile, Described, describe, is_text
+from audit.captions.carried import carried_schema
+from audit.captions.files import CaptionFile, Described, describe
 from audit.captions.find import Found, find_captions
-from audit.captions.rows import BATCH_ROWS, Rows, caption_text, find_column, is_empty
+from audit.captions.hashes import blocks, hash_captions, resolve_first
+from audit.captions.rows import BATCH_ROWS, find_column
 from audit.captions.sample import lowest_hashes
-from audit.captions.streams import reading, stream
+from audit.captions.streams import stream
 from audit.captions.text_lines import PLAIN, TextFormat
 
 SHARDS = pa.schema(
@@ -46,7 +45,6 @@ SHARDS = pa.schema(
     ]
 )
 DUPLICATES = pa.schema([("row_id", pa.int64()), ("duplicate_of", pa.int64())])
-_CHUNK = 1 << 18  # rows looked at together; bounds every temporary array of planning
 
 
 @dataclass(frozen=True)
@@ -204,26 +202,9 @@ def _digest_of(*columns: pa.Array) -> int:
     return int(total.intdigest())
 
 
-def captions_digest(captions: pa.Array) -> int:
-    """xxh3 of the xxh3 of every caption (0 for an empty one): what a plan knows of a shard's rows."""
-    return int(xxhash.xxh3_64_intdigest(_caption_hashes(captions).tobytes()))
-
-
-def _caption_hashes(captions: pa.Array) -> np.ndarray:
-    """xxh3 of each caption, uint64 [n]; 0 for an empty one."""
-    hashes = np.zeros(len(captions), np.uint64)
-    values = captions.cast(pa.binary()).to_pylist()
-    for row in np.flatnonzero(~is_empty(captions)).tolist():
-        hashes[row] = xxhash.xxh3_64_intdigest(values[row]) or 1
-    return hashes
-
-
 @functools.lru_cache(maxsize=2)
 def _duplicate_batches(url: str) -> Any:
     return pa.ipc.open_file(Folder(url).open("duplicates.arrow"))
-
-
-# --- planning ---------------------------------------------------------------------------------------------------
 
 
 def describe_captions(
@@ -282,7 +263,7 @@ def plan_captions(
         raise AuditError(f"--limit {limit}: at least 1")
     found = find_captions(inputs)
     described = _describe_all(found, caption_col, text_format)
-    keep, notes = _keep_schema(described, keep_cols, reserved)
+    keep, notes = carried_schema(described, keep_cols, reserved)
     files, taken, left = [], [], limit
     sealed: dict[str, Seal] = {}
     for index, each in enumerate(described):
@@ -297,11 +278,11 @@ def plan_captions(
         raise AuditError(
             f"{files[0].path}: no rows" + (f", nor in the other {len(files) - 1} files" if files[1:] else "")
         )
-    first, empty = _hashes(files, taken, staging)
+    first, empty = hash_captions(files, taken, staging)
     shards = _shards(files, taken, rows_per_shard, first)
-    sample = lowest_hashes(_blocks(first))
-    _resolve_first(first)
-    distinct = sum(int((block == np.arange(at, at + len(block))).sum()) for at, block in _blocks(first)) - empty
+    sample = lowest_hashes(blocks(first))
+    resolve_first(first)
+    distinct = sum(int((block == np.arange(at, at + len(block))).sum()) for at, block in blocks(first)) - empty
     facts = PlanFacts(
         files=len(files),
         caption_columns={each.file.caption_col: each.why for each in reversed(described) if each.file.rows},
@@ -312,64 +293,6 @@ def plan_captions(
     plan = CaptionPlan(files, shards, keep, sum(taken), distinct, empty, facts, _first=first, _staged=sealed)
     plan.sample = plan.row_ids(sample).tolist()
     return plan
-
-
-def _keep_schema(
-    described: list[Described], named: Sequence[str] | None, reserved: Collection[str]
-) -> tuple[pa.Schema, list[str]]:
-    """The columns to carry through over all files, in order of appearance, one type each; and what cannot be."""
-    notes: list[str] = []
-    if named is None:
-        wanted = {
-            column.name.lower(): column.name
-            for file, schema, *_ in reversed(described)
-            for column in reversed(list(schema))
-            if is_identity(column.name) and column.name != file.caption_col and _is_plain(column.type)
-        }
-        names = [name for lower, name in reversed(wanted.items()) if lower not in reserved]
-    else:
-        names = list(dict.fromkeys(named))
-        for name in names:
-            if name.lower() in reserved:
-                raise AuditError(f"--keep-cols {name}: a run has a column of that name itself: rename the input's")
-            if sum(name.lower() == other.lower() for other in names) > 1:
-                raise AuditError(f"--keep-cols {name}: another of the columns differs in case alone: SQL knows one")
-    fields = []
-    for name in names:
-        found = [
-            (file.path, schema.field(at).type)
-            for file, schema, *_ in described
-            if (at := find_column(schema, name)) >= 0
-        ]
-        if not found and named is None:
-            notes.append(f"{name} is not carried: several columns have that name")
-            continue
-        if not found:
-            has = ", ".join(described[0].schema.names[:20])
-            raise AuditError(
-                f"--keep-cols {name}: no input has one column of that name (JSONL: in its first 100,000 lines); "
-                f"{described[0].file.path} has {has}"
-            )
-        fields.append(pa.field(name, _common_type(name, found)))
-    return pa.schema(fields), notes
-
-
-def _is_plain(kind: pa.DataType) -> bool:
-    return is_text(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
-
-
-def _common_type(name: str, found: list[tuple[str, pa.DataType]]) -> pa.DataType:
-    """string for text, int64 for integers of several widths, string for what differs otherwise: ids stay exact."""
-    kinds = {pa.string() if is_text(kind) else kind: path for path, kind in found if not pa.types.is_null(kind)}
-    if len(kinds) <= 1:
-        return next(iter(kinds), pa.string())
-    if all(pa.types.is_integer(kind) and kind != pa.uint64() for kind in kinds):
-        return pa.int64()
-    odd = next((kind for kind in kinds if not (_is_plain(kind) or pa.types.is_boolean(kind))), None)
-    if odd is not None:
-        other = next(kind for kind in kinds if kind != odd)
-        raise AuditError(f"{kinds[odd]}: column {name!r} is {odd}, in {kinds[other]} {other}: name other --keep-cols")
-    return pa.string()
 
 
 def _stage(
@@ -420,61 +343,3 @@ def _shards(files: list[CaptionFile], taken: list[int], rows_per_shard: int, has
     columns = [np.arange(len(index)), paths, index, start, count, pa.array(digests, pa.uint64())]
     unsaved = pa.array(np.zeros(len(index), np.uint64))  # the duplicates are known when the plan is saved
     return pa.table([*columns, unsaved], names=SHARDS.names).cast(SHARDS)
-
-
-# --- duplicates -------------------------------------------------------------------------------------------------
-
-
-def _hashes(files: list[CaptionFile], taken: list[int], staging: Folder) -> tuple[np.ndarray, int]:
-    """xxh3 of every caption, uint64 [rows], 0 for an empty one; and how many are empty."""
-    hashes = np.zeros(sum(taken), np.uint64)
-    empty = at = 0
-    bar = Progress(len(hashes), "captions", "planning") if len(hashes) > _CHUNK else None
-    with bar or nullcontext():
-        for captions in _all_captions(files, taken, staging):
-            found = hashes[at : at + len(captions)] = _caption_hashes(captions)
-            empty += int((found == 0).sum())
-            at += len(captions)
-            if bar:
-                bar.add(len(captions))
-    return hashes, empty
-
-
-def _all_captions(files: list[CaptionFile], taken: list[int], staging: Folder) -> Iterator[pa.Array]:
-    """The captions of the first rows of each file, in batches."""
-    for file, rows in zip(files, taken, strict=True):
-        if not rows:
-            continue
-        left = rows
-        with reading(file.path):
-            for batch in Rows(file, staging.url, ()).batches():
-                captions = caption_text(batch.column(0))[:left]
-                yield captions
-                left -= len(captions)
-                if not left:
-                    break
-        if left:
-            raise AuditError(f"{file.path}: damaged: it has {rows - left} rows where {rows} were announced")
-
-
-def _resolve_first(hashes: np.ndarray) -> None:
-    """Overwrite every hash by the index of the first row that has it (its own index where it is 0), in place.
-
-    The hashes are grouped by their top bits. An index has none of these set, so once group 0 is done what has been
-    overwritten cannot be taken for a hash of a later group, and no second array of this size is needed.
-    """
-    bits = min(max(len(hashes) // _CHUNK, 1).bit_length(), 8)
-    shift = np.uint64(64 - bits)
-    for group in range(1 << bits):
-        parts = [at + np.flatnonzero(block >> shift == group) for at, block in _blocks(hashes)]
-        rows = np.concatenate(parts) if parts else np.zeros(0, np.int64)
-        values = hashes[rows]
-        if group == 0:
-            hashes[rows[values == 0]] = rows[values == 0]
-            rows, values = rows[values != 0], values[values != 0]
-        _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
-        hashes[rows] = rows[first][inverse]
-
-
-def _blocks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    return ((at, array[at : at + _CHUNK]) for at in range(0, len(array), _CHUNK))

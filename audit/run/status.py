@@ -2,13 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from typing import Any
 
+from audit.base.commits import Commit
 from audit.base.text import duration
 from audit.run.run import Run
-from audit.run.stage import Stage, StageStatus, stage_status
+from audit.run.stage import Stage, sum_counts
 from audit.run.workers import stuck_workers
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """How far a stage is.
+
+    Attributes:
+        counts: rows by status (ok, error, empty, duplicate), of the committed shards.
+        seconds: by step, summed over workers.
+        quarantined: shards whose last try failed and that have no commit; errors: why, by shard.
+        rate: rows a second over all workers, from the commits of the last 10 minutes of work; 0 when unknown.
+    """
+
+    stage: str
+    shards: int
+    done: int
+    rows: int
+    rows_done: int
+    counts: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    quarantined: list[int] = field(default_factory=list)
+    errors: dict[str, str] = field(default_factory=dict)
+    rate: float = 0.0
+
+    @property
+    def complete(self) -> bool:
+        return self.done == self.shards
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds left at the present rate."""
+        left = self.rows - self.rows_done
+        return left / self.rate if self.rate and left else None
 
 
 @dataclass(frozen=True)
@@ -70,3 +106,45 @@ def run_status(url: str) -> RunStatus:
     stages = [stage_status(stage, tries) for stage in Stage.begun(run)]
     stuck = [] if all(stage.complete for stage in stages) else stuck_workers(run.folder)
     return RunStatus(url, run.facts.model, run.facts.rows, run.facts.unique, stages, stuck)
+
+
+def stage_status(stage: Stage, max_failed: int = 1) -> StageStatus:
+    """Status of a stage from its commits alone.
+
+    Args:
+        stage: as it was begun. max_failed: failed tries that make a shard quarantined.
+    """
+    done = stage.done()
+    seconds: dict[str, float] = {}
+    for made in done.values():
+        for step, took in made.seconds.items():
+            seconds[step] = seconds.get(step, 0.0) + took
+    attempts = {shard: stage.ledger.attempts(shard) for shard in sorted(stage.ledger.tried() - set(done))}
+    failed = [shard for shard, tries in attempts.items() if len(tries) >= max(max_failed, 1)]
+    return StageStatus(
+        stage=stage.kind.name,
+        shards=len(stage.shards),
+        done=len(done),
+        rows=sum(stage.rows_by_shard.values()),
+        rows_done=sum(made.rows for made in done.values()),
+        counts=sum_counts(done.values()),
+        seconds=seconds,
+        quarantined=failed,
+        errors={str(shard): attempts[shard][-1].error for shard in failed},
+        rate=_rate(done.values()),
+    )
+
+
+def _rate(commits: Iterable[Commit]) -> float:
+    """Rows a second over the last 10 minutes of work: rows over the time in which at least one worker was busy."""
+    spans = []
+    for made in commits:
+        end = datetime.fromisoformat(made.finished).timestamp()
+        spans.append((end - made.seconds.get("wall", 0.0), end, made.rows))
+    newest = max((end for _, end, _ in spans), default=0.0)
+    rows, busy, until = 0, 0.0, 0.0
+    for start, end, count in sorted(span for span in spans if span[1] > newest - 600):
+        rows += count
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return rows / busy if busy > 0 else 0.0

@@ -21,8 +21,8 @@ from audit.base.storage import Folder, this_host
 from audit.run.claim import ClaimFacts
 from audit.run.read import read_scores
 from audit.run.run import Run
-from audit.run.stage import REFINE, SCAN, Stage, stage_status
-from audit.run.status import run_status
+from audit.run.stage import REFINE, SCAN, Stage
+from audit.run.status import run_status, stage_status
 from audit.scores.scan import ScanConfig, scan
 from tests.command import be_audit, tree
 from tests.conftest import some_captions
