@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 
 from audit.base.errors import AuditError, StorageError
 from audit.base.facts import read_facts, to_json
+from audit.base.ours import is_run_name
 from audit.base.stopping import Stop
 from audit.base.storage import Folder, lives_here, this_host
 from audit.run.run import PLANNED, Fingerprint, Run, refuse_other
@@ -63,6 +64,24 @@ def claimed(folder: Folder, fingerprint: Fingerprint, stop: Stop | None = None) 
                     for name in PLANNED:
                         folder.remove(name)
             raise
+
+
+def take_back(run: Run, stop: Stop | None = None) -> None:
+    """Remove a run in which nothing was done, but for its logs: the folder can be another's. Never another run.
+
+    `run.json` goes under the planner's claim, which says of a killed one what was left behind.
+    """
+    folder = run.folder
+    with held(folder, CLAIMS, run.fingerprint, lambda: Run.find(folder) is None, "takes this run back", stop) as number:
+        if not number:
+            return
+        run.still()
+        kept = {"logs", CLAIMS, "run.json", *PLANNED}
+        for name in folder.list():
+            if is_run_name(name) and name not in kept:
+                folder.remove(name)
+        for name in ("run.json", *PLANNED):
+            folder.remove(name)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ One process makes the maps, under a claim, and commits them a shard a noise; eve
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,14 +17,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from audit.base.commits import Commit
-from audit.base.errors import Broken
+from audit.base.errors import AuditError, Broken, ends_the_job
 from audit.base.fingerprint import digest
 from audit.base.stopping import Stop
 from audit.captions import SAMPLE, read_captions
 from audit.engines.failures import ShardFailed, together_or_alone
 from audit.engines.job import JobSpec
 from audit.engines.launch import EngineConfig
-from audit.run.claim import held
+from audit.run.claim import held, take_back
 from audit.run.run import Run
 from audit.run.schema import NULL_MAP_COLUMNS, tensor_array, tensor_values
 from audit.run.stage import NULL_MAPS, SECOND_NULL_MAPS, Stage, StageKind, run_stage
@@ -49,21 +50,37 @@ class NullMapsFingerprint:
     num_noises: int
 
 
-def make_null_maps(run: Run, kind: StageKind, noises: range, config: EngineConfig, stop: Stop | None) -> Stage | None:
+def make_null_maps(
+    run: Run, kind: StageKind, noises: range, config: EngineConfig, stop: Stop | None, new: bool = False
+) -> Stage | None:
     """Make the null maps of some noises, or wait for the process that makes them; None for a run without captions.
 
+    Args:
+        new: the run was begun by this very call: where its model is refused it is taken back, so that the same command
+            serves the model once it is mended, or another.
+
     Raises:
+        AuditError: the model is not what its folder says.
         Drained: `stop` asked to.
         Broken: no caption of the sample could be scored; nothing was begun that needs the maps.
     """
     if not run.plan.sample:
         return None
+    run.still()  # and was not taken back by the process that began it
     stage = _begin(run, kind, noises)
     if stage.complete:
         return stage
     place = f"_claims/{kind.name}"
     with held(run.folder, place, run.fingerprint, lambda: stage.complete, "makes the null maps", stop) as number:
-        outcome = run_stage(stage, stage.missing() if number else [], config, stop)
+        if number:
+            run.still()  # likewise, by the one that held the claim
+        try:
+            outcome = run_stage(stage, stage.missing() if number else [], config, stop)
+        except AuditError as error:
+            if new and number and ends_the_job(error) and not stage.done():
+                with contextlib.suppress(AuditError):
+                    take_back(run, stop)
+            raise
     if outcome.quarantined:
         why = {shard: stage.ledger.attempts(shard)[-1].error for shard in outcome.quarantined}
         for shard in why:

@@ -129,11 +129,11 @@ def scan(config: ScanConfig, stop: Stop | None = None, say: Callable[[str], None
     rank, world = find_rank(config.rank, config.world_size)
     os.environ["BE_AUDIT_RANK"] = str(rank)
     # 1. the run: begun now, or gone on with
-    run = _find_or_plan(config, Folder(config.output), stop)
+    run, new = _find_or_plan(config, Folder(config.output), stop)
     for line in plan_lines(run):
         say(line)
     # 2. what is usual of its captions, before any of them is scored
-    make_null_maps(run, NULL_MAPS, range(run.fingerprint.num_noises), config, stop)
+    make_null_maps(run, NULL_MAPS, range(run.fingerprint.num_noises), config, stop, new)
     # 3. this machine's shards
     stage = Stage.open(run, SCAN)
     before = stage.done()
@@ -281,8 +281,8 @@ def _input_facts(file: CaptionFile) -> dict[str, str | int | None]:
     return facts
 
 
-def _find_or_plan(config: ScanConfig, folder: Folder, stop: Stop | None) -> Run:
-    """The run of this configuration: the one in the folder when it is the same, else a new one."""
+def _find_or_plan(config: ScanConfig, folder: Folder, stop: Stop | None) -> tuple[Run, bool]:
+    """The run of this configuration, the one in the folder when it is the same, else a new one; whether it is new."""
     existing = Run.find(folder)
     files = describe_captions(list(config.captions), caption_col=config.caption_col, text_format=config.text_format)
     model = check_config(config)
@@ -291,9 +291,9 @@ def _find_or_plan(config: ScanConfig, folder: Folder, stop: Stop | None) -> Run:
         check_output(folder, [file.path for file in files])
         with claimed(folder, fingerprint, stop) as existing:
             if existing is None:
-                return _plan(config, folder, fingerprint, files)
+                return _plan(config, folder, fingerprint, files), True
     existing.check_same(fingerprint)
-    return existing
+    return existing, False
 
 
 def _plan(config: ScanConfig, folder: Folder, fingerprint: Fingerprint, files: list[CaptionFile]) -> Run:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,11 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from audit.base.errors import AuditError, Drained
+from audit.run.claim import take_back
 from audit.run.read import read_scores
 from audit.run.run import Run
-from tests.command import be_audit
+from audit.run.stage import NULL_MAPS
+from audit.scores.null_maps import make_null_maps
+from audit.scores.scan import ScanConfig, scan
+from pipelines import ModelError
+from tests.command import be_audit, tree
 from tests.conftest import some_captions
 
+UNET = "unet/diffusion_pytorch_model.safetensors"
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 
 
@@ -86,3 +94,79 @@ def test_a_schedule_nobody_trained_with_is_refused_before_anything_is_written(
     done = be_audit("scan", captions, "-o", tmp_path / "run", "--model", model)
     assert done.code == 2 and "its scheduler is EDMDPMSolverMultistepScheduler" in done.err, done
     assert not (tmp_path / "run").exists()
+
+
+def prefixed(file: Path) -> None:
+    save_file({f"module.{key}": value for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("way", ("mended", "another"))
+def test_after_a_refusal_the_same_command_serves_the_model_once_it_is_mended(
+    sd1: str, tmp_path: Path, way: str
+) -> None:
+    """Also into the folder of the captions themselves, whose staged copies are no captions."""
+    model, run = Path(shutil.copytree(sd1, tmp_path / "model")), tmp_path / "run"
+    run.mkdir()
+    (run / "captions.csv").write_text("TEXT\na house\na dog\n")
+    given = ("scan", run, "-o", run, "--steps", 2, "--device", "cpu", "--model")
+    whole = (model / UNET).read_bytes()
+    prefixed(model / UNET)
+    for _ in range(2):
+        done = be_audit(*given, model)
+        assert done.code == 2 and "unet/ has other weights" in done.err, done
+        assert [file.name for file in run.iterdir()] == ["captions.csv"]
+    if way == "mended":
+        (model / UNET).write_bytes(whole)
+    done = be_audit(*given, model if way == "mended" else sd1)
+    assert done.code == 0 and "1 file, 2 rows" in done.err + done.out, done
+
+
+def test_a_refusal_takes_nothing_from_a_run_that_was_there(
+    sd1: str, captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither from one with scores, nor from one that an earlier command has planned and no more."""
+    model, run = Path(shutil.copytree(sd1, tmp_path / "model")), tmp_path / "run"
+    given = ("scan", captions, "-o", run, "--steps", 2, "--device", "cpu", "--model", model)
+
+    def stopped(*_: object) -> None:
+        raise Drained
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.loading.load", stopped)
+        assert be_audit(*given).code == 75
+
+    def refuses() -> None:
+        def refused(*_: object) -> None:
+            raise ModelError(f"{model}: cannot be loaded: this machine lacks a library")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("pipelines.loading.load", refused)
+            done = be_audit(*given)
+        assert done.code == 2 and "lacks a library" in done.err, done
+
+    begun = Run.open(str(run)).facts
+    refuses()
+    assert Run.open(str(run)).facts == begun
+    assert be_audit(*given, "--limit", 2).code == 2  # which is another run
+    assert be_audit(*given).code == 0
+    before = tree(run)
+    prefixed(model / UNET)
+    done = be_audit(*given)
+    assert done.code == 2 and "model.weights_sha256" in done.err and tree(run) == before, done
+
+
+def test_who_waited_for_a_run_that_was_taken_back_says_so(sd1: str, captions: Path, tmp_path: Path) -> None:
+    config = ScanConfig(captions=(str(captions),), output=str(tmp_path / "run"), model=sd1, device="cpu", steps=2)
+    scan(config)
+    run = Run.open(config.output)
+    for name in ("null_maps", "_commits", "scores"):
+        shutil.rmtree(tmp_path / "run" / name)
+    assert run.plan.sample
+    take_back(run)
+    assert {file.name for file in (tmp_path / "run").iterdir()} <= {"logs"}
+    with pytest.raises(AuditError, match="was removed or replaced by another process"):
+        make_null_maps(run, NULL_MAPS, range(1), config, None, new=True)
+    scan(replace(config, limit=2))
+    with pytest.raises(AuditError, match="was removed or replaced by another process"):
+        take_back(run)
+    assert Run.open(config.output).facts.rows == 2
