@@ -1,4 +1,4 @@
-"""be-audit runs whole on models without a readable mask: scan, calibrate, index, confirm, report, mitigate, score."""
+"""be-audit runs whole on every family: scan, index, confirm, mitigate, report; without a mask calibrate and score."""
 
 from __future__ import annotations
 
@@ -21,14 +21,25 @@ from tests.tiny import save_model
 pytestmark = pytest.mark.sampling
 
 KINDS = {"pixart": ("epsilon", "T5's end token"), "sd3": ("velocity", "no mask of joint attention")}
+OTHERS = {
+    "sana": "velocity",
+    "if": "epsilon",
+    "sd2": "epsilon",
+    "sdxl": "epsilon",
+    "zero_snr": "velocity",
+    "distilled": "epsilon",
+    "playground": "epsilon",
+    "pixart_alpha": "epsilon",
+    "sd3_clip": "velocity",
+}
+"""The other families, and the unit of their scores: the audit alone."""
 STEPS = ("--steps", 3, "--device", "cpu")
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def work(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """NAME/model, NAME/captions.parquet, NAME/index of 24 random pictures with those captions."""
-    folder = tmp_path_factory.mktemp("whole") / request.param
-    save_model(request.param, folder / "model")
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """captions.parquet, and index: of 24 random pictures with captions, the first of which are those."""
+    folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     rows = []
     for caption in some_captions(24):
@@ -39,6 +50,16 @@ def work(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     pq.write_table(pa.table({"TEXT": some_captions(8)}), folder / "captions.parquet")
     done = be_audit("index", "build", folder / "pictures.parquet", "-o", folder / "index", "--sscd", "testbed")
     assert done.code == 0, done
+    return folder
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def work(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """NAME/model, NAME/captions.parquet, NAME/index, NAME/run: scanned."""
+    folder = tmp_path_factory.mktemp("whole") / request.param
+    save_model(request.param, folder / "model")
+    for name in ("captions.parquet", "index"):
+        (folder / name).symlink_to(data / name)
     done = be_audit("scan", folder / "captions.parquet", "-o", folder / "run", "--model", folder / "model", *STEPS)
     assert done.code == 0, done
     return folder
@@ -116,3 +137,26 @@ def test_thresholds_of_another_unit_are_refused(work: Path, tmp_path: Path) -> N
     (tmp_path / "t.json").write_text(json.dumps(facts))
     done = be_audit("confirm", work / "run", "--index", work / "index", "--thresholds", tmp_path / "t.json")
     assert done.code == 2 and "unit: " in done.err, done
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_every_other_family(data: Path, tmp_path: Path, kind: str) -> None:
+    model, run = save_model(kind, tmp_path / "model"), tmp_path / "run"
+    words = ("scan", data / "captions.parquet", "-o", run, "--model", model, "--limit", 3, "--device", "cpu")
+    done = be_audit(*words, "--steps", 2)
+    assert done.code == 0, done
+    made = Run.open(str(run))
+    assert made.fingerprint.unit == OTHERS[kind]
+    masked = made.fingerprint.mask != "none"
+    for row in read_scores(made, None).to_pylist():
+        assert row["status"] == "ok" and row["magnitude"] > 0 and row["ld_energy"] > 0
+        assert (row["ld"] is not None) == masked
+        assert row["mask_source"] == "first:eos" if masked else row["mask_source"].startswith("none: ")
+    flags = ("--top-k", 1, "--ls-threshold", 1e9, "--device", "cpu")
+    done = be_audit("confirm", run, "--index", data / "index", *flags)
+    assert done.code == 0 and "1 local" in done.out, done
+    done = be_audit("mitigate", run, "--device", "cpu", "--iterations", 1, "--target", 0)
+    assert done.code == 0 and "1 images: 1 mitigated" in done.out, done
+    done = be_audit("report", run, "-o", tmp_path / "report")
+    assert done.code == 0 and (tmp_path / "report" / "index.html").exists(), done
+    assert be_audit("verify", run).code == 0
