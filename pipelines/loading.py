@@ -116,7 +116,15 @@ def _load_part(folder: ModelFolder, name: str, part: Part, dtype: torch.dtype) -
         raise ModelError(f"cannot be loaded: {name}/: {first_line(error)}") from error
     mismatched = [entry[0] if isinstance(entry, (tuple, list)) else str(entry) for entry in info["mismatched_keys"]]
     check_keys(name, list(info["missing_keys"]), list(info["unexpected_keys"]), mismatched)
+    if part.library == "diffusers":
+        cast(loaded, dtype)
     return loaded
+
+
+def cast(network: nn.Module, dtype: torch.dtype) -> None:
+    """Bring weights to the dtype asked for: diffusers leaves them in the file's where the first of them is a buffer."""
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def check_amount(folder: ModelFolder, name: str, part: Part) -> None:
@@ -221,6 +229,8 @@ def _load_checkpoint(folder: ModelFolder, dtype: torch.dtype) -> Any:
         empty = [key for key, value in network.state_dict().items() if value.is_meta]
         missing, unknown = loads.get(id(network), ([], []))
         check_keys(name, empty + missing, unknown, [])
+        if part.library == "diffusers":
+            cast(network, dtype)
     parts = {name: getattr(pipeline, name) for name in folder.parts()}
     return _assemble(folder, {**parts, "scheduler": folder.open_scheduler()})
 

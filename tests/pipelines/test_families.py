@@ -156,6 +156,21 @@ def test_two_loads_are_bit_identical(model: DiffusionModel) -> None:
         np.testing.assert_array_equal(one.scores[name], two.scores[name])
 
 
+@pytest.mark.sampling
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
+def test_half_precision_is_the_dtype_asked_for(model: DiffusionModel, dtype: str) -> None:
+    """Every weight of what diffusers loads, whatever the file's; scored, sampled, decoded and mitigated in it."""
+    half = load(find_model(model.name), "cpu", dtype)
+    for part in (half.denoiser, half.vae):
+        assert {parameter.dtype for parameter in part.parameters()} <= {half.dtype} if part is not None else True
+    exact, rough = (FirstStepScorer(each)(CAPTIONS).scores["ld_energy"] for each in (model, half))
+    np.testing.assert_allclose(rough, exact, rtol=0.1)
+    images = TrajectorySampler(half, steps=2)(CAPTIONS[:1]).images
+    assert images is not None and images.std() > 0
+    moved = Mitigator(half, "magnitude", 0.0, iterations=1)(CAPTIONS[:1], half.noise_bank(1, 0))
+    assert np.isfinite(moved.last_loss).all()
+
+
 def ids_seen(model: DiffusionModel, captions: list[str]) -> tuple[Embeddings, dict[str, list[list[int]]]]:
     """Embeddings, and the ids that every text encoder was given for them."""
     seen: dict[str, list[list[int]]] = {}
