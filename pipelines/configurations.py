@@ -47,7 +47,9 @@ def read_config(folder: Path, part: str, kind: Part, name: str) -> dict[str, Any
 
 
 def _of_another_kind(value: Any, default: Any) -> bool:
-    """Whether a value cannot be meant where a class's default is a number or a word."""
+    """Whether a value cannot be meant where a class's default is a number or a word; whole numbers may be a list's."""
+    if isinstance(default, float) and isinstance(value, list):
+        return True
     if isinstance(default, (int, float)):
         return isinstance(value, (str, dict))
     return isinstance(default, str) and isinstance(value, (int, float, dict))

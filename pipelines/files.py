@@ -21,6 +21,7 @@ BOUNDS = (
     (r"layers|blocks_per|num_blocks", 1000),
     (r"sample_size|pos_embed_max_size", 1024),
     (r"num_train_timesteps|steps_offset|max_position_embeddings|solver_order", 100_000),
+    (r"extra_ids", 100_000),
     (r"model_max_length|max_length", float("inf")),  # tokenizers without a length say 1e30
 )
 MOST = 1e9

@@ -223,6 +223,8 @@ def _check(folder: ModelFolder) -> None:
                 f"{folder.name}: its {name} is a {kind}, and {folder.family.pipeline_class} is read with "
                 f"{' or '.join(part.classes)}"
             )
+        if (folder.path / name / "tokenizer_config.json").is_file():  # its library builds whatever number it reads
+            read_json(folder.path, f"{name}/tokenizer_config.json", folder.name)
     if not (folder.path / "scheduler").is_dir():
         raise ModelError(f"{folder.name}: the folder has no scheduler/; download the model again")
     configs = folder.configs()

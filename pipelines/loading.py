@@ -65,7 +65,9 @@ def load(folder: ModelFolder, device: str = "auto", dtype: str = "auto") -> Diff
                 if isinstance(part, nn.Module):
                     check_finite(part, name)
                     part.eval().requires_grad_(False)
-            return folder.family(pipeline, target, kind, folder.name)
+            model = folder.family(pipeline, target, kind, folder.name)
+            try_out(model)
+            return model
     except (ModelError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the libraries raise whatever a wrong value leads to
@@ -165,6 +167,31 @@ def check_keys(part: str, missing: list[str], unknown: list[str], misshapen: lis
     elif unknown and all(key.startswith("module.") for key in unknown):
         way = "it was saved from a DataParallel model: save model.module instead"
     raise ModelError(f"{part}/ has other weights than its config.json describes: {', '.join(told)}; {way}")
+
+
+@torch.inference_mode()
+def try_out(model: DiffusionModel) -> None:
+    """One prediction, of what every scorer asks: values that nothing checks fail here, and not caption by caption.
+
+    Raises:
+        ModelError: there is none.
+    """
+    try:
+        prompt = model.encode(["a"])
+        Embeddings.concatenate([prompt, model.encode_empty()])
+        level = model.levels(min(50, model.schedule.most_steps))[0]
+        latents = model.noise_bank(1, 0).to(model.device, model.dtype)
+        found = model.predict(latents, level, prompt, model.guidance_default)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise ModelError(
+            f"its weights are loaded, but a first prediction fails: {said}: one of its config.json files has a value "
+            "that does not fit; download the model again"
+        ) from error
+    if found.shape != latents.shape:
+        raise ModelError(f"it predicts {list(found.shape[1:])}, where its latents are {list(latents.shape[1:])}")
 
 
 def check_finite(part: nn.Module, name: str) -> None:

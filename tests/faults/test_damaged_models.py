@@ -133,6 +133,25 @@ def test_numbers_that_no_model_has_are_said_before_they_are_built(
     assert told(folder)
 
 
+@pytest.mark.parametrize(
+    "kind, file, key, value",
+    [
+        ("sana", "transformer/config.json", "timestep_scale", [1.0]),
+        ("sdxl", "tokenizer_2/tokenizer_config.json", "model_max_length", True),
+        ("sd3", "tokenizer_2/tokenizer_config.json", "pad_token", None),
+        ("sd3", "tokenizer_3/tokenizer_config.json", "extra_ids", 10**9),
+        ("sd1", "unet/config.json", "dropout", float("nan")),
+        ("if", "unet/config.json", "addition_embed_type_num_heads", 3),
+    ],
+)
+def test_what_loads_but_cannot_predict_is_refused_before_the_first_caption(
+    folders: dict[str, Path], tmp_path: Path, kind: str, file: str, key: str, value: object
+) -> None:
+    folder = Path(shutil.copytree(folders[kind], tmp_path / "model"))
+    (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), key: value}))
+    assert told(folder)
+
+
 def cut(share: float) -> Callable[[bytes], bytes]:
     return lambda data: data[: int(share * len(data))]
 
