@@ -76,8 +76,8 @@ def reading(what: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:
-        first = (str(error).strip() or "no reason given").splitlines()[0]
-        raise ModelError(f"{what} is not taken: {type(error).__name__}: {first[:400]}") from error
+        first = (str(error).strip() or "no reason given").splitlines()[0][:400].rstrip(".")
+        raise ModelError(f"{what} is not taken: {type(error).__name__}: {first}; download the model again") from error
 
 
 @contextmanager
