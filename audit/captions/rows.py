@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import bisect
-import math
 import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import fsspec
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
@@ -27,41 +24,6 @@ def find_column(schema: pa.Schema, name: str) -> int:
     exact = [at for at, other in enumerate(schema.names) if other == name]
     loose = [at for at, other in enumerate(schema.names) if other.lower() == name.lower()]
     return (exact or loose)[0] if len(exact or loose) == 1 else -1
-
-
-def is_empty(captions: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """Which captions are null, empty or only whitespace: bool [n]."""
-    blank = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(captions)), 0)
-    return np.asarray(pc.fill_null(blank, True).to_numpy(zero_copy_only=False), bool)
-
-
-def caption_text(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """A caption column as `text` gives it; null throughout where it is a column of nothing but NaN."""
-    return pa.nulls(len(column), pa.string()) if pa.types.is_floating(column.type) else text(column)
-
-
-def text(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """A column as one string array, whatever its width or encoding; bytes that are not UTF-8 become U+FFFD.
-
-    Whole numbers are written as such in float columns too (1234567, not 1234567.0: ids of a column with gaps), NaN
-    becomes null.
-    """
-    if pa.types.is_floating(column.type):
-        return pa.array([_number(value) for value in column.to_pylist()], pa.string())
-    column = column.cast(pa.string())
-    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    try:
-        column.validate(full=True)
-    except pa.ArrowInvalid:
-        values = column.cast(pa.binary()).to_pylist()
-        column = pa.array([value if value is None else value.decode(errors="replace") for value in values], pa.string())
-    return column
-
-
-def _number(value: float | None) -> str | None:
-    if value is None or math.isnan(value):
-        return None
-    return str(int(value)) if value.is_integer() else repr(value)
 
 
 class Rows:

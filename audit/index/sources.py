@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from audit.base.errors import AuditError
 from audit.base.ours import our_files
 from audit.base.parquet import open_parquet
-from audit.base.storage import check_name, list_tree
+from audit.base.storage import check_name, is_saved_dataset, list_tree, why_no_file
 from audit.index.files import TEXTS, FolderSource, TarSource
 from audit.index.items import PICTURES, Columns, Source, TooLarge, check_size, read_file
 from audit.index.tables import DatasetSource, NpySource, ParquetSource, holds_pictures, read_cell
@@ -55,7 +55,9 @@ def list_files(fs: Any, root: str, remote: bool, left: Counter[str]) -> dict[str
     ours = our_files(fs, listed)
     files = {}
     for path, size in listed.items():
-        if path in ours:
+        if size < 0:
+            left[why_no_file(path)] += 1
+        elif path in ours:
             left["of be-audit's own"] += 1
         elif any(part.startswith(".") for part in path[len(root) :].split("/")):
             left["hidden"] += 1
@@ -95,8 +97,7 @@ def _find(given: str, columns: Columns, left: Counter[str]) -> list[Source]:
         raise AuditError(f"{given}: no such file or folder")
     url = fs.unstrip_protocol(root) if "://" in given else root
     files = list_files(fs, root, "://" in given, left)
-    names = {path[len(url) :].lstrip("/") for path in files}
-    if {"dataset_dict.json", "state.json"} & names:
+    if fs.isdir(root) and is_saved_dataset(fs, root):
         return [DatasetSource({"file": url, "revision": None, "split": None, "hub": False}, columns)]
     sources: list[Source] = []
     if any(path.endswith(".tar") for path in files):

@@ -20,8 +20,8 @@ from audit.base.storage import Folder
 from audit.captions import find_captions
 from audit.captions.files import CaptionFile, describe
 from audit.captions.find import Source
-from audit.captions.rows import text
 from audit.captions.streams import open_input, reading
+from audit.captions.values import text
 from audit.reports.flagged import default_score, read_verdicts
 from audit.run.run import DEFAULT_RUN, Run
 from audit.run.schema import COPIES, SCORES
