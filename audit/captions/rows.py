@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from audit.base.errors import AuditError
+from audit.base.parquet import rows_at_once
 from audit.base.storage import join
 from audit.captions.files import CaptionFile, content_digest
-from audit.captions.streams import BATCH_ROWS, open_input
+from audit.captions.streams import BATCH_BYTES, BATCH_ROWS, open_input
 
 
 def find_column(schema: pa.Schema, name: str) -> int:
@@ -85,15 +86,17 @@ class Rows:
     def _parquet_batches(self, group: int) -> Iterator[pa.RecordBatch]:
         groups = list(range(group, self._file.num_row_groups))
         # Threads gain nothing on two or three columns and cost an allocator arena each.
-        return self._file.iter_batches(BATCH_ROWS, row_groups=groups, columns=self._needed, use_threads=False)
+        rows = rows_at_once(self._file.metadata, self._needed, BATCH_ROWS, BATCH_BYTES)
+        return self._file.iter_batches(rows, row_groups=groups, columns=self._needed, use_threads=False)
 
     def _ipc_batches(self, group: int) -> Iterator[pa.RecordBatch]:
         for at in range(group, self._file.num_record_batches):
             batch = self._file.get_batch(at)
             if at + 1 == len(self._starts):
                 self._starts.append(self._starts[-1] + batch.num_rows)
-            for start in range(0, batch.num_rows, BATCH_ROWS):
-                yield batch.slice(start, BATCH_ROWS)
+            rows = max(1, min(BATCH_ROWS, BATCH_BYTES * batch.num_rows // max(batch.nbytes, 1)))
+            for start in range(0, batch.num_rows, rows):
+                yield batch.slice(start, rows)
 
     def read(self, start: int, count: int) -> pa.Table:
         """`count` rows from row `start` on, columns as `batches` has them.

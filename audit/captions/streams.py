@@ -20,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from audit.base.errors import AuditError, StorageError
 from audit.base.identity import id_text
+from audit.base.parquet import rows_at_once
 from audit.base.progress import Progress
 from audit.captions.csv_rows import csv_rows
 from audit.captions.json_rows import check_caption, json_rows
@@ -28,6 +29,7 @@ from audit.captions.values import is_list, one_caption_a_row
 from audit.captions.values import text as as_text
 
 BATCH_ROWS = 8192
+BATCH_BYTES = 32 << 20  # of captions that are held together, where they are long
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]+))?")
 _PEEK_ROWS = 100_000
 _LONG = 256 << 20  # bytes that take a while
@@ -103,14 +105,26 @@ def _blocks(
 ) -> Iterator[pa.Table]:
     if kind == "parquet":
         file = pq.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False)
-        batches = file.iter_batches(BATCH_ROWS, columns=names, use_threads=False)
+        most = rows_at_once(file.metadata, names, BATCH_ROWS, BATCH_BYTES)
+        batches = file.iter_batches(most, columns=names, use_threads=False)
         yield from (pa.Table.from_batches([batch]) for batch in batches)
     elif kind == "arrow":
         yield from (pa.Table.from_batches([batch]) for batch in _arrow_batches(raw))
     else:
         rows = _json_values(path, raw, names, text, lists) if kind == "jsonl" else _csv_values(path, raw, names, text)
-        while block := list(itertools.islice(rows, BATCH_ROWS)):
+        while block := _block(rows):
             yield pa.table([pa.array(values, pa.string()) for values in zip(*block, strict=True)], names=names)
+
+
+def _block(rows: Iterator[list[Any]]) -> list[list[Any]]:
+    """The next rows to hold together: many, or few long ones."""
+    block, held = [], 0
+    for row in rows:
+        block.append(row)
+        held += sum(len(value) for value in row if value is not None)
+        if len(block) == BATCH_ROWS or held > BATCH_BYTES:
+            break
+    return block
 
 
 def _arrow_batches(raw: IO[bytes]) -> Iterator[pa.RecordBatch]:

@@ -15,14 +15,14 @@ import pyarrow.parquet as pq
 
 from audit.base.errors import AuditError
 from audit.base.options import option
-from audit.base.parquet import open_parquet
+from audit.base.parquet import open_parquet, rows_at_once
 from audit.base.progress import Progress
 from audit.base.storage import Folder
 from audit.base.text import reasons
 from audit.captions import find_captions
 from audit.captions.files import CaptionFile, describe
 from audit.captions.find import Source
-from audit.captions.streams import BATCH_ROWS, open_input, reading
+from audit.captions.streams import BATCH_BYTES, BATCH_ROWS, open_input, reading
 from audit.captions.values import text
 from audit.reports.flagged import default_score, read_verdicts
 from audit.run.run import DEFAULT_RUN, Run
@@ -182,10 +182,11 @@ def _drop_rows(file: CaptionFile, captions: pa.Array, target: str | None, exampl
         writer = None if target is None else _writer_like(source, copy)
         bar = Progress(source.num_row_groups, "row groups", "dropping")
         columns = None if writer else [file.caption_col]
+        most = rows_at_once(source.metadata, columns or source.schema_arrow.names, BATCH_ROWS, BATCH_BYTES)
         with bar:
             for group in range(source.num_row_groups):
                 kept = []
-                for batch in source.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns, use_threads=False):
+                for batch in source.iter_batches(most, row_groups=[group], columns=columns, use_threads=False):
                     values = text(batch.column(batch.schema.get_field_index(file.caption_col)))
                     found = pc.is_in(values, value_set=captions)
                     dropped += pc.sum(found).as_py() or 0
