@@ -101,7 +101,9 @@ def described(item: Item, text: bytes | None, facts: bytes | None) -> Item:
             by_name = {str(name).lower(): value for name, value in content.items()}
             item.url = first_text(by_name, URLS)
             item.caption = first_text(by_name, ("caption", *CAPTIONS))
-            item.key = first_text(by_name, ("uid", "key")) or item.key  # img2dataset's own `key` is a number
+            # img2dataset's own `key` is a number, which may well be another row's key
+            key = item.url if "uid" in by_name else first_text(by_name, ("key",))
+            item.key = first_text(by_name, ("uid",)) or key or item.key
     if text is not None:
         encoding = "utf-16" if text[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
         item.caption = text.decode(encoding, "replace").removesuffix("\n").removesuffix("\r")  # the file's, not its own

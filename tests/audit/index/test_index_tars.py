@@ -201,3 +201,11 @@ def test_texts_as_editors_save_them(tmp_path: Path) -> None:
     _, rows = build(tmp_path, tmp_path / "in")
     expected = [("1000000000000", None), ("1", "a ? sofa"), ("2", "a sofa"), ("3", "été"), ("4", "two\n")]
     assert rows == expected
+
+
+def test_a_number_of_img2dataset_is_no_key_of_ours(tmp_path: Path) -> None:
+    """Rows of a list some of which have no key: theirs is the URL, not the number that the download gave them."""
+    facts = [{"uid": "000000001", "key": "000000000", "url": "u"}, {"uid": None, "key": "000000001", "url": "v"}]
+    members = [(f"{each['key']}.json", json.dumps(each).encode()) for each in facts]
+    tar_of(tmp_path / "in" / "0.tar", [(f"{each['key']}.jpg", picture(at)) for at, each in enumerate(facts)] + members)
+    assert [key for key, _ in build(tmp_path, tmp_path / "in")[1]] == ["000000001", "v"]
