@@ -61,6 +61,7 @@ class Rows:
         if self._parquet:
             # A bounded buffer and no prefetching: otherwise whole column chunks are held.
             self._file = pq.ParquetFile(open_input(self._path), buffer_size=1 << 20, pre_buffer=False)
+            self._at_once = rows_at_once(self._file.metadata, self._needed, BATCH_ROWS, BATCH_BYTES)
             for group in range(self._file.num_row_groups):
                 self._starts.append(self._starts[-1] + self._file.metadata.row_group(group).num_rows)
         else:
@@ -86,8 +87,7 @@ class Rows:
     def _parquet_batches(self, group: int) -> Iterator[pa.RecordBatch]:
         groups = list(range(group, self._file.num_row_groups))
         # Threads gain nothing on two or three columns and cost an allocator arena each.
-        rows = rows_at_once(self._file.metadata, self._needed, BATCH_ROWS, BATCH_BYTES)
-        return self._file.iter_batches(rows, row_groups=groups, columns=self._needed, use_threads=False)
+        return self._file.iter_batches(self._at_once, row_groups=groups, columns=self._needed, use_threads=False)
 
     def _ipc_batches(self, group: int) -> Iterator[pa.RecordBatch]:
         for at in range(group, self._file.num_record_batches):
