@@ -51,3 +51,19 @@ def rows_at_once(metadata: pq.FileMetaData, names: Collection[str], most: int, s
         if held > size:
             most = min(most, max(1, size * group.num_rows // held))
     return most
+
+
+def repeated(metadata: pq.FileMetaData, names: Collection[str]) -> list[str]:
+    """Those of some columns that are little but references to a dictionary: a few bytes may stand for gigabytes."""
+    places = {metadata.schema.column(at).path: at for at in range(metadata.num_columns)}
+    groups = [metadata.row_group(at) for at in range(metadata.num_row_groups)]
+    return [
+        name for name in names if name in places and any(_is_repeated(group.column(places[name])) for group in groups)
+    ]
+
+
+def _is_repeated(chunk: pq.ColumnChunkMetaData) -> bool:
+    if not chunk.has_dictionary_page or not chunk.dictionary_page_offset:
+        return False
+    behind = chunk.total_compressed_size - (chunk.data_page_offset - chunk.dictionary_page_offset)
+    return bool(behind < 4 * chunk.num_values)  # a reference has four bytes at most

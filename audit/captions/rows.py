@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import fsspec
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from audit.base.errors import AuditError
-from audit.base.parquet import rows_at_once
+from audit.base.parquet import repeated, rows_at_once
 from audit.base.storage import join
 from audit.captions.files import CaptionFile, content_digest
 from audit.captions.streams import BATCH_BYTES, BATCH_ROWS, open_input
+from audit.captions.values import is_caption
 
 
 def find_column(schema: pa.Schema, name: str) -> int:
@@ -60,8 +64,10 @@ class Rows:
         self._starts = [0]  # of row groups; of record batches as far as they have been seen
         if self._parquet:
             # A bounded buffer and no prefetching: otherwise whole column chunks are held.
-            self._file = pq.ParquetFile(open_input(self._path), buffer_size=1 << 20, pre_buffer=False)
-            self._at_once = rows_at_once(self._file.metadata, self._needed, BATCH_ROWS, BATCH_BYTES)
+            facts = pq.read_metadata(open_input(self._path))
+            options = {"buffer_size": 1 << 20, "pre_buffer": False, "read_dictionary": repeated(facts, self._needed)}
+            self._file = pq.ParquetFile(open_input(self._path), metadata=facts, **options)
+            self._at_once = rows_at_once(facts, self._needed, BATCH_ROWS, BATCH_BYTES)
             for group in range(self._file.num_row_groups):
                 self._starts.append(self._starts[-1] + self._file.metadata.row_group(group).num_rows)
         else:
@@ -82,7 +88,8 @@ class Rows:
         """From a row group or record batch on: the caption first, under an empty name, then the other columns."""
         found = self._parquet_batches(group) if self._parquet else self._ipc_batches(group)
         for batch in found:
-            yield pa.record_batch([batch[name] for _, name in self._names], names=[name for name, _ in self._names])
+            names = [name for name, _ in self._names]
+            yield from _in_reach(pa.record_batch([batch[name] for _, name in self._names], names=names))
 
     def _parquet_batches(self, group: int) -> Iterator[pa.RecordBatch]:
         groups = list(range(group, self._file.num_row_groups))
@@ -125,3 +132,16 @@ class Rows:
                 self._next = sys.maxsize  # where the iterator stands is unknown: seek the next time
                 raise
             return pa.Table.from_batches([part for part in found if part.num_rows])
+
+
+def _in_reach(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """A batch in pieces whose values are about BATCH_BYTES each once what a dictionary repeats is written out."""
+    lengths = np.zeros(batch.num_rows, np.int64)
+    for column in batch.columns:
+        if pa.types.is_dictionary(column.type) and is_caption(column.type):
+            values = column.dictionary.cast(pa.large_binary())
+            lengths += pc.fill_null(pc.binary_length(values).take(column.indices), 0).to_numpy(zero_copy_only=False)
+    piece = np.cumsum(lengths) // BATCH_BYTES
+    starts = [0, *(np.flatnonzero(np.diff(piece)) + 1).tolist()]
+    for start, end in itertools.pairwise([*starts, batch.num_rows]):
+        yield batch.slice(start, end - start)

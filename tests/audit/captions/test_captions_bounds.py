@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from audit.base.errors import AuditError
-from audit.captions import text_lines
+from audit.base.storage import Folder
+from audit.captions import read_shard, text_lines
 from tests.audit.captions.test_captions_found import plan_of, read, rows_of
 
 PLAN = """
@@ -67,6 +68,22 @@ def test_many_long_captions_are_held_few_at_a_time(tmp_path: Path, kind: str) ->
     command = [sys.executable, "-c", PLAN, str(path), str(tmp_path / "run")]
     rows, grown = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
     assert rows == 400 and grown < (600 if kind == "arrow" else 330)  # of a mapped file what was read counts too
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("typed", [True, False])
+def test_a_long_caption_repeated_without_end_is_never_written_out(tmp_path: Path, typed: bool) -> None:
+    """50 kB of Parquet that stand for 4 GB: the caption once, and references to it."""
+    once = pa.array(["word " * 200_000, "a sofa"])
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 4000 + [1, None], pa.int32()), once)
+    pq.write_table(pa.table({"caption": column}), tmp_path / "x.parquet", store_schema=typed)
+    command = [sys.executable, "-c", PLAN, str(tmp_path / "x.parquet"), str(tmp_path / "run")]
+    rows, grown = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    assert rows == 4002 and grown < 300
+    plan = plan_of(tmp_path / "x.parquet", tmp_path / "again", rows_per_shard=100)
+    assert plan.num_unique == 2
+    texts = read_shard(plan, 40, Folder(str(tmp_path / "again")))["caption"].to_pylist()
+    assert texts == ["a sofa", None]
 
 
 @pytest.fixture
