@@ -74,13 +74,14 @@ def make_run(
     rows_per_shard: int = 4096,
     shards: int | None = None,
     keep: Sequence[str] = ("url", "key"),
+    column: str = "caption",
 ) -> Run:
     """A run whose scan has `shards` committed shards (all by default).
 
     Args:
         folder: a new folder; RUN is made in it, with the caption file beside.
         captions, urls: of every row. scores: ld_energy of every row, random by default; the other scores follow it.
-        failed: rows whose status is error. keep: input columns carried through.
+        failed: rows whose status is error. keep: input columns carried through. column: of the captions.
     """
     folder.mkdir(parents=True, exist_ok=True)
     source = folder / "captions.csv"
@@ -89,13 +90,13 @@ def make_run(
     )
     with source.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["caption", "url", "key"])
+        writer.writerow([column, "url", "key"])
         writer.writerows(
             (caption, url, f"k{row:07d}") for row, (caption, url) in enumerate(zip(captions, urls, strict=True))
         )
     plan = plan_captions(
         [str(source)],
-        caption_col="caption",
+        caption_col=column,
         keep_cols=tuple(keep),
         limit=None,
         rows_per_shard=rows_per_shard,
@@ -120,7 +121,7 @@ def make_run(
         store_masks="none",
         extra_evaluation=False,
     )
-    config = {"max_error_rate": 1.0, "max_shard_retries": 3}
+    config = {"max_error_rate": 1.0, "max_shard_retries": 3, "caption_col": column}
     run = Run.create(Folder(folder / "RUN"), config, fingerprint, plan, "testbed")
     values = np.asarray(
         scores if scores is not None else np.random.default_rng(0).gamma(4, 0.3, len(captions)), np.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 
@@ -30,6 +31,19 @@ _KEPT = re.compile(r"(.*_)?(url|uri|key|id|uid|uuid|guid|hash|phash|md5|sha1|sha
 def is_identity(name: str) -> bool:
     """Whether a column is carried through a run by default: its name says URL, key, id or hash."""
     return _KEPT.fullmatch(name.lower()) is not None
+
+
+def id_text(value: object) -> str | None:
+    """A value as an id: whole numbers as such in floats too (ids of a column with gaps), null for null and NaN.
+
+    >>> id_text(1234567.0), id_text(0.5), id_text(float("nan")), id_text("007")
+    ('1234567', '0.5', None, '007')
+    """
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        return str(int(value)) if value.is_integer() else repr(value)
+    return None if value is None else str(value)
 
 
 def first_named(names: Sequence[str], known: Iterable[str]) -> str | None:

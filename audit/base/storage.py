@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -40,7 +41,11 @@ def join(*parts: str) -> str:
 def list_tree(fs: Any, root: str) -> dict[str, int]:
     """Every file below a folder (or the file itself) with its size, sorted by path.
 
-    Locally links to folders are followed, as fsspec's `find` does not; no folder is entered twice.
+    Locally links to folders are followed, as fsspec's `find` does not; no folder is entered twice. What is there and is
+    no file (`why_no_file`) has the size -1.
+
+    Raises:
+        AuditError: a folder that cannot be listed.
     """
     if not isinstance(fs, LocalFileSystem) or os.path.isfile(root):
         found = fs.find(root, detail=True)
@@ -51,12 +56,29 @@ def list_tree(fs: Any, root: str) -> dict[str, int]:
         real = os.path.realpath(folder)
         return real not in entered and not entered.add(real)  # type: ignore[func-returns-value]
 
-    for folder, below, names in os.walk(root, followlinks=True):
+    def refuse(error: OSError) -> None:
+        raise AuditError(f"{error.filename}: cannot be listed: {error.strerror}") from error
+
+    for folder, below, names in os.walk(root, followlinks=True, onerror=refuse):
         below[:] = [name for name in sorted(below) if is_new(os.path.join(folder, name))]
         for path in (os.path.join(folder, name) for name in names):
-            if os.path.isfile(path):  # and no link to nowhere
-                files[path] = os.path.getsize(path)
+            files[path] = os.path.getsize(path) if os.path.isfile(path) else -1
     return dict(sorted(files.items()))
+
+
+def why_no_file(path: str) -> str:
+    """What a local path is that `list_tree` calls no file, as a reason to leave it out."""
+    return "broken links" if os.path.islink(path) and not os.path.exists(path) else "pipes and devices"
+
+
+def is_saved_dataset(fs: Any, folder: str) -> bool:
+    """Whether `Dataset.save_to_disk` wrote a folder: by what its files say, others may be called so too."""
+    for name, key in (("dataset_dict.json", "splits"), ("state.json", "_data_files")):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            content = json.loads(fs.cat_file(f"{folder.rstrip('/')}/{name}"))
+            if isinstance(content, dict) and key in content:
+                return True
+    return False
 
 
 _SECRET = re.compile(

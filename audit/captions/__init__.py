@@ -6,6 +6,7 @@ text_lines.py  text files: how they are written, their lines unpacked and decode
 csv_rows.py    CSV and TSV; json_rows.py  JSON
 streams.py     text files, Arrow streams, lists of captions and data sets, read front to back
 rows.py        Parquet and Arrow files, read by position
+values.py      columns of any type as captions
 carried.py     which other columns go along, and their one type over all files
 hashes.py      captions as 64-bit hashes, and equal ones found by them
 sample.py      which captions the null maps are made of
@@ -25,9 +26,10 @@ from audit.captions.files import CAPTION_COLUMNS, CaptionFile
 from audit.captions.find import find_captions
 from audit.captions.hashes import captions_digest
 from audit.captions.plan import CaptionPlan, PlanFacts, describe_captions, plan_captions
-from audit.captions.rows import Rows, caption_text, is_empty, text
+from audit.captions.rows import Rows
 from audit.captions.sample import SAMPLE
 from audit.captions.text_lines import QUOTINGS, TextFormat
+from audit.captions.values import caption_text, is_empty, text
 
 __all__ = [
     "CAPTION_COLUMNS",

@@ -24,21 +24,10 @@ def csv_rows(path: str, raw: IO[bytes], text: TextFormat) -> Iterator[tuple[int,
     delimiter = text.delimiter or ("\t" if unpacked_name(path).endswith(".tsv") else ",")
     quoting = text.quoting or ("none" if delimiter == "\t" and not text.header else "csv")
     lines = whole_lines(path, raw, text)
-    if quoting == "none":
-        reader = csv.reader(lines, delimiter=delimiter, quoting=csv.QUOTE_NONE, strict=True)
-    else:
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    rows = _split(lines, delimiter) if quoting == "none" else _quoted(path, lines, delimiter, text)
     width, number = 0, 0
-    while True:
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            dump = ", of a dump without a header pass --no-header" if delimiter == "\t" and text.header else ""
-            way_out = "" if quoting == "none" else f"; where quotes are letters, pass --quoting none{dump}"
-            raise AuditError(f"{path}: line {reader.line_num}: not CSV: {error}{way_out}") from error
-        first, number = number + 1, reader.line_num
+    for last, row in rows:
+        first, number = number + 1, last
         if number > first and delimiter == "\t" and text.quoting is None and any("\t" in field for field in row):
             raise AuditError(
                 f"{path}: lines {first} to {number}: a quoted field that holds whole rows: pass --quoting none where "
@@ -51,6 +40,32 @@ def csv_rows(path: str, raw: IO[bytes], text: TextFormat) -> Iterator[tuple[int,
                 yield 0, column_names(row)
             width = width or len(row)
             yield number, row
+
+
+def _split(lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Rows of a file that knows no quotes: a carriage return inside a line is a letter too."""
+    for number, line in enumerate(lines, 1):
+        line = line.removesuffix("\n").removesuffix("\r")
+        yield number, line.split(delimiter) if line else []
+
+
+def _quoted(path: str, lines: Iterator[str], delimiter: str, text: TextFormat) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            dump = ", of a dump without a header pass --no-header" if delimiter == "\t" and text.header else ""
+            what, when = str(error), "quotes are letters"
+            if what.startswith("new-line character"):
+                what = "a carriage return outside quotes: where it ends lines, tr '\\r' '\\n' mends it"
+                when = "it is part of a caption"
+            raise AuditError(
+                f"{path}: line {reader.line_num}: not CSV: {what}; where {when}, pass --quoting none{dump}"
+            ) from error
+        yield reader.line_num, row
 
 
 def column_names(row: list[str]) -> list[str]:
@@ -71,11 +86,13 @@ def header_hint(path: str, names: list[str], text: TextFormat) -> str:
     """What a header that names no captions may mean, as the flag to pass; "" where it says nothing."""
     if not text.header:
         return ""
-    hints = []
     if len(names) == 1 and not text.delimiter:
         other = next((sign for sign in "\t;|," if sign in names[0]), None)
-        if other is not None:
-            hints.append(f"--delimiter {'tab' if other == chr(9) else repr(other)}")
-    if any(_WEB.search(name) or len(name) > 60 or len(name.split()) > 4 for name in names):
-        hints.append("--no-header")
-    return f"; its first line reads like a row: pass {' '.join(hints)}" if hints else ""
+        delimiter = f"--delimiter {'tab' if other == chr(9) else repr(other)}" if other else ""
+    else:
+        delimiter = ""
+    row = any(_WEB.search(name) or len(name) > 60 or len(name.split()) > 4 for name in names)
+    flags = " ".join(flag for flag in (delimiter, "--no-header" if row else "") if flag)
+    return (
+        f"; its first line reads like a row: pass {flags}" if flags else "; where its first line is a row: --no-header"
+    )

@@ -9,16 +9,18 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.dataset
 
 from audit.base.errors import AuditError
 from audit.base.parquet import open_parquet
 from audit.captions.csv_rows import header_hint
-from audit.captions.find import Source
+from audit.captions.find import TEXT_FORMATS, Source
+from audit.captions.json_rows import shape_hint
 from audit.captions.streams import (
     BATCH_ROWS,
     HUB_NAME,
+    first_record,
+    has_lists,
     is_json_list,
     load_dataset,
     open_input,
@@ -26,11 +28,25 @@ from audit.captions.streams import (
     stream,
     text_columns,
 )
-from audit.captions.text_lines import PLAIN, TextFormat, first_line
+from audit.captions.text_lines import PLAIN, TextFormat, first_line, packing
+from audit.captions.values import is_caption, is_caption_list, is_empty
+from audit.captions.values import text as as_text
 
 CAPTION_COLUMNS = ("TEXT", "caption", "text", "prompt", "captions")
 """Where a caption is looked for when no column is named: exactly so and in this order, then in any case."""
 
+_OTHERS = {
+    b"PK\3\4": "a zip archive or an Excel file: unpack it, or save it as CSV",
+    b"\x1f\x8b": "packed with gzip: name it so, with .gz at its end",
+    b"BZh": "packed with bzip2: name it so, with .bz2 at its end",
+    b"\xfd7zXZ": "packed with xz: name it so, with .xz at its end",
+    b"(\xb5/\xfd": "packed with zstd: name it so, with .zst at its end",
+    b"PAR1": "a Parquet file: name it so, with .parquet at its end",
+    b"ARROW1": "an Arrow file: name it so, with .arrow at its end",
+    b"<!DOCTYPE": "a web page: get the file again",
+    b"<html": "a web page: get the file again",
+}
+"""What a text file never begins with."""
 _WHOLE = 8 << 20  # files up to this size are hashed whole: the ones people edit by hand
 
 
@@ -115,7 +131,9 @@ def describe(
                 schema = pa.ipc.open_stream(file).schema
             else:
                 written = text.describe()
-                schema = pa.schema([(name, pa.string()) for name in text_columns(path, file, source.format, text)])
+                names = text_columns(path, file, source.format, text)
+                rows = 0 if names is None else -1
+                schema = pa.schema([(name, pa.string()) for name in names or ()])
             sha256 = content_digest(file, size, whole=streamed)
     if rows == 0 and not _candidates(schema, caption_col):  # a part that nothing was written into
         return Described(CaptionFile(path, source.format, 0, size, sha256, ""), schema, streamed, "no rows")
@@ -143,34 +161,36 @@ def find_caption_column(
         raise AuditError(f"{path}: no column {named!r}; it has {has}: pass another {flag}")
     if not names:
         hint = header_hint(path, schema.names, text) if source.format == "csv" else ""
-        raise AuditError(f"{path}: no caption column; it has {_short(has)}: pass {flag} NAME{hint}")
+        hint = shape_hint(first_record(path, text)) if source.format == "jsonl" else hint
+        raise AuditError(f"{path}: no caption column; it has {_short(has) or 'none'}: pass {flag} NAME{hint}")
     single = [name for name in names if len(schema.get_all_field_indices(name)) == 1]
     if not single:
         raise AuditError(f"{path}: two columns are called {names[0]!r}: rename one")
     kinds = {name: schema.field(name).type for name in single}
-    texts = [name for name in single if is_text(kinds[name])]
+    texts = [name for name in single if is_caption(kinds[name])]
+    listed = next((name for name in single if is_caption_list(kinds[name])), None)
     if named is not None:
-        if is_text_list(kinds[named]):
+        if listed:
             return named, True, f"named by {flag}, a row a caption of its lists"
         if texts:
             lists = flag == "--caption-col" and _holds_json_lists(source, named, text)
             return named, lists, f"named by {flag}" + (", a row a caption of its lists" if lists else "")
     blank: list[str] = []
     for name in texts:
-        if len(texts) == 1 or _first_texts(source, name, text):
+        if (len(texts) == 1 and not listed) or _first_texts(source, name, text):
             why = f"{', '.join(blank)} {'has' if len(blank) == 1 else 'have'} no text" if blank else ""
             others = [other for other in texts if other != name and other not in blank]
             return name, False, why or (f"before {', '.join(others)}" if others else "by its name")
         blank.append(name)
-    if blank:
+    if blank and not listed:
         return blank[0], False, f"none of {', '.join(blank)} has text"
-    for name in single:
+    for name in single if not listed else ():
         if pa.types.is_null(kinds[name]) or (pa.types.is_floating(kinds[name]) and _all_missing(source, name)):
             return name, False, "it has no text"
-    listed = next((name for name in single if is_text_list(kinds[name])), None)
-    if listed is not None:
+    if listed:
+        empty = f", and {' and '.join(blank)} {'has' if len(blank) == 1 else 'have'} no text" if blank else ""
         raise AuditError(
-            f"{path}: column {listed!r} is {kinds[listed]}, several captions a row; it has {has}: "
+            f"{path}: column {listed!r} is {kinds[listed]}, several captions a row{empty}; it has {has}: "
             f"pass {flag} {listed} for a row a caption, or {flag} NAME"
         )
     raise AuditError(f"{path}: column {single[0]!r} is {kinds[single[0]]}, not text; it has {has}: pass {flag} NAME")
@@ -190,7 +210,12 @@ def _short(text: str) -> str:
 
 
 def _holds_json_lists(source: Source, name: str, text: TextFormat) -> bool:
-    """Whether a column of text holds lists of captions written as JSON: its name is a plural, and so are its values."""
+    """Whether a column of text holds lists of captions: those of JSON, or text that is a list as JSON writes it.
+
+    Of text the column's name must be a plural, and its values lists: a caption may well begin with a bracket.
+    """
+    if source.format == "jsonl" and has_lists(source.path, name, text, 100):
+        return True
     values = _first_texts(source, name, text, 100, lists=True) if name.lower().endswith("s") else []
     return bool(values) and all(map(is_json_list, values))
 
@@ -200,9 +225,8 @@ def _first_texts(source: Source, name: str, text: TextFormat, count: int = 1, li
     hub = source.format == "dataset" and HUB_NAME.fullmatch(source.path) is not None
     found: list[str] = []
     for table in stream(source.path, source.format, name, (), text, as_lists=lists):
-        values = table.column(0).cast(pa.large_string())
-        filled = pc.greater(pc.binary_length(pc.utf8_trim_whitespace(values)), 0)
-        found += values.filter(pc.fill_null(filled, False)).slice(0, count - len(found)).to_pylist()
+        values = as_text(table.column(0))
+        found += values.filter(pa.array(~is_empty(values))).slice(0, count - len(found)).to_pylist()
         if hub or len(found) == count:
             return found or [""]
     return found
@@ -216,24 +240,16 @@ def _all_missing(source: Source, name: str) -> bool:
     )
 
 
-def is_text(kind: pa.DataType) -> bool:
-    """string, large_string, string_view or a dictionary of these."""
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
-def is_text_list(kind: pa.DataType) -> bool:
-    """A list of text, of any width."""
-    lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-    return any(test(kind) for test in lists) and is_text(kind.value_type)
-
-
 def _check_head(path: str, kind: str, head: bytes) -> None:
     if not head:
         raise AuditError(f"{path}: the file is empty (0 bytes)")
     if head.startswith(b"version https://git-lfs"):
         raise AuditError(f"{path}: a git-LFS pointer, not the file itself: run `git lfs pull`")
+    if kind == "arrow" and head.startswith(b"FEA1"):
+        raise AuditError(f"{path}: Feather version 1: write it again as version 2, or as Parquet")
+    other = next((what for start, what in _OTHERS.items() if head.startswith(start)), None)
+    if kind in TEXT_FORMATS and other and not packing(path):
+        raise AuditError(f"{path}: no text, but {other}")
     if kind == "parquet" and not head.startswith((b"PAR1", b"PARE")):
         raise AuditError(f"{path}: not a Parquet file: it starts with {head[:16]!r}")
 

@@ -19,7 +19,7 @@ from fsspec.utils import glob_translate
 
 from audit.base.errors import AuditError
 from audit.base.ours import our_files
-from audit.base.storage import check_name, list_tree
+from audit.base.storage import check_name, is_saved_dataset, list_tree, why_no_file
 from audit.base.text import reasons
 from audit.captions.streams import HUB_NAME
 from audit.captions.text_lines import PACKED, first_line, packing, unpacked_name
@@ -27,6 +27,7 @@ from audit.captions.text_lines import PACKED, first_line, packing, unpacked_name
 KINDS = {
     ".parquet": "parquet",
     ".arrow": "arrow",
+    ".feather": "arrow",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "jsonl",
@@ -34,7 +35,9 @@ KINDS = {
     ".tsv": "csv",
 }
 """Extensions that captions are read from; the text formats compressed too (PACKED)."""
-_TEXT = ("jsonl", "csv")
+TEXT_FORMATS = ("jsonl", "csv")
+_SAVED = (".arrow", "dataset_info.json", "state.json", "dataset_dict.json")  # what save_to_disk writes
+_FOLDERS = "folders, read where named or by **"
 _READ = ", ".join(KINDS) + f", the last five also {', '.join(PACKED)}"
 
 
@@ -90,16 +93,17 @@ def _expand(text: str, left: dict[str, str]) -> list[Source]:
         if fs.isfile(path):
             return [Source(path if local else text, _format(text))]
         if fs.isdir(path):
-            if _is_saved_dataset(fs, path):
+            tree = list_tree(fs, path)
+            if is_saved_dataset(fs, path):
+                left.update({name: "beside a saved data set" for name in tree if not name.endswith(_SAVED)})
                 return [Source(path if local else text, "dataset")]
-            below, names = path, list(list_tree(fs, path))
-            around = names
+            below, names = path, list(tree)
+            around, here = names, {name: why_no_file(name) for name, size in tree.items() if size < 0}
         elif any(letter in text for letter in "*?["):
             below = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
-            names, around = _matching(fs, path, below)
+            names, around, here = _matching(fs, path, below)
         else:
             return [_missing(text, fs, path)]
-        here: dict[str, str] = {}
         files = _readable(names, our_files(fs, around), below, text, here)
     except AuditError:
         raise
@@ -120,6 +124,8 @@ def _readable(names: Iterable[str], ours: set[str], root: str, asked: str, left:
     json_asked = unpacked_name(asked).endswith(".json")
     for name in names:
         extension = _extension(name)
+        if name in left:
+            continue
         if name in ours:
             left[name] = "of be-audit's own"
         elif any(part.startswith((".", "_")) for part in name[below:].split("/")):
@@ -133,41 +139,44 @@ def _readable(names: Iterable[str], ours: set[str], root: str, asked: str, left:
     return files
 
 
-def _matching(fs: Any, pattern: str, fixed: str) -> tuple[list[str], list[str]]:
-    """Files that match a glob, and those among which what marks a folder as ours is looked for.
+def _matching(fs: Any, pattern: str, fixed: str) -> tuple[list[str], list[str], dict[str, str]]:
+    """What matches a glob, the files whose marks tell our own folders, and why which of the matches are no files.
 
     Locally links to folders are followed, as fsspec does not. `fixed`: the glob's plain part.
     """
     if not isinstance(fs, LocalFileSystem):
-        found = [name for name, info in fs.glob(pattern, detail=True).items() if info["type"] == "file"]
-        return found, found
+        kinds = {name: info["type"] for name, info in fs.glob(pattern, detail=True).items()}
+        odd = {name: _FOLDERS for name, kind in kinds.items() if kind != "file" and "**" not in pattern}
+        found = [name for name, kind in kinds.items() if kind == "file"]
+        return [*found, *odd], found, odd
     if "**" in pattern:
         like = re.compile(glob_translate(pattern))
-        names = list(list_tree(fs, fixed or "/"))
-        return [name for name in names if like.match(name)], names
-    found = [name for name in glob.glob(pattern) if os.path.isfile(name)]
-    return found, found
+        tree = list_tree(fs, fixed or "/")
+        found = [name for name in tree if like.match(name)]
+        return found, list(tree), {name: why_no_file(name) for name in found if tree[name] < 0}
+    found = glob.glob(pattern)
+    folders = {name: _FOLDERS for name in found if os.path.isdir(name)}
+    others = {name: why_no_file(name) for name in found if not os.path.isfile(name) and name not in folders}
+    return found, [name for name in found if os.path.isfile(name)], {**folders, **others}
 
 
 def _missing(text: str, fs: Any, path: str) -> Source:
     """What a text that is no path can still mean: a split of a saved dict, or a name on the hub."""
     folder, _, split = path.rpartition(":")
-    if folder and split and fs.isdir(folder) and _is_saved_dataset(fs, folder):
+    if folder and split and fs.isdir(folder) and is_saved_dataset(fs, folder):
         return Source(path if isinstance(fs, LocalFileSystem) else text, "dataset")
     if HUB_NAME.fullmatch(text) and _extension(text) is None and not text.startswith("."):
         return Source(text, "dataset")
     raise AuditError(f"{text}: no such file or folder")
 
 
-def _is_saved_dataset(fs: Any, folder: str) -> bool:
-    return bool(fs.exists(f"{folder}/dataset_dict.json") or fs.exists(f"{folder}/state.json"))
-
-
 def _extension(path: str) -> str | None:
     """The extension of KINDS that a name ends in, without what says that it is compressed."""
     name = unpacked_name(path)
     extension = next((extension for extension in KINDS if name.endswith(extension)), None)
-    return None if extension and packing(path) and KINDS[extension] not in _TEXT else extension  # no Parquet in a gzip
+    return (
+        None if extension and packing(path) and KINDS[extension] not in TEXT_FORMATS else extension
+    )  # no Parquet in a gzip
 
 
 def _format(path: str) -> str:

@@ -13,8 +13,9 @@ from audit.base.errors import AuditError
 from audit.base.progress import Progress
 from audit.base.storage import Folder
 from audit.captions.files import CaptionFile
-from audit.captions.rows import Rows, caption_text, is_empty
+from audit.captions.rows import Rows
 from audit.captions.streams import reading
+from audit.captions.values import caption_text, is_empty
 
 _CHUNK = 1 << 18  # rows looked at together; bounds every temporary array of planning
 

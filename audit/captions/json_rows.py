@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from typing import IO, Any
@@ -28,6 +29,14 @@ def json_rows(path: str, raw: IO[bytes], text: TextFormat) -> Iterator[tuple[str
         if head.strip():
             break
     form = _form(head.strip(), whole=len(head) < LONGEST)
+    if form == "one line":  # a document of its own where nothing follows, else the first of many records
+        ahead = []
+        for line in lines:
+            ahead.append(line)
+            if line.strip():
+                break
+        form = "lines" if ahead and ahead[-1].strip() else "records"
+        lines = itertools.chain(ahead, lines)
     if form == "lines":
         yield from _json_lines(path, head, number, lines)
     elif form == "array":
@@ -52,7 +61,7 @@ def _form(head: str, whole: bool) -> str:
         return "records" if error.pos >= len(head) else "lines"  # it goes on in the next line, or is wrong in this one
     except ValueError:
         return "lines"
-    return "records" if first and all(isinstance(value, dict) for value in first.values()) else "lines"
+    return "one line" if first and all(isinstance(value, dict) for value in first.values()) else "lines"
 
 
 def _json_lines(path: str, head: str, number: int, lines: Iterator[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -69,7 +78,9 @@ def _json_lines(path: str, head: str, number: int, lines: Iterator[str]) -> Iter
                 what = f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else error
                 raise AuditError(f"{path}: line {number} is not JSON: {what}") from error
             if not isinstance(record, dict):
-                way_out = ": one object a line is needed: jq -c '.[]'" if isinstance(record, list) else ""
+                way_out = "; one object a line is needed" + (
+                    ": jq -c '.[]'" if isinstance(record, list) else ": jq -c '{caption: .}'" * isinstance(record, str)
+                )
                 raise AuditError(f"{path}: line {number} is not a JSON object{way_out}")
             yield f"line {number}", record
         line, number = next(lines, None), number + 1
@@ -81,7 +92,8 @@ def _json_array(path: str, document: _Document) -> Iterator[tuple[str, dict[str,
     while not document.ends("]", number):
         record, number = document.value(), number + 1
         if not isinstance(record, dict):
-            raise AuditError(f"{path}: item {number} of the JSON array is {_name(record)}, not an object")
+            way_out = ": jq -c '.[] | {caption: .}'" if isinstance(record, str) else ""
+            raise AuditError(f"{path}: item {number} of the JSON array is {_name(record)}, not an object{way_out}")
         yield f"item {number}", record
 
 
@@ -93,12 +105,39 @@ def _json_records(path: str, document: _Document) -> Iterator[tuple[str, dict[st
         document.take(":")
         record = document.value()
         if not isinstance(record, dict):
-            way_out = f": jq -c '.[{json.dumps(key)}][]'" if isinstance(record, list) else ": jq -c ."
+            one = "; where it is one record: jq -c ." if number == 1 and isinstance(record, str) else ""
+            way_out = shape_hint({key: record}) + one
             raise AuditError(
                 f"{path}: one JSON object, in which {key!r} is {_name(record)}; records are read one a line, as an "
                 f"array, or as an object of records{way_out}"
             )
         yield f"record {key!r}", {"key": key, **record}
+
+
+def shape_hint(record: dict[str, Any]) -> str:
+    """What an object without captions of its own may be, as the jq that takes it apart; "" where there is no guess."""
+    for key, value in record.items():
+        if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
+            return f"; its records lie in an array: jq -c '.[{json.dumps(key)}][]', or another of its arrays"
+    captions = [value for value in record.values() if isinstance(value, str) or _is_texts(value)]
+    if captions and len(captions) == len(record):
+        return "; where its names are keys: jq -c 'to_entries[]' and --caption-col value"
+    return ""
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(each is None or isinstance(each, str) for each in value)
+
+
+def check_caption(place: str, name: str, value: Any, lists: bool) -> None:
+    """Raise AuditError for a caption that is no text, nor, where lists are read, a list of texts."""
+    if value is None or isinstance(value, str) or (lists and _is_texts(value)):
+        return
+    if not isinstance(value, list):
+        raise AuditError(f"{place}: {name!r} is {type(value).__name__}, not text")
+    if _is_texts(value):
+        raise AuditError(f"{place}: {name!r} is list, not text: pass --caption-col {name} for a row a caption")
+    raise AuditError(f"{place}: {name!r} is a list, and not of texts{shape_hint({name: value})}")
 
 
 def _name(value: Any) -> str:

@@ -306,7 +306,7 @@ def _stage(
     text_format: TextFormat,
 ) -> CaptionFile:
     """Copy the columns a run needs of a source without random access, at most `left` rows, as an Arrow IPC file."""
-    if left == 0:
+    if left == 0 or file.rows == 0:
         return replace(file, rows=0)
     places = {column.name: find_column(schema, column.name) for column in keep}
     columns = list(dict.fromkeys(schema.names[at] for at in places.values() if at >= 0))

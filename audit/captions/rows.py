@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-import math
+import itertools
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,9 +17,11 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from audit.base.errors import AuditError
+from audit.base.parquet import repeated, rows_at_once
 from audit.base.storage import join
 from audit.captions.files import CaptionFile, content_digest
-from audit.captions.streams import BATCH_ROWS, open_input
+from audit.captions.streams import BATCH_BYTES, BATCH_ROWS, open_input
+from audit.captions.values import is_caption
 
 
 def find_column(schema: pa.Schema, name: str) -> int:
@@ -27,41 +29,6 @@ def find_column(schema: pa.Schema, name: str) -> int:
     exact = [at for at, other in enumerate(schema.names) if other == name]
     loose = [at for at, other in enumerate(schema.names) if other.lower() == name.lower()]
     return (exact or loose)[0] if len(exact or loose) == 1 else -1
-
-
-def is_empty(captions: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """Which captions are null, empty or only whitespace: bool [n]."""
-    blank = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(captions)), 0)
-    return np.asarray(pc.fill_null(blank, True).to_numpy(zero_copy_only=False), bool)
-
-
-def caption_text(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """A caption column as `text` gives it; null throughout where it is a column of nothing but NaN."""
-    return pa.nulls(len(column), pa.string()) if pa.types.is_floating(column.type) else text(column)
-
-
-def text(column: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """A column as one string array, whatever its width or encoding; bytes that are not UTF-8 become U+FFFD.
-
-    Whole numbers are written as such in float columns too (1234567, not 1234567.0: ids of a column with gaps), NaN
-    becomes null.
-    """
-    if pa.types.is_floating(column.type):
-        return pa.array([_number(value) for value in column.to_pylist()], pa.string())
-    column = column.cast(pa.string())
-    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    try:
-        column.validate(full=True)
-    except pa.ArrowInvalid:
-        values = column.cast(pa.binary()).to_pylist()
-        column = pa.array([value if value is None else value.decode(errors="replace") for value in values], pa.string())
-    return column
-
-
-def _number(value: float | None) -> str | None:
-    if value is None or math.isnan(value):
-        return None
-    return str(int(value)) if value.is_integer() else repr(value)
 
 
 class Rows:
@@ -97,7 +64,10 @@ class Rows:
         self._starts = [0]  # of row groups; of record batches as far as they have been seen
         if self._parquet:
             # A bounded buffer and no prefetching: otherwise whole column chunks are held.
-            self._file = pq.ParquetFile(open_input(self._path), buffer_size=1 << 20, pre_buffer=False)
+            facts = pq.read_metadata(open_input(self._path))
+            options = {"buffer_size": 1 << 20, "pre_buffer": False, "read_dictionary": repeated(facts, self._needed)}
+            self._file = pq.ParquetFile(open_input(self._path), metadata=facts, **options)
+            self._at_once = rows_at_once(facts, self._needed, BATCH_ROWS, BATCH_BYTES)
             for group in range(self._file.num_row_groups):
                 self._starts.append(self._starts[-1] + self._file.metadata.row_group(group).num_rows)
         else:
@@ -118,20 +88,22 @@ class Rows:
         """From a row group or record batch on: the caption first, under an empty name, then the other columns."""
         found = self._parquet_batches(group) if self._parquet else self._ipc_batches(group)
         for batch in found:
-            yield pa.record_batch([batch[name] for _, name in self._names], names=[name for name, _ in self._names])
+            names = [name for name, _ in self._names]
+            yield from _in_reach(pa.record_batch([batch[name] for _, name in self._names], names=names))
 
     def _parquet_batches(self, group: int) -> Iterator[pa.RecordBatch]:
         groups = list(range(group, self._file.num_row_groups))
         # Threads gain nothing on two or three columns and cost an allocator arena each.
-        return self._file.iter_batches(BATCH_ROWS, row_groups=groups, columns=self._needed, use_threads=False)
+        return self._file.iter_batches(self._at_once, row_groups=groups, columns=self._needed, use_threads=False)
 
     def _ipc_batches(self, group: int) -> Iterator[pa.RecordBatch]:
         for at in range(group, self._file.num_record_batches):
             batch = self._file.get_batch(at)
             if at + 1 == len(self._starts):
                 self._starts.append(self._starts[-1] + batch.num_rows)
-            for start in range(0, batch.num_rows, BATCH_ROWS):
-                yield batch.slice(start, BATCH_ROWS)
+            rows = max(1, min(BATCH_ROWS, BATCH_BYTES * batch.num_rows // max(batch.nbytes, 1)))
+            for start in range(0, batch.num_rows, rows):
+                yield batch.slice(start, rows)
 
     def read(self, start: int, count: int) -> pa.Table:
         """`count` rows from row `start` on, columns as `batches` has them.
@@ -160,3 +132,16 @@ class Rows:
                 self._next = sys.maxsize  # where the iterator stands is unknown: seek the next time
                 raise
             return pa.Table.from_batches([part for part in found if part.num_rows])
+
+
+def _in_reach(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """A batch in pieces whose values are about BATCH_BYTES each once what a dictionary repeats is written out."""
+    lengths = np.zeros(batch.num_rows, np.int64)
+    for column in batch.columns:
+        if pa.types.is_dictionary(column.type) and is_caption(column.type):
+            values = column.dictionary.cast(pa.large_binary())
+            lengths += pc.fill_null(pc.binary_length(values).take(column.indices), 0).to_numpy(zero_copy_only=False)
+    piece = np.cumsum(lengths) // BATCH_BYTES
+    starts = [0, *(np.flatnonzero(np.diff(piece)) + 1).tolist()]
+    for start, end in itertools.pairwise([*starts, batch.num_rows]):
+        yield batch.slice(start, end - start)

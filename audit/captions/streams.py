@@ -15,17 +15,21 @@ from typing import IO, Any
 
 import fsspec
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from audit.base.errors import AuditError, StorageError
+from audit.base.identity import id_text
+from audit.base.parquet import rows_at_once
 from audit.base.progress import Progress
 from audit.captions.csv_rows import csv_rows
-from audit.captions.json_rows import json_rows
+from audit.captions.json_rows import check_caption, json_rows
 from audit.captions.text_lines import TextFormat, first_line
+from audit.captions.values import is_list, one_caption_a_row
+from audit.captions.values import text as as_text
 
 BATCH_ROWS = 8192
+BATCH_BYTES = 32 << 20  # of captions that are held together, where they are long
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]+))?")
 _PEEK_ROWS = 100_000
 _LONG = 256 << 20  # bytes that take a while
@@ -101,14 +105,26 @@ def _blocks(
 ) -> Iterator[pa.Table]:
     if kind == "parquet":
         file = pq.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False)
-        batches = file.iter_batches(BATCH_ROWS, columns=names, use_threads=False)
+        most = rows_at_once(file.metadata, names, BATCH_ROWS, BATCH_BYTES)
+        batches = file.iter_batches(most, columns=names, use_threads=False)
         yield from (pa.Table.from_batches([batch]) for batch in batches)
     elif kind == "arrow":
         yield from (pa.Table.from_batches([batch]) for batch in _arrow_batches(raw))
     else:
         rows = _json_values(path, raw, names, text, lists) if kind == "jsonl" else _csv_values(path, raw, names, text)
-        while block := list(itertools.islice(rows, BATCH_ROWS)):
+        while block := _block(rows):
             yield pa.table([pa.array(values, pa.string()) for values in zip(*block, strict=True)], names=names)
+
+
+def _block(rows: Iterator[list[Any]]) -> list[list[Any]]:
+    """The next rows to hold together: many, or few long ones."""
+    block, held = [], 0
+    for row in rows:
+        block.append(row)
+        held += sum(len(value) for value in row if value is not None)
+        if len(block) == BATCH_ROWS or held > BATCH_BYTES:
+            break
+    return block
 
 
 def _arrow_batches(raw: IO[bytes]) -> Iterator[pa.RecordBatch]:
@@ -123,15 +139,29 @@ def _arrow_batches(raw: IO[bytes]) -> Iterator[pa.RecordBatch]:
     yield from (file.get_batch(at) for at in range(file.num_record_batches))
 
 
-def text_columns(path: str, file: IO[bytes], kind: str, text: TextFormat) -> list[str]:
-    """Columns of a CSV header, or of the first records of JSON."""
+def text_columns(path: str, file: IO[bytes], kind: str, text: TextFormat) -> list[str] | None:
+    """Columns of a CSV header, or of the first records of JSON; None where there is neither."""
     if kind == "csv":
         header = next(csv_rows(path, file, text), None)
-        return header[1] if header else []
-    names: dict[str, None] = {}
+        return header[1] if header else None
+    names: dict[str, None] | None = None
     for _, record in itertools.islice(json_rows(path, file, text), _PEEK_ROWS):
+        names = {} if names is None else names
         names.update(dict.fromkeys(record))
-    return list(names)
+    return None if names is None else list(names)
+
+
+def first_record(path: str, text: TextFormat) -> dict[str, Any]:
+    """The first record of a JSON file that has one."""
+    with open_input(path) as raw, reading(path):
+        return next(json_rows(path, raw, text))[1]
+
+
+def has_lists(path: str, name: str, text: TextFormat, count: int) -> bool:
+    """Whether one of the first `count` values of a JSON file that are there is a list."""
+    with open_input(path) as raw, reading(path):
+        values = (record[name] for _, record in json_rows(path, raw, text) if record.get(name) is not None)
+        return any(isinstance(value, list) for value in itertools.islice(values, count))
 
 
 def _named(table: pa.Table, caption_col: str, columns: Sequence[str], lists: bool) -> pa.Table:
@@ -142,27 +172,12 @@ def _named(table: pa.Table, caption_col: str, columns: Sequence[str], lists: boo
 
 
 def _one_caption_a_row(arrays: list[pa.ChunkedArray]) -> list[pa.Array]:
-    """The first column's lists as a row a caption, the others repeated; an empty or null list is a row without one."""
-    lists, *others = [column.combine_chunks() for column in arrays]
-    if isinstance(lists, pa.ChunkedArray):
-        lists = pa.concat_arrays(lists.chunks)
-    if not _is_list(lists.type):
-        lists = pa.array([_json_list(value) for value in lists.cast(pa.string()).to_pylist()], pa.list_(pa.string()))
-    kind = lists.type.value_type
-    if pa.types.is_fixed_size_list(lists.type):
-        lists = lists.cast(pa.list_(kind))
-    empty = pc.fill_null(pc.equal(pc.list_value_length(lists), 0), True).to_numpy(zero_copy_only=False)
-    rows = pc.list_parent_indices(lists).to_numpy()
-    gaps = empty.nonzero()[0]
-    place = pa.array([*rows.tolist(), *gaps.tolist()], pa.int64())
-    values = pa.concat_arrays([pc.list_flatten(lists), pa.nulls(len(gaps), kind)])
-    order = pc.array_sort_indices(place)  # stable: the captions of a row stay in their order
-    place = place.take(order)
-    return [values.take(order), *(column.take(place) for column in others)]
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    """The first column's lists as a row a caption, the others repeated."""
+    lists, *others = arrays
+    if not is_list(lists.type):
+        lists = pa.array([_json_list(value) for value in as_text(lists).to_pylist()], pa.list_(pa.string()))
+    captions, rows = one_caption_a_row(lists)
+    return [captions, *(column.take(rows) for column in others)]
 
 
 def _json_list(value: str | None) -> list[str | None]:
@@ -189,16 +204,14 @@ def _json_values(
     for place, record in json_rows(path, raw, text):
         caption = record.get(names[0])
         if isinstance(caption, float) and math.isnan(caption):
-            record[names[0]] = None  # as pandas writes what is missing
-        elif caption is not None and not isinstance(caption, str) and not (lists and isinstance(caption, list)):
-            way_out = f": pass --caption-col {names[0]} for a row a caption" if isinstance(caption, list) else ""
-            raise AuditError(f"{path}: {place}: {names[0]!r} is {type(caption).__name__}, not text{way_out}")
+            caption = record[names[0]] = None  # as pandas writes what is missing
+        check_caption(f"{path}: {place}", names[0], caption, lists)
         yield [_json_text(record.get(name)) for name in names]
 
 
 def _json_text(value: Any) -> str | None:
-    if value is None:
-        return None
+    if value is None or isinstance(value, float):
+        return id_text(value)
     # Lone surrogates are legal in JSON and in no UTF-8 text.
     return value.encode(errors="replace").decode() if isinstance(value, str) else json.dumps(value)
 

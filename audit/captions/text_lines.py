@@ -7,7 +7,7 @@ import codecs
 import gzip
 import io
 import lzma
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
@@ -141,12 +141,45 @@ def _unpacked(path: str, raw: IO[bytes]) -> io.BufferedReader:
     if kind == ".gz":
         return io.BufferedReader(gzip.GzipFile(fileobj=raw))
     if kind == ".bz2":
-        return io.BufferedReader(bz2.BZ2File(raw))
+        return io.BufferedReader(_Streams(raw, bz2.BZ2Decompressor))
     if kind == ".xz":
-        return io.BufferedReader(lzma.LZMAFile(raw))
+        return io.BufferedReader(_Streams(raw, lzma.LZMADecompressor))
     if kind == ".zst":
         return io.BufferedReader(_Borrowed(pa.CompressedInputStream(pa.PythonFile(borrowed, mode="r"), "zstd")))
     return io.BufferedReader(borrowed, 1 << 20)
+
+
+class _Streams(io.RawIOBase):
+    """Packed streams one behind the other, as pbzip2 writes them.
+
+    The readers of bz2 and lzma take what is no stream for the end: behind one damaged head all rows would be gone.
+    """
+
+    def __init__(self, raw: IO[bytes], new: Callable[[], Any]) -> None:
+        self._raw, self._new, self._one = raw, new, new()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            data = b""
+            if self._one.eof:
+                data = self._one.unused_data.lstrip(b"\0")
+                while not data:
+                    data = self._raw.read(1 << 16)
+                    if not data:
+                        return 0
+                    data = data.lstrip(b"\0")  # padding
+                self._one = self._new()
+            elif self._one.needs_input:
+                data = self._raw.read(1 << 16)
+                if not data:
+                    raise EOFError("the packed file ends in the middle")
+            found = self._one.decompress(data, len(buffer))
+            if found:
+                buffer[: len(found)] = found
+                return len(found)
 
 
 class _Borrowed(io.RawIOBase):

@@ -248,17 +248,19 @@ def report(ctx: click.Context, **values: Any) -> None:
 
 @cli.command()
 @options_from(DropConfig)
-def drop(**values: Any) -> None:
+@click.pass_context
+def drop(ctx: click.Context, **values: Any) -> None:
     """Write a caption table without what was found.
 
     Rows go whose caption reproduces a training picture (verdicts global and local), repeats included; columns, order
-    and row groups stay. Without -o it only says what would go.
+    and row groups stay. Without -o it only says what would go. Of a run that is not finished it exits 3.
     """
 
     done = drop_rows(config_of(DropConfig, values))
     for line in done.unfinished:
         click.echo(f"not finished: {line}", err=True)
     click.echo("\n".join(done.lines()))
+    ctx.exit(3 if done.unfinished else 0)
 
 
 @cli.command()

@@ -177,7 +177,7 @@ def _finish(
         counts.update(commit.counts)
     total = counts["ok"]
     if total == 0:
-        raise AuditError(f"{', '.join(config.images)}: not one picture could be read")
+        raise AuditError(f"{', '.join(config.images)}: not one picture could be read{_first_error(folder, done)}")
     key = ann.auto_key(total) if config.type == "auto" else config.type
     if folder.exists(INFO):
         info = read_index_info(folder)
@@ -233,6 +233,11 @@ def _finish(
     )
     folder.write(INFO, to_json(info))
     return info
+
+
+def _first_error(folder: Folder, done: dict[int, Commit]) -> str:
+    errors = (error for number in sorted(done) for error in read_part(folder, number, ["error"])["error"].to_pylist())
+    return next((f"; the first: {error}" for error in errors if error), "")
 
 
 def _left_out(counts: Counter[str]) -> Counter[str]:

@@ -167,13 +167,18 @@ def _table(number: int, kind: str, items: list[Item], embeddings: np.ndarray, di
     flat = pa.array(np.where(good[:, None], embeddings, 0).astype(np.float16).ravel())
     columns = {
         "id": (np.int64(number) << 32) + np.arange(len(items), dtype=np.int64),
-        "key": [item.key for item in items],
-        "url": [item.url for item in items],
-        "caption": [item.caption for item in items],
+        "key": [_utf8(item.key) for item in items],
+        "url": [_utf8(item.url) for item in items],
+        "caption": [_utf8(item.caption) for item in items],
         "source": [kind] * len(items),
         "locator": [json.dumps(item.locator or {}) for item in items],
         "status": ["ok" if item.error is None else "error" for item in items],
-        "error": [item.error for item in items],
+        "error": [_utf8(item.error) for item in items],
         "embedding": pa.FixedSizeListArray.from_arrays(flat, dim, mask=pa.array(~good)),
     }
     return pa.table(columns, schema=part_schema(dim))
+
+
+def _utf8(text: str | None) -> str | None:
+    """Text without lone surrogates: JSON may hold them, and names of files that are not UTF-8."""
+    return None if text is None else text.encode(errors="replace").decode()

@@ -27,8 +27,12 @@ class FolderSource:
 
     def __init__(self, url: str, files: dict[str, int]) -> None:
         self.url, self.files = url, {path: size for path, size in files.items() if path.lower().endswith(PICTURES)}
-        self.paths = list(self.files)
-        self.beside = {path: size for path, size in files.items() if path.endswith(TEXTS)}
+        self.paths, self.sizes = list(self.files), files
+        self.beside: dict[str, dict[str, str]] = {}
+        for path in files:
+            stem, extension = os.path.splitext(path)
+            if extension.lower() in TEXTS:
+                self.beside.setdefault(stem, {})[extension.lower()] = path
 
     def facts(self) -> dict[str, Any]:
         return {"kind": self.kind, "url": self.url, **listing_facts(self.files)}
@@ -39,8 +43,8 @@ class FolderSource:
     def items(self, part: Slice) -> Iterator[Item]:
         for path in self.paths[part.start : part.start + part.count]:
             stem = os.path.splitext(path)[0]
-            beside = {ext: self.beside[stem + ext] for ext in TEXTS if stem + ext in self.beside}
-            text = {ext: read_file(stem + ext) for ext, size in beside.items() if size <= MOST_TEXT}
+            beside = self.beside.get(stem) or self.beside.get(first_dot(stem), {})
+            text = {ext: read_file(name) for ext, name in beside.items() if self.sizes[name] <= MOST_TEXT}
             yield from (Item(path, left_out=LONG_TEXTS) for _ in range(len(beside) - len(text)))
             key = path[len(self.url) :].lstrip("/") or os.path.basename(path)
             caption = text.get(".txt", text.get(".caption"))
@@ -68,7 +72,7 @@ class TarSource:
     kind = "tar"
 
     def __init__(self, url: str, files: dict[str, int]) -> None:
-        self.url, self.files = url, {path: size for path, size in files.items() if path.endswith(".tar")}
+        self.url, self.files = url, {path: size for path, size in files.items() if path.lower().endswith(".tar")}
 
     def facts(self) -> dict[str, Any]:
         return {"kind": self.kind, "url": self.url, **listing_facts(self.files)}
@@ -83,12 +87,12 @@ class TarSource:
             used: set[str] = set()
             for name, picture in pictures:
                 key = name.rpartition(".")[0]
-                own = key if key in texts else _first_dot(key)
+                own = key if key in texts else first_dot(key)
                 used.add(own)
                 found = {text.extension: _content(file, text) for text in texts.get(own, [])}
                 where = {"file": part.file, "offset": picture.offset, "size": picture.size}
                 data = _content(file, picture) if picture.size <= _CARRIED else None
-                item = Item(key.lstrip("/"), locator=where, data=data)
+                item = Item(key.removeprefix("./").lstrip("/"), locator=where, data=data)  # `tar c .` writes ./KEY
                 yield described(item, found.get(".txt", found.get(".caption")), found.get(".json"))
             if error is not None:
                 yield Item(os.path.basename(part.file), error=f"{part.file}: not a whole, uncompressed tar: {error}")
@@ -130,15 +134,26 @@ def _members(
                     texts.setdefault(key, []).append(found)
                 else:
                     left["of other kinds in tars"] += 1
-        file.seek(max(0, size - 1024))
-        if file.read().strip(b"\0"):  # tarfile takes a cut header for the end
-            raise tarfile.ReadError("no end mark")
+            _check_end(file, tar.offset, size)
     except tarfile.ReadError as error:
         return pictures, texts, error
     return pictures, texts, None
 
 
-def _first_dot(key: str) -> str:
+def _check_end(file: IO[bytes], end: int, size: int) -> None:
+    """Raise ReadError where tarfile stopped before the end: at a cut header, or at the mark before another tar."""
+    if size - end < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("no end mark")
+    file.seek(end)
+    while rest := file.read(1 << 20):
+        if rest.strip(b"\0"):
+            raise tarfile.ReadError(
+                "no end mark, or more behind it: tars one behind the other are read as the first alone"
+            )
+
+
+def first_dot(key: str) -> str:
+    """What webdataset takes for a key: a name up to the first dot of its last component."""
     folder, slash, name = key.rpartition("/")
     return folder + slash + name.partition(".")[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import io
 import json
@@ -16,13 +17,17 @@ import fsspec
 import numpy as np
 from PIL import Image, ImageOps
 
-from audit.base.identity import CAPTIONS, URLS
+from audit.base.identity import CAPTIONS, URLS, id_text
 
 MOST_BYTES = 128 << 20  # of an encoded picture: nothing larger is read; one of 179 million pixels as JPEG has a third
 MOST_TEXT = 16 << 20  # of a text beside a picture
 _MANY_PIXELS = 1 << 24  # pictures above this are decoded one at a time: eight of the largest would fill the memory
 _one_at_a_time = threading.Lock()
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA")
+Image.init()
+_DECODED = tuple(name for name in _FORMATS if name in Image.OPEN)
+"""Kinds of pictures that are decoded, whatever they are called: Pillow's others run programs (EPS: Ghostscript)."""
 
 
 @dataclass
@@ -96,15 +101,18 @@ def described(item: Item, text: bytes | None, facts: bytes | None) -> Item:
             by_name = {str(name).lower(): value for name, value in content.items()}
             item.url = first_text(by_name, URLS)
             item.caption = first_text(by_name, ("caption", *CAPTIONS))
-            item.key = first_text(by_name, ("uid", "key")) or item.key  # img2dataset's own `key` is a number
+            # img2dataset's own `key` is a number, which may well be another row's key
+            key = item.url if "uid" in by_name else first_text(by_name, ("key",))
+            item.key = first_text(by_name, ("uid",)) or key or item.key
     if text is not None:
-        item.caption = text.decode("utf-8", "replace")
+        encoding = "utf-16" if text[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+        item.caption = text.decode(encoding, "replace").removesuffix("\n").removesuffix("\r")  # the file's, not its own
     return item
 
 
 def first_text(row: dict[str, Any], names: Iterable[str]) -> str | None:
     """The first of these columns that holds something, as text."""
-    return next((str(row[name]) for name in names if row.get(name) not in (None, "")), None)
+    return next((found for name in names if (found := id_text(row.get(name)))), None)
 
 
 def slices(total: int, rows: int, file: str = "") -> list[Slice]:
@@ -116,7 +124,7 @@ def listing_facts(files: dict[str, int]) -> dict[str, Any]:
     """Count, bytes and a digest of a listing; a picture renamed, added, removed or of another size changes it."""
     digest = hashlib.sha256()
     for path, size in files.items():
-        digest.update(f"{path}\0{size}\n".encode())
+        digest.update(f"{path}\0{size}\n".encode(errors="surrogateescape"))  # names need not be UTF-8
     return {"files": len(files), "bytes": sum(files.values()), "listing": digest.hexdigest()[:16]}
 
 
@@ -150,6 +158,20 @@ def decode(data: bytes) -> Image.Image:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # from 89 million on; the limit is its double
-        opened = Image.open(io.BytesIO(data))
+        opened = Image.open(io.BytesIO(data), formats=_DECODED)
     with opened, _one_at_a_time if opened.width * opened.height > _MANY_PIXELS else nullcontext():
-        return ImageOps.exif_transpose(opened).convert("RGB")
+        return _eight_bits(ImageOps.exif_transpose(opened)).convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A picture of 16 bits as one of 8; Pillow cuts what is above 255, which leaves white.
+
+    Raises ValueError for numbers of which nobody has said what is white.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        pixels = np.asarray(image)
+        if not (pixels.min() >= 0 and (image.mode == "I" or pixels.max() > 1) and pixels.max() <= 255):
+            raise ValueError(f"pixels from {pixels.min():g} to {pixels.max():g}: no picture of 8 or 16 bits")
+    return image

@@ -19,8 +19,8 @@ import pyarrow.compute as pc
 from audit.base.errors import AuditError
 from audit.base.ours import our_files
 from audit.base.parquet import open_parquet
-from audit.base.storage import check_name, list_tree
-from audit.index.files import TEXTS, FolderSource, TarSource
+from audit.base.storage import check_name, is_saved_dataset, list_tree, why_no_file
+from audit.index.files import TEXTS, FolderSource, TarSource, first_dot
 from audit.index.items import PICTURES, Columns, Source, TooLarge, check_size, read_file
 from audit.index.tables import DatasetSource, NpySource, ParquetSource, holds_pictures, read_cell
 
@@ -55,7 +55,9 @@ def list_files(fs: Any, root: str, remote: bool, left: Counter[str]) -> dict[str
     ours = our_files(fs, listed)
     files = {}
     for path, size in listed.items():
-        if path in ours:
+        if size < 0:
+            left[why_no_file(path)] += 1
+        elif path in ours:
             left["of be-audit's own"] += 1
         elif any(part.startswith(".") for part in path[len(root) :].split("/")):
             left["hidden"] += 1
@@ -95,16 +97,15 @@ def _find(given: str, columns: Columns, left: Counter[str]) -> list[Source]:
         raise AuditError(f"{given}: no such file or folder")
     url = fs.unstrip_protocol(root) if "://" in given else root
     files = list_files(fs, root, "://" in given, left)
-    names = {path[len(url) :].lstrip("/") for path in files}
-    if {"dataset_dict.json", "state.json"} & names:
+    if fs.isdir(root) and is_saved_dataset(fs, root):
         return [DatasetSource({"file": url, "revision": None, "split": None, "hub": False}, columns)]
     sources: list[Source] = []
-    if any(path.endswith(".tar") for path in files):
+    if any(path.lower().endswith(".tar") for path in files):
         sources.append(TarSource(url, files))
     if any(path.lower().endswith(PICTURES) for path in files):
         sources.append(FolderSource(url, files))
-    parquet = [path for path in files if path.endswith(".parquet")]
-    npy = {path: size for path, size in files.items() if path.endswith(".npy") and "text_emb" not in path}
+    parquet = [path for path in files if path.lower().endswith(".parquet")]
+    npy = {path: size for path, size in files.items() if path.lower().endswith(".npy") and "text_emb" not in path}
     if npy and not sources:
         left.update(_others(files, [*npy, *parquet]))
         return [NpySource(url, npy, parquet, columns)]
@@ -119,7 +120,7 @@ def _find(given: str, columns: Columns, left: Counter[str]) -> list[Source]:
         )
     left.update(_others(files, parquet))
     left["dead URLs"] += sum(
-        _not_downloaded(path) for path in files if path.endswith(".parquet") and path not in parquet
+        _not_downloaded(path) for path in files if path.lower().endswith(".parquet") and path not in parquet
     )
     return sources
 
@@ -137,21 +138,22 @@ def _not_downloaded(path: str) -> int:
 def _others(files: dict[str, int], tables: Sequence[str]) -> Counter[str]:
     """Reason -> files that are no picture, no tar, no text beside a picture and none of `tables`."""
     stems = {os.path.splitext(path)[0] for path in files if path.lower().endswith(PICTURES)}
-    tars = {os.path.splitext(path)[0] for path in files if path.endswith(".tar")}
+    stems |= {first_dot(stem) for stem in stems}
+    tars = {os.path.splitext(path)[0] for path in files if path.lower().endswith(".tar")}
     left: Counter[str] = Counter()
     sidecars = {f"{stem}.parquet" for stem in tars}
     for path in files.keys() - set(tables):
         stem = os.path.splitext(path)[0]
         if (
             path in sidecars
-            or path.endswith(".tar")
+            or path.lower().endswith(".tar")
             or path.lower().endswith(PICTURES)
-            or (path.endswith(TEXTS) and stem in stems)
+            or (path.lower().endswith(TEXTS) and stem in stems)
         ):
             continue
         if path.lower().endswith((".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")):
             left["compressed tars: unpack them"] += 1
-        elif path.endswith(TEXTS) and stem.removesuffix("_stats") not in tars | {""}:
+        elif path.lower().endswith(TEXTS) and stem.removesuffix("_stats") not in tars | {""}:
             left["texts without a picture"] += 1
         else:
             left["of other kinds"] += 1

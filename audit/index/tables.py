@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from audit.base.errors import AuditError
-from audit.base.identity import CAPTIONS, KEYS, ROW_NUMBERS, URLS
+from audit.base.identity import CAPTIONS, KEYS, ROW_NUMBERS, URLS, id_text
 from audit.base.parquet import open_parquet
 from audit.index.items import Columns, Item, Slice, TooLarge, check_size, listing_facts, read_file, slices
 
@@ -30,7 +30,7 @@ def is_image(kind: pa.DataType) -> bool:
     """Encoded pictures: binary, or the struct {bytes, path} of `datasets`."""
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
 
 
 def is_embedding(kind: pa.DataType) -> bool:
@@ -72,8 +72,7 @@ class Described:
 
     def item(self, row: dict[str, Any], number: int) -> Item:
         def text(name: str | None) -> str | None:
-            value = row.get(name) if name else None
-            return None if value is None else str(value)
+            return id_text(row.get(name)) if name else None
 
         return Item(text(self.key) or str(number), text(self.url), text(self.caption))
 
@@ -84,20 +83,24 @@ class ParquetSource:
     def __init__(self, url: str, files: list[str], columns: Columns) -> None:
         self.url, self.columns = url, columns
         self.files = {path: _parquet_facts(path) for path in files}
-        schema = next(iter(self.files.values()))[1]
-        self.image = pick_typed(schema, columns.image, IMAGE_COLUMNS, is_image, files[0])
+        self.image = self._find(columns.image, IMAGE_COLUMNS, is_image)
         self.embedding = None
         if self.image is None:
-            self.embedding = pick_typed(schema, columns.image, EMBEDDING_COLUMNS, is_embedding, files[0])
+            self.embedding = self._find(columns.image, EMBEDDING_COLUMNS, is_embedding)
         if self.image is None and self.embedding is None:
-            names = ", ".join(schema.names)
+            names = ", ".join(self.files[files[0]][1].names)
             raise AuditError(f"{files[0]}: no column of encoded pictures or embeddings among {names}: pass --image-col")
         self.kind = "parquet" if self.image else "embeddings"
         self.described = {path: Described(facts[1], columns, path) for path, facts in self.files.items()}
         wanted = self.image or self.embedding
-        for path, (_, schema, _) in self.files.items():
-            if wanted not in schema.names:
+        for path, (rows, schema, _) in self.files.items():
+            if rows and wanted not in schema.names:
                 raise AuditError(f"{path}: has no column {wanted!r}, which {files[0]} has: pass --image-col")
+
+    def _find(self, named: str | None, names: tuple[str, ...], test: Any) -> str | None:
+        """The column of the first file that has one: in a part without rows or pictures columns have no type."""
+        found = (pick_typed(facts[1], named, names, test, path) for path, facts in self.files.items() if facts[0])
+        return next((name for name in found if name is not None), None)
 
     def facts(self) -> dict[str, Any]:
         digest = hashlib.sha256("".join(footer for *_, footer in self.files.values()).encode()).hexdigest()[:16]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +15,15 @@ import pyarrow.parquet as pq
 
 from audit.base.errors import AuditError
 from audit.base.options import option
+from audit.base.parquet import open_parquet, rows_at_once
 from audit.base.progress import Progress
 from audit.base.storage import Folder
+from audit.base.text import reasons
 from audit.captions import find_captions
 from audit.captions.files import CaptionFile, describe
 from audit.captions.find import Source
-from audit.captions.rows import text
-from audit.captions.streams import open_input, reading
+from audit.captions.streams import BATCH_BYTES, BATCH_ROWS, open_input, reading
+from audit.captions.values import text
 from audit.reports.flagged import default_score, read_verdicts
 from audit.run.run import DEFAULT_RUN, Run
 from audit.run.schema import COPIES, SCORES
@@ -54,17 +56,18 @@ class DropSummary:
     Attributes:
         captions: different captions to drop. files: of each table its path, rows and rows dropped, and where it was
             written (None in a dry run). examples: the first captions that were found. unfinished: what of the run is
-            not done.
+            not done. left_out: reason -> files of the folders given that are no caption tables.
     """
 
     captions: int
     files: list[tuple[str, int, int, str | None]]
     examples: list[str]
     unfinished: list[str]
+    left_out: dict[str, int]
 
     def lines(self) -> list[str]:
         """For people."""
-        lines = []
+        lines = [f"left out: {reasons(self.left_out)}"] if self.left_out else []
         for path, rows, dropped, written in self.files:
             where = f", the other {rows - dropped:,} are in {written}" if written else " would go"
             lines.append(f"{path}: {dropped:,} of {rows:,} rows{' dropped' if written else ''}{where}")
@@ -88,8 +91,11 @@ def drop(config: DropConfig) -> DropSummary:
     run = Run.open(config.run)
     flagged, beyond = _flagged_captions(run, config)
     captions = pa.array(flagged, pa.string())
-    tables = [_table(source, config.caption_col) for source in find_captions(config.captions).sources]
-    targets = _targets([file.path for file in tables], config.output)
+    found = find_captions(config.captions)
+    scanned = {file.path: file.caption_col for file in run.plan.files}
+    named = config.caption_col or run.facts.config.get("caption_col")
+    tables = [_table(source, scanned.get(source.path, named), config.caption_col) for source in found.sources]
+    targets = _targets([file.path for file in tables], config.captions, config.output)
     files, examples = [], dict[str, None]()
     for file, target in zip(tables, targets, strict=True):
         dropped = _drop_rows(file, captions, target, examples)
@@ -99,7 +105,7 @@ def drop(config: DropConfig) -> DropSummary:
         for stage in run_status(run.url).stages
         if not stage.complete
     ]
-    return DropSummary(len(captions), files, list(examples), [*unfinished, *beyond])
+    return DropSummary(len(captions), files, list(examples), [*unfinished, *beyond], dict(found.left_out))
 
 
 def _flagged_captions(run: Run, config: DropConfig) -> tuple[list[str], list[str]]:
@@ -127,23 +133,30 @@ def _flagged_captions(run: Run, config: DropConfig) -> tuple[list[str], list[str
     return list(found), [unlooked_line(beyond, by)] if beyond else []
 
 
-def _table(source: Source, caption_col: str | None) -> CaptionFile:
+def _table(source: Source, scanned: str | None, named: str | None) -> CaptionFile:
+    """A table as it is found: its captions are in the column named, else in the one the run took, where it has it."""
     if source.format != "parquet":
         raise AuditError(f"{source.path}: not parquet: `drop` keeps a table as it is, which it can with parquet alone")
-    file = describe(source, caption_col).file
+    if named is None and scanned:
+        with open_input(source.path) as opened, reading(source.path):
+            named = scanned if scanned in open_parquet(source.path, opened).schema_arrow.names else None
+    file = describe(source, named).file
     if file.lists:
         raise AuditError(f"{file.path}: {file.caption_col!r} holds lists of captions: make a row a caption first")
     return file
 
 
-def _targets(paths: list[str], output: str | None) -> list[str | None]:
-    """Where every table goes: the output itself for one, below it under their own names for several."""
+def _targets(paths: list[str], inputs: Sequence[str], output: str | None) -> list[str | None]:
+    """Where every table goes: the output itself for one file, below it as they lie for those of folders and several."""
     if output is None:
         return [None] * len(paths)
-    if len(paths) == 1 and not os.path.isdir(output):
+    folders = [path for path in inputs if _is_folder(path)]
+    if len(paths) == 1 and not folders and not output.endswith("/") and not _is_folder(output):
         targets = [output]
     else:
         top = os.path.commonpath([os.path.dirname(path) for path in paths]) if "://" not in paths[0] else ""
+        if top and folders and len(inputs) == 1:
+            top = os.path.abspath(folders[0])
         targets = [
             f"{output.rstrip('/')}/{path[len(top) :].lstrip('/') if top else path.rsplit('/', 1)[1]}" for path in paths
         ]
@@ -164,22 +177,27 @@ def _drop_rows(file: CaptionFile, captions: pa.Array, target: str | None, exampl
     """
     dropped = 0
     with open_input(file.path) as opened, reading(file.path), tempfile.TemporaryDirectory() as temporary:
-        source = pq.ParquetFile(opened)
+        source = open_parquet(file.path, opened, buffer_size=1 << 20, pre_buffer=False)
         copy = Path(temporary, "clean.parquet")
         writer = None if target is None else _writer_like(source, copy)
         bar = Progress(source.num_row_groups, "row groups", "dropping")
+        columns = None if writer else [file.caption_col]
+        most = rows_at_once(source.metadata, columns or source.schema_arrow.names, BATCH_ROWS, BATCH_BYTES)
         with bar:
-            for table in _row_groups(source, None if writer else [file.caption_col]):
-                at = table.schema.get_field_index(file.caption_col)
-                values = text(table.column(at))
-                found = pc.is_in(values, value_set=captions)
-                dropped += pc.sum(found).as_py() or 0
-                for caption in values.filter(found).slice(0, SHOWN).to_pylist():
-                    if len(examples) < SHOWN:
-                        examples[caption] = None
+            for group in range(source.num_row_groups):
+                kept = []
+                for batch in source.iter_batches(most, row_groups=[group], columns=columns, use_threads=False):
+                    values = text(batch.column(batch.schema.get_field_index(file.caption_col)))
+                    found = pc.is_in(values, value_set=captions)
+                    dropped += pc.sum(found).as_py() or 0
+                    for caption in values.filter(found).slice(0, SHOWN).to_pylist():
+                        if len(examples) < SHOWN:
+                            examples[caption] = None
+                    if writer is not None:
+                        kept.append(batch.filter(pc.invert(found)))
                 if writer is not None:
-                    kept = table.filter(pc.invert(found))
-                    writer.write_table(kept, row_group_size=max(kept.num_rows, 1))
+                    rest = pa.Table.from_batches(kept, source.schema_arrow)
+                    writer.write_table(rest, row_group_size=max(rest.num_rows, 1))
                 bar.add(1)
         if writer is not None and target is not None:
             writer.close()
@@ -188,19 +206,21 @@ def _drop_rows(file: CaptionFile, captions: pa.Array, target: str | None, exampl
     return dropped
 
 
-def _row_groups(source: pq.ParquetFile, columns: list[str] | None) -> Iterator[pa.Table]:
-    return (source.read_row_group(group, columns=columns) for group in range(source.num_row_groups))
+def _is_folder(path: str) -> bool:
+    fs, name = fsspec.core.url_to_fs(path)
+    return bool(fs.isdir(name))
 
 
 def _writer_like(source: pq.ParquetFile, path: Path) -> pq.ParquetWriter:
     """A writer with the schema, the metadata and the compression of a file."""
     metadata = source.metadata
-    codecs, nested = {}, False
+    codecs, nested, int96 = {}, False, False
     if metadata.num_row_groups:
         for at in range(metadata.num_columns):
             column = metadata.row_group(0).column(at)
             codecs[column.path_in_schema] = column.compression
             nested = nested or ".list.item" in column.path_in_schema
+            int96 = int96 or column.physical_type == "INT96"
     known = {codec.lower() if codec != "UNCOMPRESSED" else "none" for codec in codecs.values()}
     compression = (
         next(iter(known))
@@ -208,5 +228,10 @@ def _writer_like(source: pq.ParquetFile, path: Path) -> pq.ParquetWriter:
         else {name: "none" if codec == "UNCOMPRESSED" else codec.lower() for name, codec in codecs.items()}
     )
     return pq.ParquetWriter(
-        path, source.schema_arrow, compression=compression or "snappy", use_compliant_nested_type=not nested
+        path,
+        source.schema_arrow,
+        compression=compression or "snappy",
+        use_compliant_nested_type=not nested,
+        use_deprecated_int96_timestamps=int96,  # as Spark and Hive write all of theirs
+        sorting_columns=(metadata.row_group(0).sorting_columns or None) if metadata.num_row_groups else None,
     )

@@ -84,7 +84,7 @@ BAD: dict[str, tuple[str, Callable[[str], bytes], str]] = {
         "x.json",
         lambda path: b'{\n "annotations": [{"caption": "a"}]\n}',
         "one JSON object, in which 'annotations' is an array; records are read one a line, as an array, or as an "
-        "object of records: jq -c '.[\"annotations\"][]'",
+        "object of records; its records lie in an array: jq -c '.[\"annotations\"][]'",
     ),
     "JSON nested too deep": ("x.jsonl", lambda path: b'{"caption": "a", "x": ' + b"[" * 200_000, "nested too deep"),
     "array nested too deep": ("x.json", lambda path: b"[" * 200_000, "nested too deep"),

@@ -7,6 +7,8 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +18,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from audit.base.errors import AuditError
-from audit.captions import text_lines
+from audit.base.storage import Folder
+from audit.captions import read_shard, text_lines
 from tests.audit.captions.test_captions_found import plan_of, read, rows_of
+
+PLAN = """
+import resource, sys
+from tests.audit.captions.test_captions_found import plan_of
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+plan = plan_of(sys.argv[1], sys.argv[2])
+print(plan.num_rows, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
 
 
 @pytest.mark.slow
@@ -36,6 +47,43 @@ def test_a_caption_of_five_megabytes_is_read_as_it_is(tmp_path: Path) -> None:
     plan = plan_of(tmp_path / "x.parquet", tmp_path / "run")
     assert [row["caption"] for row in rows_of(plan, tmp_path / "run")] == [long, "a sofa", long + "x"]
     assert plan.num_unique == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "jsonl"])
+def test_many_long_captions_are_held_few_at_a_time(tmp_path: Path, kind: str) -> None:
+    """400 MB of captions of a megabyte, in one row group or batch, which pack to nothing."""
+    texts = [f"{row} " + "word " * 200_000 for row in range(400)]
+    path = tmp_path / f"x.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({"caption": texts}), path, compression="zstd", use_dictionary=False)
+    elif kind == "arrow":
+        table = pa.table({"caption": texts})
+        with pa.ipc.new_file(path, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        with open(path, "w") as file:
+            file.writelines(f'{{"caption": "{text}"}}\n' for text in texts)
+    del texts
+    command = [sys.executable, "-c", PLAN, str(path), str(tmp_path / "run")]
+    rows, grown = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    assert rows == 400 and grown < (600 if kind == "arrow" else 330)  # of a mapped file what was read counts too
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("typed", [True, False])
+def test_a_long_caption_repeated_without_end_is_never_written_out(tmp_path: Path, typed: bool) -> None:
+    """50 kB of Parquet that stand for 4 GB: the caption once, and references to it."""
+    once = pa.array(["word " * 200_000, "a sofa"])
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 4000 + [1, None], pa.int32()), once)
+    pq.write_table(pa.table({"caption": column}), tmp_path / "x.parquet", store_schema=typed)
+    command = [sys.executable, "-c", PLAN, str(tmp_path / "x.parquet"), str(tmp_path / "run")]
+    rows, grown = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    assert rows == 4002 and grown < 300
+    plan = plan_of(tmp_path / "x.parquet", tmp_path / "again", rows_per_shard=100)
+    assert plan.num_unique == 2
+    texts = read_shard(plan, 40, Folder(str(tmp_path / "again")))["caption"].to_pylist()
+    assert texts == ["a sofa", None]
 
 
 @pytest.fixture

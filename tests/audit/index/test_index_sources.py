@@ -19,6 +19,7 @@ from PIL import Image
 from audit import testbed
 from audit.base.errors import AuditError
 from audit.index import Index, IndexConfig, build_index
+from audit.index.items import decode
 
 COUNT = 24
 Rows = list[dict]
@@ -183,6 +184,46 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     assert np.abs(np.asarray(picture).astype(int) - turned).mean() < 5
     described = index.load_descriptor()([turned, pixels]).numpy() @ index.vectors(index.ids())[0]
     assert described[0] > 0.99 and described[1] < 0.9
+
+
+def encoded(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def test_pictures_of_other_depths_look_the_same() -> None:
+    """16 bits, CMYK, palettes: not white, not black, not turned around."""
+    ramp = np.add.outer(np.arange(32), np.arange(40)) / 70
+    grey = Image.fromarray((ramp * 255).astype(np.uint8))
+    kinds = [(Image.fromarray((ramp * 65535).astype(np.uint16)), kind) for kind in ("PNG", "TIFF")]
+    kinds += [(grey.convert("RGB").convert("CMYK"), kind) for kind in ("JPEG", "TIFF")]
+    kinds += [(grey, kind) for kind in ("JPEG", "GIF", "BMP", "WEBP")]
+    kinds += [(grey.convert("LA"), "PNG"), (Image.fromarray((ramp * 255).astype(np.int32)), "TIFF")]
+    for image, kind in kinds:
+        found = np.asarray(decode(encoded(image, kind))).astype(int)
+        assert np.abs(found - np.asarray(grey)[..., None]).mean() < 3, (image.mode, kind)
+    for values in (ramp.astype(np.float32), (ramp * 65535).astype(np.int32)):  # nobody has said what is white
+        with pytest.raises(ValueError, match="no picture of 8 or 16 bits"):
+            decode(encoded(Image.fromarray(values), "TIFF"))
+
+
+def test_no_picture_runs_a_program() -> None:
+    with pytest.raises(Image.UnidentifiedImageError):  # Pillow gives it to Ghostscript
+        decode(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+
+
+def test_parts_without_pictures_among_others(rows: Rows, tmp_path: Path) -> None:
+    """A part nothing was written into has no types, or not even the columns; keys that are floats are whole numbers."""
+    folder = tmp_path / "p"
+    folder.mkdir()
+    pq.write_table(pa.table({"image": pa.nulls(0), "key": pa.nulls(0)}), folder / "0.parquet")
+    pq.write_table(pa.table({"image": pa.nulls(1), "key": [7.0]}), folder / "1.parquet")
+    pq.write_table(pa.table({"image": [rows[0]["png"]], "key": [1e12]}), folder / "2.PARQUET")
+    pq.write_table(pa.table({"other": pa.nulls(0)}), folder / "3.parquet")
+    index = build(tmp_path, str(folder))
+    assert index.facts(index.ids())["key"].to_pylist() == ["1000000000000"]
+    assert index.info.errors == 1 and index.info.error_examples == ["7: no picture in this row"]
 
 
 def test_undecodable_pictures_are_counted_and_listed(rows: Rows, tmp_path: Path) -> None:

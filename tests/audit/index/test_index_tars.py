@@ -154,3 +154,58 @@ def test_members_that_point_elsewhere(tmp_path: Path) -> None:
     assert [key for key, _ in rows] == ["../../up", f"{tmp_path}/abs".lstrip("/")]
     assert done.info.left_out == {"links in tars": 3}
     assert before == {each for each in tmp_path.rglob("*") if "index" not in each.parts}
+
+
+def test_tars_one_behind_the_other_are_no_whole_tar(tmp_path: Path) -> None:
+    """What `cat a.tar b.tar` makes: tarfile stops at the first end mark, and says nothing of what is behind it."""
+    parts = [tar_of(tmp_path / name, [(f"{name}.jpg", picture(at))]).read_bytes() for at, name in enumerate("ab")]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.tar").write_bytes(b"".join(parts))
+    done, rows = build(tmp_path, tmp_path / "in")
+    assert rows == [("a", None)] and done.errors == 1
+    assert "tars one behind the other are read as the first alone" in done.error_examples[0]
+
+
+def test_names_as_tar_and_folders_have_them(tmp_path: Path) -> None:
+    """`tar c .` writes ./KEY; extensions in any case; names that are not UTF-8."""
+    folder = tmp_path / "in"
+    tar_of(folder / "0.TAR", [("./0.jpg", picture(0)), ("./0.TXT", b"of a tar"), ("caf\udce9.jpg", picture(1))])
+    for name, data in (
+        ("A.JPG", picture(2)),
+        ("A.TXT", b"of a folder"),
+        ("b.crop.jfif", picture(3)),
+        ("b.txt", b"of b"),
+    ):
+        (folder / name).write_bytes(data)
+    (folder / "caf\udce9.jpg").write_bytes(picture(4))
+    done, rows = build(tmp_path, folder)
+    assert rows == [
+        ("0", "of a tar"),
+        ("caf?", None),
+        ("A.JPG", "of a folder"),
+        ("b.crop.jfif", "of b"),
+        ("caf?.jpg", None),
+    ]
+    assert done.info.left_out == {}
+
+
+def test_texts_as_editors_save_them(tmp_path: Path) -> None:
+    """A byte order mark and the line end of the file are no part of a caption; ids and gaps as everywhere else."""
+    facts = {
+        "0.json": b'{"uid": 1000000000000.0, "caption": NaN}',
+        "1.json": b'{"caption": "a \\ud83d sofa", "uid": NaN}',
+    }
+    texts = {"2.txt": b"\xef\xbb\xbfa sofa\r\n", "3.txt": "été".encode("utf-16"), "4.txt": b"two\n\n"}
+    pictures = [(f"{at}.jpg", picture(at)) for at in range(5)]
+    tar_of(tmp_path / "in" / "0.tar", [*pictures, *facts.items(), *texts.items()])
+    _, rows = build(tmp_path, tmp_path / "in")
+    expected = [("1000000000000", None), ("1", "a ? sofa"), ("2", "a sofa"), ("3", "été"), ("4", "two\n")]
+    assert rows == expected
+
+
+def test_a_number_of_img2dataset_is_no_key_of_ours(tmp_path: Path) -> None:
+    """Rows of a list some of which have no key: theirs is the URL, not the number that the download gave them."""
+    facts = [{"uid": "000000001", "key": "000000000", "url": "u"}, {"uid": None, "key": "000000001", "url": "v"}]
+    members = [(f"{each['key']}.json", json.dumps(each).encode()) for each in facts]
+    tar_of(tmp_path / "in" / "0.tar", [(f"{each['key']}.jpg", picture(at)) for at, each in enumerate(facts)] + members)
+    assert [key for key, _ in build(tmp_path, tmp_path / "in")[1]] == ["000000001", "v"]

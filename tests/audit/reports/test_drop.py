@@ -64,6 +64,64 @@ def test_several_tables_go_below_a_folder(work: Path) -> None:
     assert pq.read_table(work / "out/a/x.parquet").num_rows == pq.read_table(work / "out/b/x.parquet").num_rows == 5
 
 
+def test_a_folder_becomes_a_folder_also_of_one_table(work: Path) -> None:
+    (work / "in" / "deep").mkdir(parents=True)
+    pq.write_table(pq.read_table(work / "table.parquet"), work / "in" / "deep" / "x.parquet")
+    (work / "in" / "notes.md").write_text("x")
+    done = drop(DropConfig(str(work / "RUN"), (str(work / "in"),), str(work / "out")))
+    assert pq.read_table(work / "out" / "deep" / "x.parquet").num_rows == 5
+    assert done.left_out == {"of other kinds": 1} and done.lines()[0] == "left out: 1 of other kinds"
+    drop(DropConfig(str(work / "RUN"), (str(work / "table.parquet"),), f"{work}/new/"))
+    assert pq.read_table(work / "new" / "table.parquet").num_rows == 5
+
+
+def test_what_a_writer_chose_stays(work: Path) -> None:
+    """Codec of every column, INT96 times of Spark, names used twice, ids of pandas, dictionaries, empty row groups."""
+    texts = [CLEAN, COPIED, CLEAN, LOCAL]
+    when = pa.array([0, 1, 2, 3], pa.timestamp("ns"))
+    values = [pa.array(texts).dictionary_encode(), when, pa.array(range(4)), pa.array(range(4)), pa.array(list("vwxy"))]
+    table = pa.Table.from_arrays(values, ["TEXT", "when", "u", "u", "a.b"])
+    codecs = {"TEXT": "gzip", "when": "zstd", "u": "snappy", "a.b": "none"}
+    order = pq.SortingColumn(1)
+    pq.write_table(
+        table,
+        work / "x.parquet",
+        row_group_size=2,
+        compression=codecs,
+        use_deprecated_int96_timestamps=True,
+        sorting_columns=[order],
+    )
+    drop(DropConfig(str(work / "RUN"), (str(work / "x.parquet"),), str(work / "y.parquet")))
+    before, after = (pq.ParquetFile(work / name) for name in ("x.parquet", "y.parquet"))
+    assert after.read().equals(before.read().take([0, 2])) and after.num_row_groups == 2
+    assert after.metadata.row_group(1).sorting_columns == (order,)
+    groups = [file.metadata.row_group(0) for file in (before, after)]
+    facts = [
+        [(c.path_in_schema, c.compression, c.physical_type, c.encodings) for c in map(group.column, range(5))]
+        for group in groups
+    ]
+    assert facts[0] == facts[1]
+
+
+def test_captions_are_in_the_column_the_run_took_them_from(tmp_path: Path) -> None:
+    table = pa.table({"alt": [COPIED, CLEAN], "caption": ["x", "y"], "url": ["u", "v"], "key": ["k", "l"]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    run = make_run(tmp_path, table["alt"].to_pylist(), scores=[2.0, 1.0], column="alt")
+    add_confirm(run, ["global", "none"])
+    done = drop(DropConfig(run.url, (str(tmp_path / "x.parquet"),)))
+    assert done.files[0][2] == 1
+    pq.write_table(table.drop_columns("alt").rename_columns(["TEXT", "url", "key"]), tmp_path / "y.parquet")
+    assert drop(DropConfig(run.url, (str(tmp_path / "y.parquet"),))).files[0][2] == 0, "found as scan finds it"
+
+
+def test_of_an_unfinished_run_it_exits_3(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [COPIED, CLEAN, "c"], scores=[2.0, 1.0, 0.0], rows_per_shard=1, shards=2)
+    add_confirm(run, ["global"])
+    pq.write_table(pa.table({"caption": [COPIED]}), tmp_path / "x.parquet")
+    done = CliRunner().invoke(cli, ["drop", run.url, str(tmp_path / "x.parquet")])
+    assert done.exit_code == 3 and "not finished: " in done.output and "1 of 1 rows would go" in done.output
+
+
 def test_a_threshold_drops_unconfirmed_captions_too(work: Path) -> None:
     done = drop(DropConfig(str(work / "RUN"), (str(work / "table.parquet"),), threshold=3.5))
     assert done.captions == 3 and done.files[0][2] == 7
