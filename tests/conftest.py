@@ -7,6 +7,8 @@ import os
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_name] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# a local `ray.init()` turns tokens on in its process alone: those started before could not join its clusters
+os.environ["RAY_AUTH_MODE"] = "disabled"
 
 from pathlib import Path  # noqa: E402
 

@@ -58,9 +58,11 @@ def connected(address: str | None) -> Iterator[Any]:
         return
     source = "--ray-address" if address else "RAY_ADDRESS"
     address = address or os.environ.get("RAY_ADDRESS")
+    greeted = False
     try:
         if address and ":" in address:  # not `auto` or `local`
             _wait_for(address.removeprefix("ray://"))
+            greeted = True
         more: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
         ray.init(log_to_driver=False, logging_level="ERROR", **more)
         _made_here = True
@@ -68,7 +70,8 @@ def connected(address: str | None) -> Iterator[Any]:
         if not address:
             raise
         first = (str(error).splitlines() or [""])[0]
-        raise AuditError(f"{source} {address}: no Ray cluster answers there: {first}") from error
+        token = "; one that asks for a token is joined with RAY_AUTH_MODE=token" if greeted else ""
+        raise AuditError(f"{source} {address}: no Ray cluster answers there: {first}{token}") from error
     try:
         yield ray
     finally:
