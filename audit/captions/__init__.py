@@ -48,6 +48,9 @@ __all__ = [
 ]
 
 
+SHARD_BYTES = (1 << 31) - 1  # what one Arrow string array holds
+
+
 def read_shard(plan: CaptionPlan, shard: int, staging: Folder, columns: Sequence[str] | None = None) -> pa.Table:
     """The rows of a shard: `caption` (string, null where there is none), then the columns that are carried through.
 
@@ -60,16 +63,22 @@ def read_shard(plan: CaptionPlan, shard: int, staging: Folder, columns: Sequence
         columns: some of `plan.keep_cols`; None for all.
 
     Raises:
-        AuditError: the file, or its captions, are not those that were planned. Damaged: a staged copy is not.
+        AuditError: the file, or its captions, are not those that were planned, or are more than a shard can hold.
+        Damaged: a staged copy is not what was planned.
         OSError, pyarrow.ArrowException: it cannot be read.
     """
     fields = [plan.keep_schema.field(name) for name in (plan.keep_cols if columns is None else columns)]
     row = plan.shards.slice(shard, 1).to_pylist()[0]
     rows = _open(plan.files[row["file_index"]], staging.url, tuple(field.name for field in fields))
+    file, end = plan.files[row["file_index"]], row["row_start"] + row["row_count"]
     table = rows.read(row["row_start"], row["row_count"])
+    if table.column(0).nbytes > SHARD_BYTES:
+        raise AuditError(
+            f"{file.path}: rows {row['row_start']} to {end - 1} hold more captions than a shard can "
+            f"({table.column(0).nbytes / 2**30:.1f} GiB): begin another run with fewer --rows-per-shard"
+        )
     arrays = [caption_text(table.column(0))]
     if captions_digest(arrays[0]) != row["captions_xxh3"]:
-        file, end = plan.files[row["file_index"]], row["row_start"] + row["row_count"]
         if file.staged:
             raise Damaged(
                 f"{staging.path(file.staged)}: damaged: be-audit verify {staging.url} --repair makes it again"

@@ -49,6 +49,14 @@ def test_a_caption_of_five_megabytes_is_read_as_it_is(tmp_path: Path) -> None:
     assert plan.num_unique == 3
 
 
+def test_more_captions_than_a_shard_can_hold_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("audit.captions.SHARD_BYTES", 10_000)  # for two gigabytes
+    pq.write_table(pa.table({"caption": ["word " * 1000] * 4}), tmp_path / "x.parquet", use_dictionary=False)
+    plan = plan_of(tmp_path / "x.parquet", tmp_path / "run")
+    with pytest.raises(AuditError, match=r"x.parquet: rows 0 to 3 hold more captions .* fewer --rows-per-shard"):
+        rows_of(plan, tmp_path / "run")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "jsonl"])
 def test_many_long_captions_are_held_few_at_a_time(tmp_path: Path, kind: str) -> None:
