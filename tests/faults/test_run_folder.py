@@ -236,13 +236,16 @@ def test_8_a_stopped_worker_is_killed_and_replaced(tmp_path: Path, sd1: str) -> 
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.01)
     owned = [each for each in psutil.Process(process.pid).children() if "audit.engines.worker" in each.cmdline()]
-    ready = list(run.glob(f"logs/*-{owned[0].pid}.jsonl"))
-    owned[0].suspend()
+    worker, events = next((each, found) for each in owned for found in run.glob(f"logs/*-{each.pid}.jsonl"))
+    worker.suspend()
+    while json.loads(events.read_text().splitlines()[-1])["event"] not in ("begin", "batch"):  # between two shards
+        worker.resume()
+        time.sleep(0.01)
+        worker.suspend()
     status = be_audit("status", run)
     assert process.wait(120) == 0, log.read_text()
     assert "gave no sign of life for" in log.read_text(), log.read_text()
-    if ready:
-        assert f"worker {owned[0].pid} on" in status.out and "is stopped (SIGSTOP)" in status.out, status.out
+    assert f"worker {worker.pid} on" in status.out and "is stopped (SIGSTOP)" in status.out, status.out
     assert len(captions_of(run)) == 60 and be_audit("verify", run, "--deep").code == 0
 
 
