@@ -186,9 +186,10 @@ def try_out(model: DiffusionModel) -> None:
         raise
     except Exception as error:
         said = f"{type(error).__name__}: {first_line(error)}"
+        device = "" if model.device.type == "cpu" else f", or {model.device} fails, which another device would show"
         raise ModelError(
             f"its weights are loaded, but a first prediction fails: {said}: one of its config.json files has a value "
-            "that does not fit; download the model again"
+            f"that does not fit; download the model again{device}"
         ) from error
     if found.shape != latents.shape:
         raise ModelError(f"it predicts {list(found.shape[1:])}, where its latents are {list(latents.shape[1:])}")
