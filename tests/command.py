@@ -61,7 +61,7 @@ def _run(arguments: list[str], log: str, environment: dict[str, str]) -> None:
     from audit.cli.commands import cli
 
     torch.set_num_threads(1)
-    if "FAULT" in environment:
+    if {"FAULT", "LINKS"} & set(environment):
         from tests.faults.inject import install
 
         install()

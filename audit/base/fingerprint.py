@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from audit.base.errors import AuditError
+
 
 def digest(facts: dict[str, Any]) -> str:
     """sha256 of the facts as canonical JSON."""
@@ -31,6 +33,17 @@ def diff_lines(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for name in names
         if before.get(name, "absent") != after.get(name, "absent")
     ]
+
+
+def refuse_other(url: str, theirs: dict[str, Any], ours: dict[str, Any], what: str) -> None:
+    """Raise AuditError with one line a field that differs; nothing where they are the same."""
+    lines = diff_lines(theirs, ours)
+    if lines:
+        raise AuditError(
+            f"{url}: {what}; nothing was touched. What differs (there -> now):\n  "
+            + "\n  ".join(lines[:40])
+            + "\nGive the same flags and files to go on with it, or another -o for a new one."
+        )
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

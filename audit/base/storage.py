@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import fsspec
+from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -214,7 +216,8 @@ class Folder:
     def create(self, name: str, data: bytes) -> bool:
         """Write a file that is not there yet, as `write`; False where it is. Of two who try at once, one succeeds.
 
-        Locally a hard link of the temporary sibling, on object stores a conditional put.
+        Locally a hard link of the temporary sibling (a rename under a lock where there are none), on object stores a
+        conditional put.
 
         Raises:
             StorageError: the folder cannot be written, or its driver cannot write on condition.
@@ -291,17 +294,26 @@ class Folder:
             raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from error
 
 
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK}
+
+
 def _link(temporary: str, target: str) -> None:
-    """Give a file its name unless the name is taken; where a file system has no hard links, by an exclusive create."""
+    """Give a file its name unless the name is taken; where a file system has no hard links, under a lock instead."""
     try:
         os.link(temporary, target)
-    except FileExistsError:
-        raise
-    except OSError:
-        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        os.replace(temporary, target)
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+    else:
+        os.unlink(temporary)
         return
-    os.unlink(temporary)
+    try:
+        with FileLock(os.path.join(os.path.dirname(target), ".create.lock")):  # ends with the process that holds it
+            if os.path.lexists(target):
+                raise FileExistsError(errno.EEXIST, "is there", target)
+            os.replace(temporary, target)
+    except NotImplementedError as error:
+        raise OSError(errno.ENOSYS, "the file system has neither hard links nor file locks") from error
 
 
 def _is_refused_condition(error: BaseException) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
+from audit.base.claims import CLAIMS, held
 from audit.base.commits import Commit, Ledger, shard_name
 from audit.base.errors import AuditError
 from audit.base.facts import to_json
@@ -95,7 +96,7 @@ class IndexSummary:
 def build_index(config: IndexConfig, stop: Stop | None = None) -> IndexSummary:
     """Describe every picture, part by part, then build the search index. A killed build goes on where it was.
 
-    One build a folder at a time.
+    One build a folder at a time: others wait for it.
 
     Args:
         config: what to build.
@@ -114,51 +115,70 @@ def build_index(config: IndexConfig, stop: Stop | None = None) -> IndexSummary:
     descriptor = open_descriptor(weights, config.device, config.preprocessing)
     if config.type != "auto":
         ann.make(config.type, descriptor.dim)  # a mistyped one is said before any picture is read
-    fingerprint = plan(folder, sources, descriptor, config)
-    ledger = Ledger(folder, STAGE, fingerprint, PARTS)
+    identity = _identity(sources, descriptor, config)
+    check_index_folder(folder, identity)
     work = [(source, part) for source in sources for part in source.parts(config.rows_per_part)]
     if not work:
         raise AuditError(f"{', '.join(config.images)}: holds no rows")
-    folder.sweep()
-    done = ledger.done(range(len(work)))
-    resumed = len(done)
     stop = stop or Stop()
-    with ThreadPoolExecutor(8) as pool, _progress(work, done) as progress:
-        for number, (source, part) in enumerate(work):
-            if number not in done:
-                left = Counter[str]()
-                batches = described(source, part, descriptor, config.batch_size, pool, left)
-                done[number] = embed_part(number, source, part, batches, descriptor.dim, ledger, stop, progress, left)
-    info = _finish(folder, ledger, done, descriptor, weights, config, left_out)
+    with held(folder, CLAIMS, identity, lambda: False, "builds an index here", stop):
+        ledger = Ledger(folder, STAGE, plan(folder, descriptor.name, identity), PARTS)
+        folder.sweep()
+        done = ledger.done(range(len(work)))
+        resumed = len(done)
+        with ThreadPoolExecutor(8) as pool, _progress(work, done) as progress:
+            for number, (source, part) in enumerate(work):
+                if number not in done:
+                    left = Counter[str]()
+                    batches = described(source, part, descriptor, config.batch_size, pool, left)
+                    done[number] = embed_part(
+                        number, source, part, batches, descriptor.dim, ledger, stop, progress, left
+                    )
+        info = _finish(folder, ledger, done, descriptor, weights, config, left_out)
     return IndexSummary(config.output, info.rows, info.ok, info.errors, info.error_examples, len(work), resumed, info)
 
 
-def plan(folder: Folder, sources: list[Source], descriptor: Descriptor, config: IndexConfig) -> str:
-    """Write `index.json`, or check that what is there is this very index; returns the fingerprint.
+def _identity(sources: list[Source], descriptor: Descriptor, config: IndexConfig) -> dict[str, Any]:
+    """What makes it this index and no other."""
+    return {
+        "format": FORMAT,
+        "descriptor": {name: value for name, value in descriptor.facts().items() if name != "name"},
+        "rows_per_part": config.rows_per_part,
+        "columns": {name: getattr(config, name) for name in ("image_col", "url_col", "caption_col", "key_col")},
+        "sources": [source.facts() for source in sources],
+    }
+
+
+def check_index_folder(folder: Folder, identity: dict[str, Any]) -> bool:
+    """Whether this very index was begun in the folder; False for an empty one.
 
     Raises:
         AuditError: the folder holds something else, with the difference field by field.
     """
-    identity = {name: value for name, value in descriptor.facts().items() if name != "name"}
-    columns = {name: getattr(config, name) for name in ("image_col", "url_col", "caption_col", "key_col")}
-    facts: dict[str, Any] = {
-        "format": FORMAT,
-        "descriptor": identity,
-        "rows_per_part": config.rows_per_part,
-        "columns": columns,
-        "sources": [source.facts() for source in sources],
-    }
-    fingerprint = digest(facts)
     if folder.exists(FACTS):
         old = read_index_facts(folder)
-        if old.fingerprint != fingerprint:
-            lines = "; ".join(diff_lines(old.facts, facts))
+        if old.fingerprint != digest(identity):
+            lines = "; ".join(diff_lines(old.facts, identity))
             raise AuditError(f"{folder.url}: holds another index ({lines}): name another folder with -o, or remove it")
-    else:
-        there = [name for name in folder.list() if not name.startswith((".", "_"))]
-        if there or (folder.local and folder.fs.isfile(folder.root)):
-            raise AuditError(f"-o {folder.url}: not an empty folder and no index (it has {(there or ['data'])[0]})")
-        folder.write(FACTS, to_json(IndexFacts(fingerprint, descriptor.name, facts)))
+        return True
+    there = [name for name in folder.list() if not name.startswith((".", "_"))]
+    if there or (folder.local and folder.fs.isfile(folder.root)):
+        raise AuditError(f"-o {folder.url}: not an empty folder and no index (it has {(there or ['data'])[0]})")
+    return False
+
+
+def plan(folder: Folder, name: str, identity: dict[str, Any]) -> str:
+    """Write `index.json`, or check that what is there is this very index; returns the fingerprint.
+
+    Args:
+        name: of the descriptor.
+
+    Raises:
+        AuditError: as check_index_folder.
+    """
+    fingerprint = digest(identity)
+    if not check_index_folder(folder, identity):
+        folder.write(FACTS, to_json(IndexFacts(fingerprint, name, identity)))
     return fingerprint
 
 

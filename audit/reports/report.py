@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+from audit.base.claims import CLAIMS, held
 from audit.base.errors import AuditError
 from audit.base.options import option
 from audit.base.storage import Folder, join
@@ -90,18 +91,19 @@ def report(config: ReportConfig) -> ReportSummary:
         threshold, num_noises = thresholds.threshold(by), thresholds.num_noises
     flagged = find_flagged(run, by, threshold, config.top_k, num_noises)
     facts = report_facts(run, flagged)
-    for name in _OURS:
-        folder.remove(name)
-    folder.write("report.json", json.dumps(facts, indent=1).encode())  # first: it marks the folder as ours
-    exports = [name for name in config.format if name != "html"]
-    tables = {"flagged": flagged.table, "denylist": flagged.deny}
-    files = write_exports(folder, tables, exports, facts) if exports else []
-    if "parquet" in exports and flagged.candidates.num_rows:
-        files.append("exports/candidates.parquet")
-        folder.write(files[-1], table_as(flagged.candidates, "parquet"))
-    stated = write_statement(folder, facts)
-    if "html" in config.format:
-        write_page(run, folder, flagged, facts, files)
+    with held(folder, CLAIMS, asdict(run.fingerprint), lambda: False, "writes a report here", None):
+        for name in _OURS:
+            folder.remove(name)
+        folder.write("report.json", json.dumps(facts, indent=1).encode())  # first: it marks the folder as ours
+        exports = [name for name in config.format if name != "html"]
+        tables = {"flagged": flagged.table, "denylist": flagged.deny}
+        files = write_exports(folder, tables, exports, facts) if exports else []
+        if "parquet" in exports and flagged.candidates.num_rows:
+            files.append("exports/candidates.parquet")
+            folder.write(files[-1], table_as(flagged.candidates, "parquet"))
+        stated = write_statement(folder, facts)
+        if "html" in config.format:
+            write_page(run, folder, flagged, facts, files)
     return ReportSummary(
         output=folder.url,
         html=join(folder.url, "index.html") if "html" in config.format else None,
@@ -123,6 +125,6 @@ def _check_output(folder: Folder) -> None:
     if folder.local and folder.fs.isfile(folder.root):
         raise AuditError(f"-o {folder.url}: is a file; give a folder")
     folder.sweep()  # of a report that was killed
-    there = [name for name in folder.list() if not name.startswith(".")]
+    there = [name for name in folder.list() if not name.startswith(".") and name != CLAIMS]
     if there and "report.json" not in there:
         raise AuditError(f"-o {folder.url}: not empty and not a report (it has {there[0]}); give a new folder")

@@ -15,7 +15,7 @@ from typing import Any
 
 from audit.base.errors import AuditError
 from audit.base.facts import read_facts, to_json
-from audit.base.fingerprint import diff_lines, digest
+from audit.base.fingerprint import digest, refuse_other
 from audit.base.ours import is_run_name
 from audit.base.seal import Seal
 from audit.base.storage import Folder, check_kept, join
@@ -210,24 +210,13 @@ class Run:
         Raises:
             AuditError: with one line a field that differs.
         """
-        refuse_other(self.folder, self.fingerprint, fingerprint, "holds a different run")
+        refuse_other(self.folder.url, asdict(self.fingerprint), asdict(fingerprint), "holds a different run")
 
     def still(self) -> None:
         """Raise AuditError where the folder holds another run by now."""
         now = Run.find(self.folder)
         if now is None or (now.digest, now.facts.created) != (self.digest, self.facts.created):
             raise AuditError(f"{self.url}: the run was removed or replaced by another process")
-
-
-def refuse_other(folder: Folder, theirs: Fingerprint, ours: Fingerprint, what: str) -> None:
-    """Raise AuditError with one line a field that differs; nothing where they are the same."""
-    lines = diff_lines(asdict(theirs), asdict(ours))
-    if lines:
-        raise AuditError(
-            f"{folder.url}: {what}; nothing was touched. What differs (run -> now):\n  "
-            + "\n  ".join(lines[:40])
-            + "\nGive the same flags and files to go on with it, or another -o for a new run."
-        )
 
 
 def _check_format(folder: Folder, data: bytes) -> None:

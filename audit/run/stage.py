@@ -224,7 +224,8 @@ class Stage:
                 return earlier
             if lines and not replace and cls.find(run, kind) is not None:
                 raise AuditError(
-                    f"{run.url}: {kind.name} was begun differently; nothing was touched. What differs (run -> now):\n  "
+                    f"{run.url}: {kind.name} was begun differently; nothing was touched. What differs "
+                    "(there -> now):\n  "
                     + "\n  ".join(lines[:40])
                     + "\nGive the same flags to go on with it, or --replace to discard it and begin anew."
                 )

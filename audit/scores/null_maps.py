@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from audit.base.claims import CLAIMS, held
 from audit.base.commits import Commit
 from audit.base.errors import AuditError, Broken, ends_the_job
 from audit.base.fingerprint import digest
@@ -24,7 +25,7 @@ from audit.captions import SAMPLE, read_captions
 from audit.engines.failures import ShardFailed, together_or_alone
 from audit.engines.job import JobSpec
 from audit.engines.launch import EngineConfig
-from audit.run.claim import held, take_back
+from audit.run.claim import take_back
 from audit.run.run import Run
 from audit.run.schema import NULL_MAP_COLUMNS, tensor_array, tensor_values
 from audit.run.stage import NULL_MAPS, SECOND_NULL_MAPS, Stage, StageKind, run_stage
@@ -70,8 +71,8 @@ def make_null_maps(
     stage = _begin(run, kind, noises)
     if stage.complete:
         return stage
-    place = f"_claims/{kind.name}"
-    with held(run.folder, place, run.fingerprint, lambda: stage.complete, "makes the null maps", stop) as number:
+    place, identity = f"{CLAIMS}/{kind.name}", asdict(run.fingerprint)
+    with held(run.folder, place, identity, lambda: stage.complete, "makes the null maps", stop) as number:
         if number:
             run.still()  # likewise, by the one that held the claim
         try:

@@ -19,13 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from audit.index import Index, verify_index
 from audit.run.read import read_scores, read_stage
 from audit.run.run import Run
 from audit.run.verify import verify_run
 from tests.command import be_audit, start
 from tests.faults import inject  # noqa: F401
 
-STAGES = ("scan", "refine", "confirm", "mitigate", "report")
+STAGES = ("index", "scan", "refine", "confirm", "mitigate", "report")
 ROWS = 24
 
 
@@ -53,12 +54,10 @@ class World:
         for number in range(40):
             pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(root / f"pictures/{number}.png")
-        done = be_audit("index", "build", root / "pictures", "-o", root / "index", "--sscd", "testbed")
-        assert done.code == 0, done
         self.expected: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}  # that a stage takes where nothing disturbs it
-        run = root / "run"
         for stage in STAGES:
+            run = root / ("index" if stage == "index" else "run")
             if run.exists():
                 shutil.copytree(run, root / f"before-{stage}")
             started = time.monotonic()
@@ -74,6 +73,7 @@ class World:
         confirm = ["confirm", run, "--index", self.root / "index", "--top-k", 6, "--num-images", 11]
         mitigate = ["mitigate", run, "--iterations", 1, "--num-images", 2, "--target", 0.001]
         return {
+            "index": ["index", "build", self.root / "pictures", "-o", run, "--sscd", "testbed", "--rows-per-part", 8],
             "scan": scan,
             "refine": [*scan, "--refine", 0.3],
             "confirm": [*confirm, "--ls-threshold", 1e6, "--batch-size", 16, "--max-error-rate", 0],
@@ -90,6 +90,10 @@ class World:
 
     def seen(self, stage: str, run: Path | str) -> Any:
         """What a stage has made: the rows that must be there exactly once, and their hashes."""
+        if stage == "index":
+            index = Index.open(str(run))
+            keys, vectors = index.facts(index.ids())["key"].to_pylist(), index.vectors(index.ids())
+            return [[key, f"{vector[0]:.2f}"] for key, vector in zip(keys, vectors, strict=True)]
         opened = Run.open(str(run))
         if stage == "report":
             facts = json.loads((Path(run) / "report/report.json").read_text())
@@ -114,8 +118,8 @@ class World:
             return f"{len(found)} rows where {len(expected)} should be"
         if found != expected:
             return f"other rows: {next((a, b) for a, b in zip(found, expected, strict=True) if a != b)}"
-        whole = verify_run(str(run), deep=True)
-        return None if whole.whole else whole.problems[0]
+        problems = verify_index(str(run), deep=True) if stage == "index" else verify_run(str(run), deep=True).problems
+        return problems[0] if problems else None
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,7 @@ KILLED, TERMINATED = -signal.SIGKILL, -signal.SIGTERM  # SIGTERM before the comm
 FAULTS = (
     Fault("SIGKILL at any moment", (0, KILLED), act=_signals(signal.SIGKILL)),
     Fault("SIGKILL at a write", (0, KILLED), _at("kill", 90)),
+    Fault("SIGKILL, no hard links", (0, KILLED), lambda *given: {"LINKS": "none"} | _at("kill", 90)(*given)),
     Fault("SIGTERM", (0, 75, TERMINATED), act=_signals(signal.SIGTERM)),
     Fault("Ctrl-C twice", (0, 75, 130, 1), act=_signals(signal.SIGINT, signal.SIGINT)),
     Fault("SIGSTOP and SIGCONT", (0,), act=_signals(signal.SIGSTOP, signal.SIGCONT)),

@@ -5,6 +5,7 @@ The environment variable FAULT says which: `KIND:N`, KIND one of
 - full, inodes, readonly: from the n-th on every write, of files or to the store, fails with ENOSPC, EDQUOT, EROFS.
 - store: the n-th call of the store fails as a lost connection; lost: from the n-th on every one does.
 - lie: the n-th write to the store says that it was done, and was not.
+LINKS=none: the disk has no hard links, as exFAT and some network drives.
 The store is `faulty://PATH`: a local folder behind a file system that is no local one to the program.
 """
 
@@ -49,7 +50,12 @@ def _before_call() -> None:
 def install() -> None:
     """Watch what this process does to the disk. Python's own open() writes are seen at the sync that follows."""
     for name in ("replace", "link", "fsync"):
-        setattr(os, name, _watched(getattr(os, name)))
+        call = _no_link if (name, os.environ.get("LINKS")) == ("link", "none") else getattr(os, name)
+        setattr(os, name, _watched(call))
+
+
+def _no_link(*_: Any) -> None:
+    raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
 
 def _watched(call: Callable[..., Any]) -> Callable[..., Any]:

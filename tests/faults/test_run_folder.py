@@ -124,7 +124,7 @@ def test_4_of_two_configurations_that_start_together_one_is_refused(tmp_path: Pa
         process.join(120)
     assert sorted(process.exitcode or 0 for process in every) == [0, 2], [log.read_text() for log in logs]
     refused = logs[[process.exitcode for process in every].index(2)].read_text()
-    assert "nothing was touched. What differs (run -> now):" in refused and "  seed: " in refused
+    assert "nothing was touched. What differs (there -> now):" in refused and "  seed: " in refused
     assert captions_of(run) == captions
 
 

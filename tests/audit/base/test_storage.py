@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +153,29 @@ except AuditError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == f"{tmp_path}/a/x: cannot be written: File too large\n", done.stderr
     assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_without_hard_links_a_name_is_given_once_and_never_to_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """exFAT and some network drives have none."""
+    monkeypatch.setattr(os, "link", no_link)
+    folder = Folder(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda number: folder.create("a/x", str(number).encode()), range(64)))
+    assert sum(made) == 1 and folder.read("a/x") == str(made.index(True)).encode()
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(AuditError, match="a/y: cannot be written: No space left"):
+        folder.create("a/y", b"content")
+    assert not (tmp_path / "a/y").exists()
+
+
+def no_link(*_: object) -> None:
+    raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_paths_and_schemes(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from audit.base.claims import ClaimFacts
 from audit.base.errors import AuditError
 from audit.base.facts import to_json
 from audit.base.fingerprint import diff_lines, digest
 from audit.base.storage import Folder, this_host
-from audit.run.claim import ClaimFacts
 from audit.run.read import read_scores
 from audit.run.run import Run
 from audit.run.stage import REFINE, SCAN, Stage
@@ -81,7 +81,7 @@ def test_another_flag_is_refused_with_nothing_touched(config: ScanConfig, flags:
     before = tree(Path(config.output))
     found = be_audit(*command(config, *flags))
     assert found.code == 2
-    assert f"{config.output}: holds a different run; nothing was touched. What differs (run -> now):\n" in found.err
+    assert f"{config.output}: holds a different run; nothing was touched. What differs (there -> now):\n" in found.err
     assert f"  {line}\n" in found.err
     assert tree(Path(config.output)) == before
 
@@ -164,7 +164,7 @@ def test_a_folder_used_again_for_another_run(config: ScanConfig, tmp_path: Path)
 @pytest.mark.faults
 def test_planning_that_was_killed_begins_anew(config: ScanConfig) -> None:
     folder = Path(config.output)
-    claim = ClaimFacts(Run.open(config.output).fingerprint, this_host(), 4_190_000)  # above the largest pid
+    claim = ClaimFacts(asdict(Run.open(config.output).fingerprint), this_host(), 4_190_000)  # above the largest pid
     (folder / "run.json").unlink()
     Folder(folder).write("_claims/1.json", to_json(claim))
     shutil.rmtree(folder / "scores")
