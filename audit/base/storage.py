@@ -268,11 +268,7 @@ class Folder:
         path = Path(target)
         temporary = str(path.with_name(f".{path.name}.{this_host()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"))
         try:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            except FileExistsError as error:
-                raise NotADirectoryError(20, "a file is where a folder should be") from error
-            with open(temporary, "wb") as file:
+            with _create(temporary) as file:
                 if isinstance(data, Path):
                     with data.open("rb") as reader:
                         shutil.copyfileobj(reader, file, 1 << 24)
@@ -292,6 +288,19 @@ class Folder:
             if not isinstance(error, OSError) or isinstance(error, FileExistsError):
                 raise
             raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+def _create(path: str, tries: int = 10) -> IO[bytes]:
+    """Open a new file; its folder is made, again where another process has just removed it (a claim's last holder)."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "wb")
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, "a file is where a folder should be") from error
+    except FileNotFoundError:
+        if tries == 1:
+            raise
+        return _create(path, tries - 1)
 
 
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK}
