@@ -5,7 +5,9 @@
 Reads the images that bench_confirm left in --work, and those of other noises in --other. Templates with an odd number,
 the first noise and every second caption never seen choose; even templates and the other captions report, once under
 the first noise and once under all others of --other.
-Measures times masks; of each the AUC, and what is flagged at `--match-fpr` 0.05 and 0.01 under the null of pictures.
+Measures times masks, and SSCD of what lies under a mask (the square around the cells above a part of its largest, cut
+out of image and picture alike) and of the whole picture; of each the AUC, and what is flagged at `--match-fpr` 0.05 and
+0.01 under the null of pictures.
 
 The testbed copies few small regions, so there is a second set: of each large template only a part of 7 to 25 % of the
 picture is kept, in the training pictures (the rest becomes another picture's) and in the images and energy maps (the
@@ -170,10 +172,13 @@ class Bench:
                 near.append(own[at])
                 sscd[at] = max(sscd[at], float(self.index.vectors([own[at]])[0] @ vectors[at]))
             self._add(found, images[key]["images"], near, masks[at])
+            found.setdefault(SSCD_WHOLE, []).append(1 - float(sscd[at]))
         null: dict[tuple[str, str], list[float]] = {}
         for key, id, others in zip(self.drawn.keys, self.drawn.ids, self.drawn.others, strict=True):
             mask = masks[int(key % np.uint64(len(masks)))]
             self._add(null, self.references.pixels(int(id)), [other for other, _ in others], mask)
+            whole = self.index.vectors([int(id), *(other for other, _ in others)])
+            null.setdefault(SSCD_WHOLE, []).append(1 - float((whole[1:] @ whole[0]).max()))
         of = [captions[caption] for caption, _ in keys]
         copied = np.array([each.group == "local, copied" for each in of])
         small = copied & np.array([each.area < SMALL for each in of])
@@ -192,8 +197,23 @@ class Bench:
                 to.setdefault((measure, mask), []).append(smallest)
             several = values[:, [list(masks).index(name) for name in SEVERAL]]
             to.setdefault((measure, "best of " + ", ".join(SEVERAL)), []).append(float(several.min()))
+        for name in CUT_OUT:
+            rows, columns = square_around(masks[name] > 0)
+            cut = [each[rows, columns] for each in (np.asarray(image), *(self.references.pixels(id) for id in near))]
+            vectors = self.descriptor(cut).numpy()
+            to.setdefault(("1 - SSCD, cut out", name), []).append(1 - float((vectors[1:] @ vectors[0]).max()))
 
 
+def square_around(cells: Array) -> tuple[slice, slice]:
+    """The square of at least a quarter of the side that holds all marked pixels, [H, W], with two more at its edges."""
+    side, spans = len(cells), [np.flatnonzero(cells.any(axis)) for axis in (1, 0)]
+    length = min(side, max(side // 4, *(int(span[-1] - span[0]) + 5 for span in spans)))
+    starts = [int(np.clip((span[0] + span[-1] + 1 - length) // 2, 0, side - length)) for span in spans]
+    return slice(starts[0], starts[0] + length), slice(starts[1], starts[1] + length)
+
+
+SSCD_WHOLE = ("1 - SSCD, under the null", "whole")
+CUT_OUT = ("energy > 0.25 max", "energy > 0.5 max")
 SEVERAL = ("energy ^ 1", "energy ^ 4", "energy > 0.25 max")
 
 
@@ -269,6 +289,8 @@ def worth(half: Half, name: tuple[str, str]) -> float:
 
 
 SHIPPED = (
+    SSCD_WHOLE,
+    *(("1 - SSCD, cut out", name) for name in CUT_OUT),
     ("concordance", "energy ^ 3"),
     ("correlation", "energy ^ 2"),
     ("distance", "energy ^ 2"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -141,9 +142,10 @@ def _signals(*numbers: int) -> Callable[[BaseProcess, random.Random, float], Non
     def act(process: BaseProcess, moments: random.Random, seconds: float) -> None:
         time.sleep(moments.uniform(0, 1.2 * seconds))
         for number in numbers:
-            if process.is_alive() and process.pid is not None:
-                os.kill(process.pid, number)
-                time.sleep(0.05)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                if process.is_alive() and process.pid is not None:
+                    os.kill(process.pid, number)
+                    time.sleep(0.05)
 
     return act
 
