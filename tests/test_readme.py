@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """captions.parquet, clean.parquet, labels.csv, images/ and the descriptor's file, cut from the testbed."""
     folder = tmp_path_factory.mktemp("readme")
     table = pq.read_table(testbed.CAPTIONS).to_pandas().drop_duplicates("TEXT")
-    copied = table[table.copy_error < 0.15].sort_values("copy_error").head(8)
+    copied = table[table.copy_error < 0.15].sort_values("copy_error", kind="stable").head(8)
     unseen = table[table.cluster.str.startswith("unseen")]
     chosen = pd.concat([copied, unseen.head(16)])
     chosen[["URL", "TEXT"]].to_parquet(folder / "captions.parquet")

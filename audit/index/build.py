@@ -155,13 +155,13 @@ def check_index_folder(folder: Folder, identity: dict[str, Any]) -> bool:
     Raises:
         AuditError: the folder holds something else, with the difference field by field.
     """
-    if folder.exists(FACTS):
+    there = [name for name in folder.list() if not name.startswith((".", "_"))]
+    if folder.exists(FACTS):  # asked for after the listing: it is the first that another build writes
         old = read_index_facts(folder)
         if old.fingerprint != digest(identity):
             lines = "; ".join(diff_lines(old.facts, identity))
             raise AuditError(f"{folder.url}: holds another index ({lines}): name another folder with -o, or remove it")
         return True
-    there = [name for name in folder.list() if not name.startswith((".", "_"))]
     if there or (folder.local and folder.fs.isfile(folder.root)):
         raise AuditError(f"-o {folder.url}: not an empty folder and no index (it has {(there or ['data'])[0]})")
     return False

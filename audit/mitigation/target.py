@@ -44,7 +44,8 @@ def clean_target(run: Run, trajectories: Stage, config: MovingConfig, mask: str)
     # 2. what the scan scored: the same loss under another name
     scanned = MASK_LOSS.get(run.fingerprint.mask)  # a model without attention masks has none
     same = {"magnitude": "magnitude", "ld_energy": "ld_energy", scanned: "ld"}.get(column)
-    scores = distinct(read_scores(run, ["row_id", "status", "duplicate_of", *([same] if same else [])]))
+    columns = ["row_id", "status", "duplicate_of", *([same] if same else [])]
+    scores = distinct(read_scores(run, columns, first_look=True))  # an image has one noise
     suspects = trajectories.items["row_id"].combine_chunks()
     scores = scores.filter(pc.invert(pc.is_in(scores["row_id"], suspects)))
     if not scores.num_rows:

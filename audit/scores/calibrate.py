@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
 
@@ -24,11 +24,11 @@ from audit.base.text import grid
 from audit.run.read import read_scores
 from audit.run.run import Run
 from audit.run.schema import DEFAULT_SCORE, EXTRA_DETECTORS, RUN_DETECTORS, SCORES, WINDOWS
-from audit.run.stage import SCAN, Stage
+from audit.run.stage import SCAN, SECOND_LOOK, Stage
 from audit.scores.config import ScoringConfig
 from audit.scores.null_maps import sample_of
 from audit.scores.scan import ScanConfig, scan
-from audit.scores.second_look import looks_noises
+from audit.scores.second_look import SECOND_LOOK_NOISES, SecondLookFingerprint, looks_noises
 from audit.statistics.thresholds import CleanThreshold, sample_size_note, threshold_at_fpr
 
 FORMAT = 1
@@ -47,8 +47,8 @@ class CalibrateConfig(ScoringConfig):
     output: str = option("thresholds.json", "The thresholds; captions are scanned into OUTPUT.run.", short="-o")
     fpr: float = option(0.01, "Share of clean captions that may be flagged.", min=1e-9, max=1 - 1e-9)
     num_noises: int = option(
-        1,
-        "Initial noises every caption is scored with: as many as the second look of the scan has, or the scan itself.",
+        SECOND_LOOK_NOISES,
+        "Initial noises of a score, as many as the scan's second look has; thresholds of one noise are written beside.",
         min=1,
         max=4096,
     )
@@ -74,6 +74,7 @@ class ScoreThreshold:
 class ThresholdsFile:
     """What `be-audit calibrate` writes. model: what the scores depend on. method: the score that was asked for.
 
+    first: thresholds of the scores over the first `first_noises` noises alone, where `thresholds` has more of them.
     null_maps: digest of the captions that `excess` was measured against: its threshold holds for no others.
     """
 
@@ -88,6 +89,14 @@ class ThresholdsFile:
     note: str
     thresholds: dict[str, ScoreThreshold]
     null_maps: str | None = None
+    first: dict[str, ScoreThreshold] = field(default_factory=dict)
+    first_noises: int = 0
+
+    def of(self, num_noises: int) -> dict[str, ScoreThreshold]:
+        """Of scores that are means over so many noises; empty where the file has none."""
+        if num_noises == self.model.get("num_noises"):
+            return self.thresholds
+        return self.first if num_noises == self.first_noises else {}
 
 
 @dataclass(frozen=True)
@@ -130,13 +139,21 @@ class Thresholds:
     """A thresholds file that fits a run.
 
     Attributes:
-        path: where it was read from. facts: its content.
+        path: where it was read from. facts: its content. known: thresholds by score.
         num_noises: noises that the scores of a row must be means over for it to be flagged; None where all rows' are.
         null_maps: of the run.
     """
 
-    def __init__(self, path: str, facts: ThresholdsFile, num_noises: int | None, null_maps: str | None) -> None:
-        self.path, self.facts, self.num_noises, self.null_maps = path, facts, num_noises, null_maps
+    def __init__(
+        self,
+        path: str,
+        facts: ThresholdsFile,
+        known: dict[str, ScoreThreshold],
+        num_noises: int | None,
+        null_maps: str | None,
+    ) -> None:
+        self.path, self.facts, self.known = path, facts, known
+        self.num_noises, self.null_maps = num_noises, null_maps
 
     def threshold(self, score: str) -> float:
         """Flag a caption when its `score` is above this.
@@ -144,17 +161,16 @@ class Thresholds:
         Raises:
             AuditError: the file has no threshold for this score, or one under other null maps.
         """
-        known = self.facts.thresholds
-        if score not in known:
+        if score not in self.known:
             raise AuditError(
-                f"--thresholds {self.path}: none for {score}; it has {', '.join(known)}: pass another --by"
+                f"--thresholds {self.path}: none for {score}; it has {', '.join(self.known)}: pass another --by"
             )
         if score in RUN_DETECTORS and self.facts.null_maps != self.null_maps:
             raise AuditError(
                 f"--thresholds {self.path}: {score} is measured against a run's own captions, and these are another "
                 "run's: pass another --by, or calibrate the run itself"
             )
-        return known[score].threshold
+        return self.known[score].threshold
 
 
 def calibrate(
@@ -177,26 +193,17 @@ def calibrate(
         raise AuditError(
             f"{run.url}: {len(left)} of {len(stage.shards)} shards are not scanned: go on with `be-audit scan`"
         )
-    if looks_noises(run) is not None:
-        raise AuditError(
-            f"{run.url}: its rows are scored with different numbers of noises (a second look): scan the clean captions "
-            "with --second-look 0, and with --num-noises as many as the second look of the audit has"
-        )
-    table = read_scores(run, ["status", "duplicate_of", "mask_source", *SCORES])
-    table = table.filter(pc.is_null(table["duplicate_of"]))
-    clean = table.filter(pc.equal(table["status"], "ok"))
-    found = {
-        name: threshold_at_fpr(_numbers(clean[name]), config.fpr)
-        for name in SCORES
-        if clean.num_rows
-        and not clean[name].null_count  # a window that only refined rows have says nothing of the rest
-    }
+    first_noises, looks = run.fingerprint.num_noises, looks_noises(run)
+    clean, failed = _clean(run, looks or first_noises)
+    found, first = _thresholds(clean, config.fpr), dict[str, CleanThreshold]()
+    if looks is not None:
+        first = _thresholds(_clean(run, first_noises)[0], config.fpr)
     if config.method not in found:
         raise AuditError(f"--method {config.method}: the run has no such score of all rows; it has {', '.join(found)}")
     facts = ThresholdsFile(
         format=FORMAT,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        model=_model_facts(run),
+        model={**_model_facts(run), "num_noises": looks or first_noises},
         mask_source=clean["mask_source"][0].as_py(),
         steps=run.fingerprint.steps,
         method=config.method,
@@ -205,11 +212,41 @@ def calibrate(
         note=sample_size_note(clean.num_rows, config.fpr),
         thresholds={name: _score_threshold(each, config.fpr) for name, each in found.items()},
         null_maps=_null_maps(run),
+        first={name: _score_threshold(each, config.fpr) for name, each in first.items()},
+        first_noises=first_noises if first else 0,
     )
     with fsspec.open(config.output, "wb") as file:
         file.write(to_json(facts))
-    failed = pc.sum(pc.equal(table["status"], "error")).as_py() or 0
     return Calibration(config.output, run.url, config.fpr, config.method, clean.num_rows, failed, found)
+
+
+def _clean(run: Run, num_noises: int) -> tuple[pa.Table, int]:
+    """Scores of the distinct captions, means over so many noises; and how many have none.
+
+    Raises:
+        AuditError: a second look had a part of them alone.
+    """
+    first = num_noises == run.fingerprint.num_noises
+    table = read_scores(run, ["status", "duplicate_of", "mask_source", "num_noises", *SCORES], first_look=first)
+    table = table.filter(pc.is_null(table["duplicate_of"]))
+    clean = table.filter(pc.equal(table["status"], "ok"))
+    failed = pc.sum(pc.equal(table["status"], "error")).as_py() or 0
+    if first:
+        return clean, failed
+    stage = Stage.open(run, SECOND_LOOK)
+    if stage.fingerprint(SecondLookFingerprint).fraction < 1 or not stage.complete:
+        raise AuditError(
+            f"{run.url}: not every row had the second look, so their scores are over different numbers of noises: scan "
+            "the clean captions with --second-look 1, or give them to calibrate itself"
+        )
+    whole = clean.filter(pc.equal(clean["num_noises"], num_noises))
+    return whole, failed + clean.num_rows - whole.num_rows
+
+
+def _thresholds(clean: pa.Table, fpr: float) -> dict[str, CleanThreshold]:
+    """Of every score that all rows have: a window that only refined rows have says nothing of the rest."""
+    kept = [name for name in SCORES if clean.num_rows and not clean[name].null_count]
+    return {name: threshold_at_fpr(_numbers(clean[name]), fpr) for name in kept}
 
 
 def load_thresholds(path: str, run: Run, num_noises: int | None = None) -> Thresholds:
@@ -223,17 +260,17 @@ def load_thresholds(path: str, run: Run, num_noises: int | None = None) -> Thres
             of noises: with one line a field that differs.
     """
     facts, looks = _read(path), looks_noises(run)
-    expected = _model_facts(run)
-    if looks is not None:
-        expected["num_noises"] = looks
-    lines = diff_lines(facts.model, expected)
+    wanted = num_noises or looks or run.fingerprint.num_noises
+    known = facts.of(wanted)
+    expected = {**_model_facts(run), "num_noises": wanted}
+    lines = diff_lines({**facts.model, "num_noises": wanted} if known else facts.model, expected)
     if lines:
         raise AuditError(
             f"--thresholds {path}: made for other scores than those of {run.url}. What differs (file -> run):\n  "
             + "\n  ".join(lines[:40])
-            + f"\nCalibrate again with the flags the run was scanned with, and --num-noises {expected['num_noises']}."
+            + f"\nCalibrate again with the flags the run was scanned with, and --num-noises {wanted}."
         )
-    return Thresholds(path, facts, looks, _null_maps(run))
+    return Thresholds(path, facts, known, looks if wanted == looks else None, _null_maps(run))
 
 
 def _null_maps(run: Run) -> str | None:
@@ -262,6 +299,7 @@ def _find_run(config: CalibrateConfig) -> Run | None:
         return None
     for place in dataclasses.fields(config):
         given, of_run = getattr(config, place.name), run.facts.config.get(place.name)
+        of_run = looks_noises(run) or of_run if place.name == "num_noises" else of_run
         of_run = tuple(of_run) if isinstance(of_run, list) else of_run
         if place.name in MODEL_FIELDS and given != place.default and given != of_run and place.name != "dtype":
             flag = place.name.replace("_", "-")
@@ -276,7 +314,9 @@ def _scan(config: CalibrateConfig, stop: Stop | None, say: Callable[[str], None]
         raise AuditError(f"--method {config.method}: needs --mask final")
     shared = {place.name: getattr(config, place.name) for place in dataclasses.fields(ScoringConfig)}
     output = f"{config.output}.run"
-    alone = {"output": output, "second_look": 0.0, "store_masks": "none", "keep_cols": (), "rank": 0, "world_size": 1}
+    looks = {"num_noises": 1, "second_look": 1.0 if config.num_noises > 1 else 0.0}
+    looks["second_look_noises"] = max(2, config.num_noises)
+    alone = {"output": output, **looks, "store_masks": "none", "keep_cols": (), "rank": 0, "world_size": 1}
     done = scan(ScanConfig(**{**shared, **alone}), stop, say)
     if not done.unique:
         raise Broken(f"{output}: all {done.rows:,} captions are empty: nothing to calibrate on")

@@ -41,7 +41,7 @@ class ScanConfig(ScoringConfig):
     """What to scan, with what, and how. Every field is a flag of `be-audit scan`."""
 
     second_look: float = option(
-        0.0, "Then score this fraction of the rows, the best-scored, with more noises.", min=0.0, max=1.0
+        0.1, "Then score this fraction of the rows, the best-scored, with more noises; 0 for none.", min=0.0, max=1.0
     )
     second_look_noises: int = option(
         SECOND_LOOK_NOISES, "Noises of the second look, the first ones included.", min=2, max=4096

@@ -44,7 +44,7 @@ IMAGES = 11  # confirm's images a caption: two captions a shard
 def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """run: 12 captions, the four copies among them confirmed in two shards. index: the pictures of the copies."""
     folder = tmp_path_factory.mktemp("mitigate")
-    table = pq.read_table(testbed.CAPTIONS).to_pandas().drop_duplicates("TEXT").sort_values("copy_error")
+    table = pq.read_table(testbed.CAPTIONS).to_pandas().drop_duplicates("TEXT").sort_values("copy_error", kind="stable")
     parts = [table[table.label == "global"].head(2), table[table.label == "local"].drop_duplicates("cluster").head(2)]
     parts.append(table[table.cluster.str.startswith("unseen")].head(8))
     rows = [row for part in parts for row in part.to_dict("records")]
@@ -90,7 +90,9 @@ def stored(config: MitigateConfig) -> dict[int, dict[str, Any]]:
 def test_copies_stop_copying_and_every_before_is_what_confirm_saw(run: MitigateConfig, work: Path) -> None:
     done = mitigate(run)
     assert (done.captions, done.images, done.untriggered, done.failed, done.exit_code) == (4, 4, 0, 0, 0)
-    assert done.verdicts["global"][0] == 4 and done.verdicts["global"][1] == 0
+    # below the target a copy may still be one: of the two whole pictures none is, of the two regions at most one
+    assert done.verdicts["global"][0] == 4 and done.verdicts["global"][1] <= 1
+    assert all(row["verdict_after"] != "global" for row in rows_of(run) if row["row_id"] < 2)
     known = stored(run)
     captions = read_scores(Run.open(run.run), ["row_id", "caption"]).to_pylist()
     clean = [row["caption"] for row in captions if row["row_id"] not in known]

@@ -110,7 +110,7 @@ def test_templates(run: Run, scores: pd.DataFrame) -> None:
     numbers_alike = first["caption"].str.lower().str.replace("[0-9]+", "0", regex=True)
     opening = numbers_alike.str.extract("^[^a-z0-9]*([a-z0-9]+[^a-z0-9]+[a-z0-9]+)")[0]
     groups = first.groupby(opening)["ld_energy"].agg(["size", "mean", "max"])
-    groups = groups[groups["size"] >= 3].sort_values("mean", ascending=False).head(50)
+    groups = groups[groups["size"] >= 3].sort_values("mean", ascending=False, kind="stable").head(50)
     found = frame_of("templates", run)
     assert found["opening"].tolist() == groups.index.tolist()
     assert found["captions"].tolist() == groups["size"].tolist()

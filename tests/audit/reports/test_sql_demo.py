@@ -48,13 +48,18 @@ def run(tmp_path_factory: pytest.TempPathFactory, testbed_index: str) -> Run:
 
 @pytest.fixture(scope="module")
 def scores(run: Run) -> pd.DataFrame:
-    """From the raw files by pandas alone: of every row the values of its first occurrence."""
+    """From the raw files by pandas alone: of every row the last look at its first occurrence."""
     files = sorted(Path(run.url, "scores").rglob("*.arrow"))
     raw = pd.concat(
         pa.ipc.open_file(pa.memory_map(str(file))).read_all().drop(["mask", "energy_mask"]).to_pandas()
         for file in files
     )
     raw = raw.set_index("row_id", drop=False)
+    looks = sorted(Path(run.url, "second_look").rglob("*.arrow"))
+    later = pd.concat(pa.ipc.open_file(pa.memory_map(str(file))).read_all().to_pandas() for file in looks)
+    names = ["num_noises", "magnitude", "ld", "ld_energy", "excess"]
+    assert len(later) > 10
+    raw.loc[later["row_id"], names] = later[names].to_numpy()
     frame = raw.loc[raw["duplicate_of"].fillna(raw["row_id"]).astype("int64")].set_index(raw.index)
     frame["row_id"], frame["duplicate_of"], frame["url"] = raw["row_id"], raw["duplicate_of"], raw["URL"]
     return frame.rename_axis(index=None)

@@ -72,7 +72,11 @@ def run(tmp_path_factory: pytest.TempPathFactory, sd1: str) -> Run:
     root = tmp_path_factory.mktemp("tables")
     captions = [*"abcdefgh", "a", "e", "h", None]
     pq.write_table(pa.table({"TEXT": captions, "key": [f"k{i}" for i in range(12)]}), root / "x.parquet")
-    scan(ScanConfig((str(root / "x.parquet"),), str(root / "run"), sd1, rows_per_shard=4, refine=0.5, steps=3))
+    scan(
+        ScanConfig(
+            (str(root / "x.parquet"),), str(root / "run"), sd1, rows_per_shard=4, second_look=0, refine=0.5, steps=3
+        )
+    )
     return Run.open(str(root / "run"))
 
 

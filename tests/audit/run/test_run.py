@@ -168,7 +168,7 @@ def test_planning_that_was_killed_begins_anew(config: ScanConfig) -> None:
     (folder / "run.json").unlink()
     Folder(folder).write("_claims/1.json", to_json(claim))
     shutil.rmtree(folder / "scores")
-    for name in ("_commits", "stages", "null_maps"):
+    for name in ("_commits", "stages", "null_maps", "second_null_maps", "second_look"):
         shutil.rmtree(folder / name)
     (folder / ".plan.arrow.somehost.1.tmp").write_bytes(b"half a pl")
     assert scan(config).committed_now == 3

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from audit.base.errors import AuditError
-from audit.run.read import read_stage
+from audit.run.read import read_scores, read_stage
 from audit.run.run import ModelFacts, Run
 from audit.scores.calibrate import CalibrateConfig, calibrate, load_thresholds
 from tests.command import be_audit, tree
@@ -111,7 +111,7 @@ def test_clean_captions_are_scanned_once_and_confirm_takes_the_file(sd1: str, tm
     assert tree(tmp_path / "t.json.run/scores") == before  # it went on with the scan there
     assert json.loads(output.read_text())["thresholds"] == json.loads(file)["thresholds"]
 
-    assert be_audit("scan", suspects, *flags, "-o", run).code == 0
+    assert be_audit("scan", suspects, *flags, "-o", run, "--second-look", 1).code == 0
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for number in range(40):
@@ -134,7 +134,7 @@ def test_clean_captions_are_scanned_once_and_confirm_takes_the_file(sd1: str, tm
     assert done.code == 0, done.err
     at = json.loads(file)["thresholds"]["ld"]["threshold"]
     scores = Run.open(str(run))
-    table = read_stage(scores, "scan", ["row_id", "ld"]).to_pydict()
+    table = read_scores(scores, ["row_id", "ld"]).to_pydict()
     above = {row for row, score in zip(table["row_id"], table["ld"], strict=True) if score > at}
     assert 0 < len(above) < 20
     assert set(read_stage(scores, "confirm", ["row_id"])["row_id"].to_pylist()) == above

@@ -16,6 +16,7 @@ from audit.run.run import Run
 from audit.run.schema import DETECTORS
 from audit.run.select import best_rows
 from audit.run.stage import SECOND_LOOK, Stage
+from audit.scores.calibrate import load_thresholds
 from audit.scores.scan import ScanConfig, scan
 from audit.scores.second_look import means
 from tests.audit.conftest import Watched
@@ -144,27 +145,42 @@ def test_means_and_deviation_by_hand() -> None:
 
 
 def test_a_threshold_holds_for_rows_over_as_many_noises_alone(config: ScanConfig, tmp_path: Path) -> None:
-    clean, one, four = tmp_path / "clean.parquet", tmp_path / "one.json", tmp_path / "four.json"
+    clean, one, both = tmp_path / "clean.parquet", tmp_path / "one.json", tmp_path / "both.json"
     pq.write_table(pq.read_table(config.captions[0]).slice(0, 40), clean)
     calibrate = ("calibrate", clean, "--model", config.model, "--fpr", 0.6, "-o")
-    assert be_audit(*calibrate, four, "--num-noises", 4).code == 0  # as many as the second look has
-    assert be_audit(*calibrate, one).code == 0
+    assert be_audit(*calibrate, both).code == 0  # four noises, as a second look has, and one
+    assert be_audit(*calibrate, one, "--num-noises", 1).code == 0
     report = ("report", config.output, "--format", "parquet", "-o", tmp_path / "report", "--thresholds")
     refused = be_audit(*report, one)
-    assert refused.code == 2 and "num_noises: 1 -> 4" in refused.err
-    refused = be_audit(*report, four, "--by", "excess")
+    assert refused.code == 2 and "num_noises: 1 -> 4" in refused.err and "and --num-noises 4." in refused.err
+    refused = be_audit(*report, both, "--by", "excess")
     assert refused.code == 2 and "excess is measured against a run's own captions" in refused.err
-    assert be_audit(*report, four).code == 0
+    assert be_audit(*report, both).code == 0
     flagged = pq.read_table(tmp_path / "report/exports/flagged.parquet")
     assert 0 < flagged.num_rows <= LOOKED and set(flagged["num_noises"].to_pylist()) == {4}
+    # an image, which has one noise, is measured against the threshold of one
+    run, of_one, of_both = Run.open(config.output), json.loads(one.read_text()), json.loads(both.read_text())
+    assert of_one["thresholds"] == of_both["first"] != of_both["thresholds"] and of_one["first"] == {}
+    for file in (one, both):
+        assert load_thresholds(str(file), run, 1).threshold("ld") == of_one["thresholds"]["ld"]["threshold"]
+
+
+def test_a_run_is_calibrated_where_every_row_has_as_many_noises(config: ScanConfig, tmp_path: Path) -> None:
     refused = be_audit("calibrate", config.output, "-o", tmp_path / "mixed.json")
-    assert refused.code == 2 and "scored with different numbers of noises" in refused.err
+    assert refused.code == 2 and "not every row had the second look" in refused.err and "--second-look 1" in refused.err
+    assert be_audit(*command(config, tmp_path / "clean", "--second-look", 1)).code == 0
+    assert be_audit("calibrate", tmp_path / "clean", "--fpr", 0.1, "-o", tmp_path / "t.json").code == 0
+    facts, table = json.loads((tmp_path / "t.json").read_text()), read_scores(Run.open(str(tmp_path / "clean")))
+    rows = [row for row in table.to_pylist() if row["status"] == "ok" and row["duplicate_of"] is None]
+    ranked = sorted(row["magnitude"] for row in rows)
+    assert facts["thresholds"]["magnitude"]["threshold"] == ranked[46 - 1]  # ceil(51 x 0.9) of 50
+    assert "excess" in facts["thresholds"] and facts["model"]["num_noises"] == 4 and facts["first_noises"] == 1
 
 
 def test_a_second_look_that_was_too_small_for_a_threshold_is_said(config: ScanConfig, tmp_path: Path) -> None:
     clean, file = tmp_path / "clean.parquet", tmp_path / "t.json"
     pq.write_table(pq.read_table(config.captions[0]).slice(0, 40), clean)
-    assert be_audit("calibrate", clean, "--model", config.model, "--fpr", 0.6, "--num-noises", 4, "-o", file).code == 0
+    assert be_audit("calibrate", clean, "--model", config.model, "--fpr", 0.6, "-o", file).code == 0
     facts = json.loads(file.read_text())
     facts["thresholds"]["ld_energy"]["threshold"] = 0.0  # below every row that had a second look
     file.write_text(json.dumps(facts))

@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve captions of the testbed with labels, and the program."""
     folder = tmp_path_factory.mktemp("toy")
     table = pq.read_table(testbed.CAPTIONS).to_pandas().drop_duplicates("TEXT")
-    copied = table[table.copy_error < 0.15].sort_values("copy_error").head(4)
+    copied = table[table.copy_error < 0.15].sort_values("copy_error", kind="stable").head(4)
     rows = [*copied.to_dict("records"), *table[table.cluster.str.startswith("unseen")].head(8).to_dict("records")]
     chosen = [{name: row[name] for name in ("TEXT", "label")} for row in rows]
     pq.write_table(pa.Table.from_pylist(chosen), folder / "captions.parquet")

@@ -46,7 +46,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, testbed_index: str) -> Iterat
     """captions.parquet (24 captions), be-audit-run scanned, be-audit-index built."""
     folder = tmp_path_factory.mktemp("confirm")
     table = pq.read_table(testbed.CAPTIONS).to_pandas().drop_duplicates("TEXT")
-    copied = table[table.copy_error < 0.15].sort_values("copy_error")
+    copied = table[table.copy_error < 0.15].sort_values("copy_error", kind="stable")
     chosen = [
         copied[copied.label == "global"].head(6),
         copied[copied.label == "local"].drop_duplicates("cluster").head(6),
@@ -285,7 +285,7 @@ def test_refine_gives_the_papers_scores_and_resumes(work: Path, tmp_path: Path) 
         np.testing.assert_allclose(cascade[name][refined], papers[name][refined], rtol=1e-4)
         assert cascade[name][~refined].isna().all()
     np.testing.assert_allclose(papers.ld, papers.ld_first)
-    best = cascade[cascade.duplicate_of.isna()].sort_values("ld", ascending=False).head(6)
+    best = cascade[cascade.duplicate_of.isna()].sort_values("ld", ascending=False, kind="stable").head(6)
     assert best.refined.all()
     # a lost shard of the second stage is done again, and only that
     stage = Stage.open(Run.open(config.output), REFINE)

@@ -29,7 +29,9 @@ def scanned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two captions whose pictures are copied and six others, and a folder of 68 pictures."""
     folder = tmp_path_factory.mktemp("scanned")
     table = pq.read_table(testbed.CAPTIONS).to_pandas().drop_duplicates("TEXT")
-    copied = table[(table.copy_error < 0.15) & (table.label == "global")].sort_values("copy_error").head(2)
+    copied = (
+        table[(table.copy_error < 0.15) & (table.label == "global")].sort_values("copy_error", kind="stable").head(2)
+    )
     rows = [*copied.to_dict("records"), *table[table.cluster.str.startswith("unseen")].head(6).to_dict("records")]
     pq.write_table(pa.Table.from_pylist(rows), folder / "captions.parquet")
     captions = (str(folder / "captions.parquet"),)

@@ -46,9 +46,9 @@ def test_this_test_can_fail() -> None:
 @pytest.mark.sampling
 @pytest.mark.timeout(1200)
 def test_false_alarms_and_copies_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    table = pq.read_table(testbed.CAPTIONS).to_pandas().drop_duplicates("TEXT").sort_values("copy_error")
+    table = pq.read_table(testbed.CAPTIONS).to_pandas().drop_duplicates("TEXT").sort_values("copy_error", kind="stable")
     copied = table[table.label == "local"].drop_duplicates("cluster").head(10)
-    unseen = table[table.cluster.str.startswith("unseen")].sort_values("TEXT")
+    unseen = table[table.cluster.str.startswith("unseen")].sort_values("TEXT", kind="stable")
     unseen = unseen.sample(frac=1, random_state=0)  # in alphabetical order, titles would be judged by descriptions
     clean, judged = unseen[:CLEAN], unseen[CLEAN : CLEAN + JUDGED]
     rows = [*copied.to_dict("records"), *judged.to_dict("records")]
