@@ -144,6 +144,39 @@ def test_sigterm_drains_and_the_same_command_goes_on(
     assert_equal(run, undisturbed)
 
 
+def looks(run: Path) -> int:
+    return len(list((run / "_commits" / "second_look").rglob("[!.]*.json")))
+
+
+@pytest.mark.parametrize("number", (signal.SIGKILL, signal.SIGTERM))
+def test_a_second_look_is_stopped_and_goes_on(
+    arguments: list[object], undisturbed: pa.Table, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Every row of it once, in whatever process, with the scores of one that was left alone."""
+    whole, run, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
+    assert be_audit(*arguments, whole, "--second-look", 0.9).code == 0
+    stops = 0
+    for shards in (1, 9, 17):
+        process = start(*arguments, run, "--second-look", 0.9, log=log)
+        wait_for(lambda at=shards: looks(run) >= at, process, log)
+        assert process.pid is not None
+        os.kill(process.pid, number)
+        process.join(60)
+        assert process.exitcode == (75 if number == signal.SIGTERM else -signal.SIGKILL), log.read_text()
+        stops += looks(run) < SHARDS
+        assert_whole(run)
+    assert stops == 3
+    assert be_audit(*arguments, run, "--second-look", 0.9, "--workers", 2).code == 0
+    found, expected = (read_scores(Run.open(str(folder))) for folder in (run, whole))
+    assert found["num_noises"].equals(expected["num_noises"]) and found["num_noises"].to_pylist().count(4) >= 121
+    for name in ("magnitude", "ld", "ld_energy", "excess"):
+        np.testing.assert_allclose(found[name].to_numpy(), expected[name].to_numpy(), rtol=1e-4)
+    assert verify_run(str(run), deep=True).whole
+    first = read_scores(Run.open(str(run)), ["magnitude"], first_look=True)["magnitude"].to_numpy()
+    once = undisturbed["num_noises"].to_numpy() == 1
+    np.testing.assert_allclose(first[once], undisturbed["magnitude"].to_numpy()[once], rtol=1e-4)
+
+
 def workers(process: BaseProcess) -> list[psutil.Process]:
     assert process.pid is not None
     children = psutil.Process(process.pid).children()
