@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import json
 import os
 import re
@@ -245,10 +246,11 @@ class Folder:
         if not self.local or not self.exists():
             return
         host = this_host()
-        for file in Path(self.root).rglob(f".*.{host}.*.tmp"):
-            pid = file.name.rsplit(".", 3)[-3]
-            if pid.isdigit() and not _alive(int(pid)):
-                file.unlink(missing_ok=True)
+        for place, _, names in os.walk(self.root):  # which bears with folders that go meanwhile
+            for name in fnmatch.filter(names, f".*.{host}.*.tmp"):
+                pid = name.rsplit(".", 3)[-3]
+                if pid.isdigit() and not _alive(int(pid)):
+                    Path(place, name).unlink(missing_ok=True)
 
     def _upload(self, name: str, data: bytes, **mode: str) -> None:
         target = self.path(name)

@@ -23,7 +23,7 @@ import s3fs
 
 from audit.base.commits import Ledger
 from audit.base.errors import AuditError, Damaged
-from audit.base.storage import Folder, join
+from audit.base.storage import Folder, join, this_host
 from audit.run.read import read_scores, read_stage
 from audit.run.run import Run
 from audit.run.stage import SCAN, Stage
@@ -176,6 +176,32 @@ def no_link(*_: object) -> None:
 
 def full(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_sweeping_bears_with_folders_that_go_meanwhile(tmp_path: Path) -> None:
+    """As those of claims do."""
+    folder, over = Folder(tmp_path), threading.Event()
+    (tmp_path / "deep").mkdir()
+    left = [tmp_path / f"deep/.x.{this_host()}.4190000.abc.tmp", tmp_path / f".y.{this_host()}.4190000.abc.tmp"]
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            for number in range(20):
+                (tmp_path / f"claims{number}").mkdir()
+            for number in range(20):
+                (tmp_path / f"claims{number}").rmdir()
+
+    thread = threading.Thread(target=come_and_go)
+    thread.start()
+    try:
+        for _ in range(100):
+            for path in left:
+                path.touch()
+            folder.sweep()
+            assert not any(path.exists() for path in left)
+    finally:
+        over.set()
+        thread.join()
 
 
 def test_paths_and_schemes(tmp_path: Path) -> None:
