@@ -65,7 +65,7 @@ def scanned(captions: str, run: str) -> tuple[ScanSummary, list[tuple[float, int
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    config = ScanConfig((captions,), run, model="testbed", device="cpu", self_check=False, rank=0, world_size=1)
+    config = ScanConfig((captions,), run, model="testbed", device="cpu", self_check=False, second_look=0)
     try:
         found = scan(config)
     finally:
