@@ -181,7 +181,7 @@ class FirstStepScorer:
         found = {**scores(first), "energy": first.energy, "energy_mask": formulas.energy_mask(first.energy)}
         if first.mask is not None:
             found["mask"] = first.mask
-        return {name: value.float().cpu() for name, value in found.items()}
+        return to_cpu(found)
 
     def _facts(self, output: Tensor, uncond: Tensor, latents: Tensor, level: NoiseLevel) -> FirstStep:
         model = self.model
@@ -192,6 +192,13 @@ class FirstStepScorer:
             sigma_max=model.schedule.sigma_max if self.unit == "epsilon" else None,
             anisotropy_weights=formulas.anisotropy_weights(model.text_width),
         )
+
+
+def to_cpu(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of B rows each as float32 on the CPU, by one copy: every copy waits for the device."""
+    flat = torch.cat([value.float().reshape(len(value), -1) for value in found.values()], 1).cpu()
+    parts = flat.split([value[0].numel() for value in found.values()], 1)
+    return {name: part.reshape(value.shape) for (name, value), part in zip(found.items(), parts, strict=True)}
 
 
 def token_attention(token_means: dict[str, Tensor]) -> Tensor | None:

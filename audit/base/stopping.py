@@ -27,11 +27,11 @@ class Stop:
     """Whether somebody asked the job to stop.
 
     Attributes:
-        requested: he did. children: owned processes, killed where this one has to end at once.
+        requested: he did. insisted: twice. children: owned processes, killed where this one has to end at once.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self.insisted = False
         self.children: set[subprocess.Popen[bytes]] = set()
 
     def check(self) -> None:
@@ -53,6 +53,7 @@ def stop_on_signals() -> Iterator[Stop]:
 
     def handle(_number: int, _frame: FrameType | None) -> None:
         if stop.requested:
+            stop.insisted = True
             raise KeyboardInterrupt
         stop.requested = True
         with contextlib.suppress(OSError, ValueError):  # a closed terminal is no reason not to stop
@@ -62,6 +63,10 @@ def stop_on_signals() -> Iterator[Stop]:
         before = {number: signal.signal(number, handle) for number in SIGNALS}
         try:
             yield stop
+        except Exception as error:
+            if stop.insisted:  # a library may make an error of its own of it, as safetensors does
+                raise KeyboardInterrupt from error
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
