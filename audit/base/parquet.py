@@ -53,17 +53,46 @@ def rows_at_once(metadata: pq.FileMetaData, names: Collection[str], most: int, s
     return most
 
 
-def repeated(metadata: pq.FileMetaData, names: Collection[str]) -> list[str]:
-    """Those of some columns that are little but references to a dictionary: a few bytes may stand for gigabytes."""
+def repeated(file: IO[bytes], metadata: pq.FileMetaData, names: Collection[str]) -> list[str]:
+    """Those of some columns that are little but references to a dictionary: a few bytes may stand for gigabytes.
+
+    Read as dictionaries they stay small. Others would grow by it: what a writer that gave up its dictionary wrote plain
+    is gathered into one as it is read, a whole row group of it.
+    """
     places = {metadata.schema.column(at).path: at for at in range(metadata.num_columns)}
     groups = [metadata.row_group(at) for at in range(metadata.num_row_groups)]
     return [
-        name for name in names if name in places and any(_is_repeated(group.column(places[name])) for group in groups)
+        name
+        for name in names
+        if name in places and any(_is_repeated(file, group.column(places[name])) for group in groups)
     ]
 
 
-def _is_repeated(chunk: pq.ColumnChunkMetaData) -> bool:
+def _is_repeated(file: IO[bytes], chunk: pq.ColumnChunkMetaData) -> bool:
     if not chunk.has_dictionary_page or not chunk.dictionary_page_offset:
         return False
-    behind = chunk.total_compressed_size - (chunk.data_page_offset - chunk.dictionary_page_offset)
-    return bool(behind < 4 * chunk.num_values)  # a reference has four bytes at most
+    file.seek(chunk.dictionary_page_offset)
+    dictionary = _dictionary_size(file.read(32))
+    if dictionary is None:
+        return True
+    # a reference has four bytes at most; a plain text has four of length before its own
+    return bool(chunk.total_uncompressed_size - dictionary < 4 * chunk.num_values)
+
+
+def _dictionary_size(header: bytes) -> int | None:
+    """Uncompressed bytes of a dictionary page, by its header: type and size, 32-bit, in Thrift's compact protocol.
+
+    Apache Parquet, parquet.thrift, PageHeader; None where that is not what is there.
+    """
+    values, at = list[int](), 0
+    while len(values) < 2:
+        if header[at : at + 1] != b"\x15":
+            return None
+        value = shift = 0
+        for byte in header[at + 1 : at + 6]:
+            value, shift, at = value | (byte & 0x7F) << shift, shift + 7, at + 1
+            if byte < 0x80:
+                break
+        at += 1
+        values.append(value >> 1)  # zigzag, of what is never negative
+    return values[1] if values[0] == 2 else None  # DICTIONARY_PAGE

@@ -65,7 +65,9 @@ class Rows:
         if self._parquet:
             # A bounded buffer and no prefetching: otherwise whole column chunks are held.
             facts = pq.read_metadata(open_input(self._path))
-            options = {"buffer_size": 1 << 20, "pre_buffer": False, "read_dictionary": repeated(facts, self._needed)}
+            with open_input(self._path) as source:
+                dictionaries = repeated(source, facts, self._needed)
+            options = {"buffer_size": 1 << 20, "pre_buffer": False, "read_dictionary": dictionaries}
             self._file = pq.ParquetFile(open_input(self._path), metadata=facts, **options)
             self._at_once = rows_at_once(facts, self._needed, BATCH_ROWS, BATCH_BYTES)
             for group in range(self._file.num_row_groups):

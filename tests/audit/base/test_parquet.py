@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pyarrow.parquet.encryption as encryption
 import pytest
 
-from audit.base.parquet import open_parquet
+from audit.base.parquet import open_parquet, repeated
+from audit.captions import describe_captions
+from audit.captions.rows import Rows
 from tests.command import be_audit
 
 
@@ -76,3 +78,41 @@ def test_plain_tables_are_opened(tmp_path: Path, version: str, compression: str)
     pq.write_table(table, tmp_path / "x.parquet", version=version, compression=compression, row_group_size=1)
     with open(tmp_path / "x.parquet", "rb") as file:
         assert open_parquet("x.parquet", file).read().equals(table)
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd", "gzip"])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_columns_that_are_little_but_references_are_told_from_plain_ones(
+    tmp_path: Path, compression: str, version: str
+) -> None:
+    """However well the plain ones are packed: 100,000 texts, of which a dictionary held the first few thousand."""
+    texts = [f"a photograph of the item number {number}" for number in range(100_000)]
+    columns = {
+        "plain": texts,
+        "outgrown": texts,
+        "few": [texts[number % 9] for number in range(100_000)],
+        "one": ["a long text " * 10_000] * 100_000,
+        "mostly null": [text if number % 50 == 0 else None for number, text in enumerate(texts)],
+    }
+    kept = [name for name in columns if name != "plain"]
+    options = {"compression": compression, "data_page_version": version, "use_dictionary": kept}
+    table = pa.table({name: pa.array(values).dictionary_encode() for name, values in columns.items() if name == "one"})
+    for name, values in columns.items():
+        if name != "one":
+            table = table.append_column(name, pa.array(values))
+    pq.write_table(table, tmp_path / "x.parquet", dictionary_pagesize_limit=1 << 17, **options)
+    with (tmp_path / "x.parquet").open("rb") as file:
+        assert set(repeated(file, pq.read_metadata(file), [*columns, "absent"])) - {"mostly null"} == {"few", "one"}
+
+
+def test_reading_a_giant_row_group_holds_a_few_batches(tmp_path: Path) -> None:
+    """Texts that pack well, behind a dictionary that was given up: all were gathered into one as they were read."""
+    texts = [f"a photograph of the item number {number}" for number in range(400_000)]
+    pq.write_table(pa.table({"TEXT": texts}), tmp_path / "x.parquet", row_group_size=400_000, compression="zstd")
+    del texts
+    (file,) = describe_captions([str(tmp_path / "x.parquet")])
+    rows, before, most = Rows(file, "", ()), pa.total_allocated_bytes(), 0
+    for start in range(0, 400_000, 4000):
+        assert rows.read(start, 4000).num_rows == 4000
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert most < 8 << 20  # all of them take 16 MB
