@@ -3,7 +3,8 @@
     python -m tests.benchmarks.bench_million [--rows 1000000]
 
 Planned, read, written and committed as ever, by the real scan, in a process of its own; the scorer alone is another:
-it returns numbers at once. Rows a second and resident memory of the first and the last tenth must be alike.
+it returns numbers at once. Rows a second and resident memory of the first and the last tenth must be alike. Then what
+the run takes on disk, and what reading it takes.
 """
 
 from __future__ import annotations
@@ -22,9 +23,15 @@ from typing import Any
 import numpy as np
 import psutil
 
+from audit.reports.report import ReportConfig, report
+from audit.reports.sql import run_query
+from audit.run.read import read_scores
 from audit.run.run import Run
 from audit.run.schema import DETECTORS
+from audit.run.select import best_rows
 from audit.run.stage import SCAN, Stage
+from audit.run.status import run_status
+from audit.run.verify import verify_run
 from audit.scores import scan_shard
 from audit.scores.scan import ScanConfig, ScanSummary, scan
 from tests.benchmarks.bench_planning import write_captions
@@ -80,6 +87,27 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
+def sizes(run: Path) -> dict[str, tuple[int, int]]:
+    """Files and bytes by the name of what lies in a run folder."""
+    found: dict[str, tuple[int, int]] = {}
+    for path in run.rglob("*"):
+        if path.is_file():
+            name = path.relative_to(run).parts[0]
+            files, size = found.get(name, (0, 0))
+            found[name] = files + 1, size + path.stat().st_size
+    return dict(sorted(found.items()))
+
+
+READERS: dict[str, Callable[[str], object]] = {
+    "status": run_status,
+    "read_scores of one column": lambda run: read_scores(Run.open(run), ["magnitude"]),
+    "sql histogram": lambda run: run_query("histogram", run),
+    "the best thousand": lambda run: best_rows(Run.open(run), "ld_energy", top_k=1000),
+    "verify": verify_run,
+    "report of 1,000, no HTML": lambda run: report(ReportConfig(run, top_k=1000, format=("jsonl",))),
+}
+
+
 def main() -> None:
     """Scan, print; take the last shard's commit back, and go on."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -99,6 +127,12 @@ def main() -> None:
             resident = max((size for at, size in memory if times[first] <= at <= times[last]), default=0)
             rate = done / max(times[last] - times[first], 1e-9)
             print(f"{name} tenth: {rate:>10,.0f} rows/s, resident {resident >> 20:,} MiB")
+        for name, (files, size) in sizes(Path(url)).items():
+            print(f"{name:<16} {files:>6,} files, {size / rows:>8.1f} bytes a row")
+        for words, read in READERS.items():
+            started = time.monotonic()
+            read(url)
+            print(f"{words}: {time.monotonic() - started:.1f} s")
         ledger.drop(found.shards - 1)
         started = time.monotonic()
         again, _, _ = alone(scanned, captions, url)
