@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +22,7 @@ from audit.base.errors import AuditError, StorageError
 from audit.base.facts import read_facts, to_json
 from audit.base.fingerprint import refuse_other
 from audit.base.stopping import Stop
-from audit.base.storage import Folder, lives_here, this_host
+from audit.base.storage import CREATE_LOCK, Folder, join, lives_here, this_host
 
 CLAIMS = "_claims"
 BEAT, STALE = 5.0, 60.0  # seconds
@@ -29,11 +30,15 @@ BEAT, STALE = 5.0, 60.0  # seconds
 
 @dataclass(frozen=True)
 class ClaimFacts:
-    """PLACE/N.json: what the work is for, who does it, and a number that grows while he lives."""
+    """PLACE/N.json: what the work is for, who does it, and a number that grows while he lives.
+
+    token: of this one claim: whoever stood still so long that it was taken over touches no later one of that number.
+    """
 
     identity: dict[str, Any]
     host: str
     pid: int
+    token: str = ""
     beat: int = 0
 
 
@@ -50,30 +55,31 @@ def held(
     Raises:
         AuditError: another process holds the claim for something else. Drained: `stop` asked to.
     """
-    number = _claim(folder, place, identity, done, what, stop)
+    facts = ClaimFacts(identity, this_host(), os.getpid(), uuid.uuid4().hex)
+    number = _claim(folder, place, facts, done, what, stop)
     try:
         if number and not done():
-            with _beating(folder, place, number, identity):
+            with _beating(folder, place, number, facts):
                 yield number
         else:
             yield 0
     finally:
-        if number:
+        if number and _is_ours(folder, place, number, facts):
             with contextlib.suppress(StorageError):
                 for other in sorted(_numbers(folder, place), reverse=True):
                     if other <= number:
                         folder.remove(f"{place}/{other}.json")
                 if folder.local:
                     with contextlib.suppress(OSError):
+                        os.unlink(join(folder.path(place), CREATE_LOCK))
+                    with contextlib.suppress(OSError):
                         os.rmdir(folder.path(place))
                         os.rmdir(folder.path(CLAIMS))
 
 
-def _claim(
-    folder: Folder, place: str, identity: dict[str, Any], done: Callable[[], bool], what: str, stop: Stop | None
-) -> int:
+def _claim(folder: Folder, place: str, ours: ClaimFacts, done: Callable[[], bool], what: str, stop: Stop | None) -> int:
     """The number of our claim; 0 when another process finished the work first."""
-    data = to_json(ClaimFacts(identity, this_host(), os.getpid()))
+    data = to_json(ours)
     seen: tuple[int, bytes] = (0, b"")
     since, said = time.monotonic(), False
     while True:
@@ -102,7 +108,7 @@ def _claim(
                 return newest + 1
             continue
         if facts is not None:
-            refuse_other(folder.url, facts.identity, identity, f"another process {what} with other settings")
+            refuse_other(folder.url, facts.identity, ours.identity, f"another process {what} with other settings")
             if not said:
                 print(f"{folder.url}: process {facts.pid} on {facts.host} {what}: waiting", file=sys.stderr)
                 said = True
@@ -112,16 +118,17 @@ def _claim(
 
 
 @contextlib.contextmanager
-def _beating(folder: Folder, place: str, number: int, identity: dict[str, Any]) -> Iterator[None]:
-    """Let the claim's number grow every few seconds."""
+def _beating(folder: Folder, place: str, number: int, facts: ClaimFacts) -> Iterator[None]:
+    """Let the claim's number grow every few seconds, for as long as it is ours."""
     over = threading.Event()
 
     def beat() -> None:
-        facts = ClaimFacts(identity, this_host(), os.getpid())
+        beats = 0
         while not over.wait(BEAT):
-            facts = replace(facts, beat=facts.beat + 1)
+            beats += 1
             with contextlib.suppress(StorageError):  # the store may be back at the next beat
-                folder.write(f"{place}/{number}.json", to_json(facts))
+                if _is_ours(folder, place, number, facts):
+                    folder.write(f"{place}/{number}.json", to_json(replace(facts, beat=beats)))
 
     thread = threading.Thread(target=beat, daemon=True, name="claim")
     thread.start()
@@ -130,6 +137,17 @@ def _beating(folder: Folder, place: str, number: int, identity: dict[str, Any]) 
     finally:
         over.set()
         thread.join()
+
+
+def _is_ours(folder: Folder, place: str, number: int, facts: ClaimFacts) -> bool:
+    """Whether a claim's file still says so; one that cannot be read is taken for ours, as it was made by us."""
+    name = f"{place}/{number}.json"
+    try:
+        return read_facts(ClaimFacts, folder.read(name), name).token == facts.token
+    except FileNotFoundError:
+        return False
+    except AuditError:
+        return True
 
 
 def _numbers(folder: Folder, place: str) -> list[int]:

@@ -20,11 +20,11 @@ _KINDS: dict[str, tuple[frozenset[str], str]] = {
     ),
     "index.json": (
         frozenset({"fingerprint", "descriptor_name", "facts"}),
-        r"parts/.*|_commits/.*|_attempts/.*|index\.json|index_info\.json|vectors\.npy|ids\.npy|index\.faiss|\.build.*",
+        r"parts/.*|_claims/.*|_commits/.*|_attempts/.*|index\.json|index_info\.json|vectors\.npy|ids\.npy|index\.faiss|\.build.*",
     ),
     "report.json": (
         frozenset({"format", "made", "digest", "run"}),
-        r"exports/.*|rows/.*|pictures/.*|report\.json|statement\.md|summary\.json|index\.html|data\.js|report\.css|report\.js|icon\.svg",
+        r"exports/.*|_claims/.*|rows/.*|pictures/.*|report\.json|statement\.md|summary\.json|index\.html|data\.js|report\.css|report\.js|icon\.svg",
     ),
 }
 """Files that say what a folder is: the keys their JSON object has, and what we write beside them."""

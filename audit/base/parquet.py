@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import IO, Any
 
 import pyarrow.parquet as pq
@@ -53,8 +53,11 @@ def rows_at_once(metadata: pq.FileMetaData, names: Collection[str], most: int, s
     return most
 
 
-def repeated(file: IO[bytes], metadata: pq.FileMetaData, names: Collection[str]) -> list[str]:
+def repeated(read: Callable[[int, int], bytes], metadata: pq.FileMetaData, names: Collection[str]) -> list[str]:
     """Those of some columns that are little but references to a dictionary: a few bytes may stand for gigabytes.
+
+    Args:
+        read: bytes of the file from, and up to, a place. metadata: its footer. names: of columns.
 
     Read as dictionaries they stay small. Others would grow by it: what a writer that gave up its dictionary wrote plain
     is gathered into one as it is read, a whole row group of it.
@@ -64,15 +67,17 @@ def repeated(file: IO[bytes], metadata: pq.FileMetaData, names: Collection[str])
     return [
         name
         for name in names
-        if name in places and any(_is_repeated(file, group.column(places[name])) for group in groups)
+        if name in places and any(_is_repeated(read, group.column(places[name])) for group in groups)
     ]
 
 
-def _is_repeated(file: IO[bytes], chunk: pq.ColumnChunkMetaData) -> bool:
+def _is_repeated(read: Callable[[int, int], bytes], chunk: pq.ColumnChunkMetaData) -> bool:
     if not chunk.has_dictionary_page or not chunk.dictionary_page_offset:
         return False
-    file.seek(chunk.dictionary_page_offset)
-    dictionary = _dictionary_size(file.read(32))
+    behind = chunk.total_compressed_size - (chunk.data_page_offset - chunk.dictionary_page_offset)
+    if behind >= 4 * chunk.num_values:  # too many for references, packed or not: nothing needs to be read
+        return False
+    dictionary = _dictionary_size(read(chunk.dictionary_page_offset, chunk.dictionary_page_offset + 32))
     if dictionary is None:
         return True
     # a reference has four bytes at most; a plain text has four of length before its own

@@ -297,14 +297,17 @@ def _create(path: str, tries: int = 10) -> IO[bytes]:
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         return open(path, "wb")
-    except FileExistsError as error:
-        raise NotADirectoryError(errno.ENOTDIR, "a file is where a folder should be") from error
-    except FileNotFoundError:
+    except (FileExistsError, FileNotFoundError) as error:
+        folder = os.path.dirname(path)
+        if os.path.lexists(folder) and not os.path.isdir(folder):
+            raise NotADirectoryError(errno.ENOTDIR, "a file is where a folder should be") from error
         if tries == 1:
             raise
         return _create(path, tries - 1)
 
 
+CREATE_LOCK = ".create.lock"
+"""Beside what is created where there are no hard links."""
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK}
 
 
@@ -319,7 +322,7 @@ def _link(temporary: str, target: str) -> None:
         os.unlink(temporary)
         return
     try:
-        with FileLock(os.path.join(os.path.dirname(target), ".create.lock")):  # ends with the process that holds it
+        with FileLock(os.path.join(os.path.dirname(target), CREATE_LOCK)):
             if os.path.lexists(target):
                 raise FileExistsError(errno.EEXIST, "is there", target)
             os.replace(temporary, target)

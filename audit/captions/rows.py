@@ -65,8 +65,8 @@ class Rows:
         if self._parquet:
             # A bounded buffer and no prefetching: otherwise whole column chunks are held.
             facts = pq.read_metadata(open_input(self._path))
-            with open_input(self._path) as source:
-                dictionaries = repeated(source, facts, self._needed)
+            fs, name = fsspec.core.url_to_fs(self._path)  # a few bytes here and there, not a store's blocks around them
+            dictionaries = repeated(lambda start, end: fs.cat_file(name, start=start, end=end), facts, self._needed)
             options = {"buffer_size": 1 << 20, "pre_buffer": False, "read_dictionary": dictionaries}
             self._file = pq.ParquetFile(open_input(self._path), metadata=facts, **options)
             self._at_once = rows_at_once(facts, self._needed, BATCH_ROWS, BATCH_BYTES)

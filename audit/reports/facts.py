@@ -19,7 +19,7 @@ from audit.run.schema import COPIES, VERDICTS
 from audit.run.select import unlooked_line
 from audit.run.stage import CONFIRM, NULL_MAPS, SECOND_LOOK, SECOND_NULL_MAPS, TRAJECTORIES, Stage
 from audit.run.status import RunStatus, run_status
-from audit.scores.second_look import looks_noises
+from audit.scores.second_look import SecondLookFingerprint, looks_noises
 from audit.statistics.multiple import expected_false
 from audit.statistics.null import Null
 from audit.verdicts.candidates import ConfirmConfig
@@ -36,6 +36,16 @@ def _inputs(run: Run) -> list[dict[str, Any]]:
     for file, count in zip(shards["file_index"].to_pylist(), shards["row_count"].to_pylist(), strict=True):
         rows[file] += count
     return [{"file": file.path, "rows": rows[number]} for number, file in enumerate(run.plan.files)]
+
+
+def _noises(run: Run) -> str:
+    """Over how many initial noises the scores are."""
+    first, look = run.fingerprint.num_noises, Stage.find(run, SECOND_LOOK)
+    words = f"{first} initial noise{'s' if first != 1 else ''}"
+    if look is None:
+        return words
+    asked = look.fingerprint(SecondLookFingerprint)
+    return f"{words}, the best-scored {asked.fraction:.4g} of the captions {asked.num_noises}"
 
 
 def report_facts(run: Run, flagged: Flagged) -> dict[str, Any]:
@@ -59,7 +69,7 @@ def report_facts(run: Run, flagged: Flagged) -> dict[str, Any]:
             "sha256": fingerprint.model.weights_sha256,
         },
         "captions": _inputs(run),
-        "settings": {name: getattr(fingerprint, name) for name in SETTINGS},
+        "settings": {name: getattr(fingerprint, name) for name in SETTINGS} | {"noises": _noises(run)},
         "mask": fingerprint.mask,
         "null_maps": {"captions": len(run.plan.sample), "few": len(run.plan.sample) < SAMPLE},
         "planned": {"rows": run.facts.rows, "unique": run.facts.unique},

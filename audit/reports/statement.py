@@ -104,9 +104,8 @@ def statement(found: dict[str, Any]) -> str:
         + (f" and {len(captions['files']) - 10:,} more files" if len(captions["files"]) > 10 else "")
         + f"; {captions['distinct']:,} different captions scored",
         f"- **Score:** `{method['score']}` at the first sampling step ({method['steps']} DDIM steps, guidance "
-        f"{method['guidance_scale']:g}, seed {method['seed']}, {method['num_noises']} initial "
-        f"noise{'s' if method['num_noises'] != 1 else ''}, {method['dtype']})"
-        + (f"; listed above {method['threshold']:g}" if method["threshold"] is not None else ""),
+        f"{method['guidance_scale']:g}, seed {method['seed']}, {method['noises']}, "
+        f"{method['dtype']})" + (f"; listed above {method['threshold']:g}" if method["threshold"] is not None else ""),
         "- **Versions:** " + ", ".join(f"{name} {version}" for name, version in sorted(found["versions"].items())),
         f"- **Run fingerprint:** `{found['run']['fingerprint']}`",
     ]

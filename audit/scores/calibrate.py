@@ -110,6 +110,7 @@ class Calibration:
     rows: int
     failed: int
     thresholds: dict[str, CleanThreshold]
+    num_noises: int = 1
 
     @property
     def exit_code(self) -> int:
@@ -132,6 +133,7 @@ class Calibration:
             lines.append(f"{self.failed:,} captions failed and were left out: be-audit status {self.run}")
         lines.append(f"{sample_size_note(self.rows, self.fpr)}.")
         at = self.thresholds[self.method].threshold
+        lines.append(f"Scores over {self.num_noises} noise{'s' if self.num_noises > 1 else ''} a caption.")
         return [*lines, f"{self.output}: {self.method} > {at:.6g}; use it with --thresholds {self.output}"]
 
 
@@ -168,7 +170,7 @@ class Thresholds:
         if score in RUN_DETECTORS and self.facts.null_maps != self.null_maps:
             raise AuditError(
                 f"--thresholds {self.path}: {score} is measured against a run's own captions, and these are another "
-                "run's: pass another --by, or calibrate the run itself"
+                "run's: pass another --by, or calibrate the run itself (one scanned with --second-look 1 or 0)"
             )
         return self.known[score].threshold
 
@@ -217,7 +219,9 @@ def calibrate(
     )
     with fsspec.open(config.output, "wb") as file:
         file.write(to_json(facts))
-    return Calibration(config.output, run.url, config.fpr, config.method, clean.num_rows, failed, found)
+    return Calibration(
+        config.output, run.url, config.fpr, config.method, clean.num_rows, failed, found, looks or first_noises
+    )
 
 
 def _clean(run: Run, num_noises: int) -> tuple[pa.Table, int]:
@@ -317,10 +321,15 @@ def _scan(config: CalibrateConfig, stop: Stop | None, say: Callable[[str], None]
     looks = {"num_noises": 1, "second_look": 1.0 if config.num_noises > 1 else 0.0}
     looks["second_look_noises"] = max(2, config.num_noises)
     alone = {"output": output, **looks, "store_masks": "none", "keep_cols": (), "rank": 0, "world_size": 1}
+    begun = Run.find(Folder(output))
+    if begun is not None and looks_noises(begun) not in (None, config.num_noises):
+        raise AuditError(
+            f"--num-noises {config.num_noises}: {output} has scores of {looks_noises(begun)} noises: give another -o"
+        )
     done = scan(ScanConfig(**{**shared, **alone}), stop, say)
     if not done.unique:
         raise Broken(f"{output}: all {done.rows:,} captions are empty: nothing to calibrate on")
-    if not done.complete:
+    if not done.complete or done.quarantined:
         raise AuditError(f"{output}: {len(done.quarantined)} shards were given up: be-audit status {output}")
     return Run.open(output)
 

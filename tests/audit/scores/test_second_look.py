@@ -158,6 +158,13 @@ def test_a_threshold_holds_for_rows_over_as_many_noises_alone(config: ScanConfig
     assert be_audit(*report, both).code == 0
     flagged = pq.read_table(tmp_path / "report/exports/flagged.parquet")
     assert 0 < flagged.num_rows <= LOOKED and set(flagged["num_noises"].to_pylist()) == {4}
+    page, said = (
+        (tmp_path / "report/statement.md").read_text(),
+        "1 initial noise, the best-scored 0.8 of the captions 4",
+    )
+    assert said in page
+    refused = be_audit(*calibrate, both, "--num-noises", 3)
+    assert refused.code == 2 and f"{both}.run has scores of 4 noises: give another -o" in refused.err
     # an image, which has one noise, is measured against the threshold of one
     run, of_one, of_both = Run.open(config.output), json.loads(one.read_text()), json.loads(both.read_text())
     assert of_one["thresholds"] == of_both["first"] != of_both["thresholds"] and of_one["first"] == {}
