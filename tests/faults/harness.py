@@ -24,6 +24,7 @@ from audit.index import Index, verify_index
 from audit.run.read import read_scores, read_stage
 from audit.run.run import Run
 from audit.run.verify import verify_run
+from tests import command_imports  # noqa: F401  # the seconds a stage takes are then those of its work
 from tests.command import be_audit, start
 from tests.faults import inject  # noqa: F401
 
