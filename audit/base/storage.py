@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import fsspec
-from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
@@ -321,6 +320,8 @@ def _link(temporary: str, target: str) -> None:
     else:
         os.unlink(temporary)
         return
+    from filelock import FileLock  # takes a while to import, and is hardly ever needed
+
     try:
         with FileLock(os.path.join(os.path.dirname(target), CREATE_LOCK)):
             if os.path.lexists(target):

@@ -15,7 +15,7 @@ def main() -> None:
         cli()
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ImportError, MemoryError, OSError) as error:  # a library that cannot be loaded: memory, a broken install
+    except (ImportError, MemoryError, OSError, SystemError) as error:  # no memory for a library, or a broken install
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         sys.stderr.write(f"Error: be-audit cannot start: {first}: be-audit needs about 4 GB of address space\n")
         sys.exit(2)
