@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import importlib
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -11,6 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from tests.architecture import LAZY, PAGE, ROOT, circles, drawing, floors, folder_graph, lazy_imports, lines
 
@@ -80,3 +84,20 @@ def test_a_forbidden_import_fails_the_check(tmp_path: Path, file: str | None, li
     assert (done.returncode == 0) == (broken is None), done.stdout
     if broken is not None:
         assert any(broken in told and "BROKEN" in told for told in done.stdout.splitlines()), done.stdout
+
+
+def test_every_pin_can_be_had_by_every_python_the_package_takes() -> None:
+    """A release that has dropped an old Python is pinned for the newer ones alone."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    oldest = config["options"]["python_requires"].removeprefix(">=")
+    checked = 0
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        pin = Requirement(line)
+        if pin.marker is None or pin.marker.evaluate({"python_version": oldest}):
+            needs = importlib.metadata.metadata(pin.name)["Requires-Python"]
+            assert not needs or f"{oldest}.0" in SpecifierSet(needs), f"{line}: needs Python {needs}"
+            checked += 1
+    assert checked > 10

@@ -327,7 +327,7 @@ def _link(temporary: str, target: str) -> None:
             if os.path.lexists(target):
                 raise FileExistsError(errno.EEXIST, "is there", target)
             os.replace(temporary, target)
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # of filelock 3, all there is for Python 3.10; 4 makes a soft lock by itself
         raise OSError(errno.ENOSYS, "the file system has neither hard links nor file locks") from error
 
 
