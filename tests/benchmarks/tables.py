@@ -42,8 +42,8 @@ def write_tables(output: Path, work: Path, quick: bool, depth: str = "all") -> P
     """
     noises = 2 if quick else NOISES
     passes = Passes(work, 4 if quick else 50, noises)
-    samples = {"energy": many(1, 320, 8) if quick else many(4, 320, 0), "first": choose(1, 20, 48)}
-    few = choose(1, 10, 24)
+    samples = {"energy": many(1, 320, 8, 8) if quick else many(4, 499, 370, 240), "first": choose(2, 48, 220)}
+    few = choose(1, 10, 100)
     samples["all"] = few[few.copied | (few.label == "none")].reset_index(drop=True)
     samples = {name: samples[name] for name in DEPTHS[: DEPTHS.index(depth) + 1]}
     if quick:

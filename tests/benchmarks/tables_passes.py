@@ -23,11 +23,15 @@ from pipelines.attention import TOKENS, capture_attention, cross_attention_layer
 from pipelines.detectors import FirstStep, scores
 from pipelines.model import DiffusionModel, Embeddings
 from pipelines.schedules import NoiseLevel
+from tests.recipe.config import SPRITES
+from tests.recipe.sprites import load as load_sprites
+from tests.recipe.world import World
 
 COMMON_TEMPLATES = 16  # template-000 to -015 are the common ones (audit/testbed/README.md)
 CHUNK = 16
 GUIDANCE = 7.5
 NULL_SAMPLE, NULL_FROM = 100, slice(100, 320)  # of the captions never seen
+MORE = 1001  # seed of World.sample_general: not one of those that training or the testbed's table took
 NOISES, SEED = 8, 1000  # of the bank: no table rests on one noise, nor on seed 0, which is a lucky one
 COLUMNS = ("magnitude", "ld", "ld_energy", "webster", "attention_entropy", "cosine")
 EXTRA_COLUMNS = ("cosine_low", "anisotropy")
@@ -55,13 +59,28 @@ def captions_table() -> pd.DataFrame:
     return table
 
 
-def many(per_template: int, num_unseen: int, num_seen: int) -> pd.DataFrame:
-    """All global captions, some of every template, captions the model never saw, and captions it saw once."""
+def many(per_template: int, num_unseen: int, num_seen: int, num_more: int = 0) -> pd.DataFrame:
+    """All global captions, some of every template, captions the model never saw, and captions it saw once.
+
+    Args:
+        num_more: captions that it never saw beside those of the testbed, drawn as they were.
+    """
     table = captions_table()
     local = [group.iloc[:per_template] for _, group in table[table.label == "local"].groupby("cluster")]
     starts = table.cluster.str.startswith
     rest = [table[table.label == "global"], table[starts("unseen")].iloc[:num_unseen]]
-    return pd.concat([*local, *rest, table[starts("seen")].iloc[:num_seen]]).reset_index(drop=True)
+    rest += [table[starts("seen")].iloc[:num_seen], more_unseen(num_more, set(table.TEXT))]
+    return pd.concat([*local, *rest]).reset_index(drop=True)
+
+
+def more_unseen(count: int, known: set[str]) -> pd.DataFrame:
+    """Captions of the testbed's world under a seed of their own, none of them known, with the columns of the table."""
+    world = World(load_sprites(SPRITES))
+    drawn = [text for text in dict.fromkeys(world.sample_general(2 * count, MORE)[1]) if text not in known][:count]
+    clusters = [f"unseen-more-{at:04d}" for at in range(len(drawn))]
+    halves = [at % 2 for at in range(len(drawn))]
+    facts = {"label": "none", "copied": False, "common": False, "null": False}
+    return pd.DataFrame({"TEXT": drawn, "cluster": clusters, "half": halves, **facts})
 
 
 def choose(per_template: int, num_global: int, num_unseen: int, first: int = 0) -> pd.DataFrame:
