@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -117,22 +117,18 @@ class FirstStepScorer:
         Returns:
             the scores, in the captions' order.
         """
-        columns: dict[str, list[Tensor]] = {}
         with self._texts(captions) as texts:
-            for found in self._in_batches(captions, lambda part: self._score(texts, part), on_batch):
-                for name, value in found.items():
-                    columns.setdefault(name, []).append(value)
+            found = self._in_batches(captions, lambda part: self._score(texts, part), on_batch)
             num_tokens, truncated = texts.facts()
-        count = len(self.noises)
-        flat = {name: torch.cat(values).unflatten(0, (len(captions), count)) for name, values in columns.items()}
-        means = {name: value.mean(1).numpy() for name, value in flat.items()}
-        maps = {name: means.pop(name, None) for name in ("mask", "energy_mask")}
+        means = {name: (value.mean(1) if value.shape[1] > 1 else value[:, 0]).numpy() for name, value in found.items()}
+        mask, energy_mask = means.pop("mask", None), means.pop("energy_mask")
         return FirstStepScores(
             scores=means,
-            ld_std=flat["ld"].std(1, correction=0).numpy() if "ld" in flat else None,
+            ld_std=found["ld"].std(1, correction=0).numpy() if "ld" in found else None,
             num_tokens=num_tokens.numpy(),
             truncated=truncated.numpy(),
-            **maps,
+            mask=mask,
+            energy_mask=energy_mask,
         )
 
     @torch.inference_mode()
@@ -148,8 +144,7 @@ class FirstStepScorer:
             return {"energy": self._facts(output, self.uncond[noise], latents, self.level).energy}
 
         with self._texts(captions) as texts:
-            parts = [found["energy"] for found in self._in_batches(captions, energy, on_batch)]
-        return torch.cat(parts).unflatten(0, (len(captions), count))
+            return self._in_batches(captions, energy, on_batch)["energy"]
 
     def _texts(self, captions: list[str]) -> TextStream:
         return TextStream(self.model, captions, self.texts_at_once, self.ahead)
@@ -159,15 +154,20 @@ class FirstStepScorer:
         captions: list[str],
         compute: Callable[[slice], dict[str, Tensor]],
         on_batch: Callable[[int], None] | None,
-    ) -> Iterator[dict[str, Tensor]]:
-        """What `compute` gives for pairs (prompt, noise), numbered prompt * K + noise, on the CPU, batch by batch."""
+    ) -> dict[str, Tensor]:
+        """What `compute` gives for pairs (prompt, noise), prompt * K + noise: name -> [N, K, ...], on the CPU."""
         count, seen = len(self.noises), 0
         batches = self.batches.run(len(captions) * count, lambda part: HostCopy(compute(part)))
+        whole: dict[str, Tensor] = {}
         for part, copy in one_behind(batches):
-            yield copy.wait()
+            for name, values in copy.wait().items():
+                if name not in whole:
+                    whole[name] = values.new_empty(len(captions) * count, *values.shape[1:])
+                whole[name][part] = values
             if on_batch:
                 on_batch(part.stop // count - seen)
             seen = part.stop // count
+        return {name: values.unflatten(0, (len(captions), count)) for name, values in whole.items()}
 
     def _score(self, texts: TextStream, part: slice) -> dict[str, Tensor]:
         """One call of the denoiser over pairs (prompt, noise), numbered prompt * K + noise."""
