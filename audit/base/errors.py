@@ -19,7 +19,7 @@ class Damaged(AuditError):
 
 
 class Drained(Exception):
-    """The job was asked to stop (SIGTERM, first Ctrl-C): the shard in hand is dropped, the command exits 75."""
+    """The job was asked to stop (SIGTERM, first Ctrl-C): the shards in hand are dropped, the command exits 75."""
 
 
 class Broken(Exception):

@@ -21,7 +21,7 @@ class Commands(click.Group):
         except Broken as error:
             self._end(ctx, str(error), 3)
         except Drained:
-            click.echo("Stopped: the shard in hand was dropped; the same command goes on from here.", err=True)
+            click.echo("Stopped: the shards in hand were dropped; the same command goes on from here.", err=True)
             ctx.exit(75)
         except BrokenPipeError:
             raise  # `| head` has seen enough: click ends quietly

@@ -1,7 +1,8 @@
 """Who runs shards, and where. Knows no stage: a job is opened by the dotted name it is given.
 
 config.py       the flags of every command whose shards go to an engine
-job.py          what a job is, and how a worker opens one
+job.py          what a job is, its three steps, and how a worker opens one
+overlap.py      steps of several shards beside each other, so that the device does not wait
 failures.py     rows that fail: all together, else one by one; how many a shard may have
 retries.py      shards that fail: the one policy of tries, replacement and retirement of workers
 local.py        this process, or one owned process a device
