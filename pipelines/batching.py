@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
@@ -41,3 +41,12 @@ class AdaptiveBatches:
                 continue
             yield part, result
             start = part.stop
+
+
+def one_behind(values: Iterable[Result]) -> Iterator[Result]:
+    """The same values, each once the next one is there: what was asked of a device is fetched after the next is."""
+    last: list[Result] = []
+    for value in values:
+        yield from last
+        last = [value]
+    yield from last

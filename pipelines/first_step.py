@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from pipelines import formulas
 from pipelines.attention import MaskSource
-from pipelines.batching import AdaptiveBatches
+from pipelines.batching import AdaptiveBatches, one_behind
 from pipelines.detectors import FirstStep, scores
 from pipelines.model import DiffusionModel, Embeddings
 from pipelines.null_maps import NullMaps
 from pipelines.schedules import NoiseLevel
+from pipelines.text_stream import TextStream
 
 Array = NDArray[np.float32]
 
@@ -30,7 +32,6 @@ class FirstStepScores:
         ld_std: standard deviation of `ld` over the noises (0 for one noise), [N]; None where there is no `ld`.
         mask: the attention mask `ld` was computed with, [N, H, W]; None where there is no `ld`.
         energy_mask: the mask of `ld_energy`, [N, H, W].
-        energy: the first-step energy map, [N, H, W].
         num_tokens: [N], int64. truncated: [N], bool.
     """
 
@@ -38,7 +39,6 @@ class FirstStepScores:
     ld_std: Array | None
     mask: Array | None
     energy_mask: Array
-    energy: Array
     num_tokens: NDArray[np.int64]
     truncated: NDArray[np.bool_]
 
@@ -49,6 +49,8 @@ class FirstStepScorer:
     All prompts share the initial noises, so the unconditional output is computed once a noise and kept; a prompt then
     costs one evaluation a noise (MemBench, gen_utils.py, shares noise and unconditional prediction in the same way).
     Scores are differences of noise predictions, or of velocities where the first level has no signal (`unit`).
+    A device never waits for what the processor does: prompts are tokenized and encoded ahead of the batch that needs
+    them, in a thread, and the results of a batch are copied while the next one is computed.
 
     Args:
         model: a loaded model.
@@ -85,7 +87,8 @@ class FirstStepScorer:
             raise ValueError(f"a mask of step {self.mask_source.step} is no attention of the first step")
         self.layers = model.check_layers(self.mask_source.layers)
         self.guidance_scale, self.extra_evaluation = guidance_scale, extra_evaluation
-        self.batches = AdaptiveBatches(batch_size)
+        self.batches, self.texts_at_once = AdaptiveBatches(batch_size), batch_size
+        self.ahead = 0 if model.device.type == "cpu" else 2  # batches of prompts; a processor has no time to spare
         self.evaluations = 0  # of the denoiser so far: one latent through it once
         self.noises = model.noise_bank(num_noises, seed)[first_noise:].to(model.device, model.dtype)
         self.null_maps = None if null_maps is None else null_maps.to(model.device)
@@ -114,57 +117,63 @@ class FirstStepScorer:
         Returns:
             the scores, in the captions' order.
         """
-        count = len(self.noises)
-        embeddings = self._encode(captions)
         columns: dict[str, list[Tensor]] = {}
-        seen = 0
-        for part, found in self.batches.run(len(captions) * count, lambda part: self._score(embeddings, part)):
-            for name, value in found.items():
-                columns.setdefault(name, []).append(value)
-            if on_batch:
-                on_batch(part.stop // count - seen)
-            seen = part.stop // count
+        with self._texts(captions) as texts:
+            for found in self._in_batches(captions, lambda part: self._score(texts, part), on_batch):
+                for name, value in found.items():
+                    columns.setdefault(name, []).append(value)
+            num_tokens, truncated = texts.facts()
+        count = len(self.noises)
         flat = {name: torch.cat(values).unflatten(0, (len(captions), count)) for name, values in columns.items()}
         means = {name: value.mean(1).numpy() for name, value in flat.items()}
-        maps = {name: means.pop(name, None) for name in ("mask", "energy_mask", "energy")}
+        maps = {name: means.pop(name, None) for name in ("mask", "energy_mask")}
         return FirstStepScores(
             scores=means,
             ld_std=flat["ld"].std(1, correction=0).numpy() if "ld" in flat else None,
-            num_tokens=embeddings.num_tokens.numpy(),
-            truncated=embeddings.truncated.numpy(),
+            num_tokens=num_tokens.numpy(),
+            truncated=truncated.numpy(),
             **maps,
         )
 
     @torch.inference_mode()
     def energies(self, captions: list[str], on_batch: Callable[[int], None] | None = None) -> Tensor:
         """First-step energy maps alone, [N, K, H, W], float32 on the CPU; arguments as of a call."""
-        count, embeddings, seen = len(self.noises), self._encode(captions), 0
+        count = len(self.noises)
 
-        def energy(part: slice) -> Tensor:
+        def energy(part: slice) -> dict[str, Tensor]:
             pair = torch.arange(part.start, part.stop)
             prompt, noise = pair // count, pair % count
             latents = self.noises[noise]
-            output = self._predict(latents, self.level, embeddings.take(prompt))
-            return self._facts(output, self.uncond[noise], latents, self.level).energy.cpu()
+            output = self._predict(latents, self.level, texts.take(prompt))
+            return {"energy": self._facts(output, self.uncond[noise], latents, self.level).energy}
 
-        parts = []
-        for part, found in self.batches.run(len(captions) * count, energy):
-            parts.append(found)
+        with self._texts(captions) as texts:
+            parts = [found["energy"] for found in self._in_batches(captions, energy, on_batch)]
+        return torch.cat(parts).unflatten(0, (len(captions), count))
+
+    def _texts(self, captions: list[str]) -> TextStream:
+        return TextStream(self.model, captions, self.texts_at_once, self.ahead)
+
+    def _in_batches(
+        self,
+        captions: list[str],
+        compute: Callable[[slice], dict[str, Tensor]],
+        on_batch: Callable[[int], None] | None,
+    ) -> Iterator[dict[str, Tensor]]:
+        """What `compute` gives for pairs (prompt, noise), numbered prompt * K + noise, on the CPU, batch by batch."""
+        count, seen = len(self.noises), 0
+        batches = self.batches.run(len(captions) * count, lambda part: HostCopy(compute(part)))
+        for part, copy in one_behind(batches):
+            yield copy.wait()
             if on_batch:
                 on_batch(part.stop // count - seen)
             seen = part.stop // count
-        return torch.cat(parts).unflatten(0, (len(captions), count))
 
-    def _encode(self, captions: list[str]) -> Embeddings:
-        """Encode in the same batches; embeddings are kept on the device (118 kB a prompt for SD1 in float16)."""
-        parts = [found for _, found in self.batches.run(len(captions), lambda part: self.model.encode(captions[part]))]
-        return Embeddings.concatenate(parts)
-
-    def _score(self, embeddings: Embeddings, part: slice) -> dict[str, Tensor]:
+    def _score(self, texts: TextStream, part: slice) -> dict[str, Tensor]:
         """One call of the denoiser over pairs (prompt, noise), numbered prompt * K + noise."""
         model, pair = self.model, torch.arange(part.start, part.stop)
         prompt, noise = pair // len(self.noises), pair % len(self.noises)
-        prompts, latents = embeddings.take(prompt), self.noises[noise]
+        prompts, latents = texts.take(prompt), self.noises[noise]
         with model.capture(self.layers, prompts, self.mask_source.token, model.entropy_layers) as attention:
             output = self._predict(latents, self.level, prompts)
         low = None
@@ -178,10 +187,10 @@ class FirstStepScorer:
             low=low,
             null=None if self.null_maps is None else self.null_maps.take(noise),
         )
-        found = {**scores(first), "energy": first.energy, "energy_mask": formulas.energy_mask(first.energy)}
+        found = {**scores(first), "energy_mask": formulas.energy_mask(first.energy)}
         if first.mask is not None:
             found["mask"] = first.mask
-        return to_cpu(found)
+        return found
 
     def _facts(self, output: Tensor, uncond: Tensor, latents: Tensor, level: NoiseLevel) -> FirstStep:
         model = self.model
@@ -194,11 +203,27 @@ class FirstStepScorer:
         )
 
 
-def to_cpu(found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of B rows each as float32 on the CPU, by one copy: every copy waits for the device."""
-    flat = torch.cat([value.float().reshape(len(value), -1) for value in found.values()], 1).cpu()
-    parts = flat.split([value[0].numel() for value in found.values()], 1)
-    return {name: part.reshape(value.shape) for (name, value), part in zip(found.items(), parts, strict=True)}
+class HostCopy:
+    """Tensors of B rows each on their way to the CPU as float32: one copy, made when the device gets there."""
+
+    def __init__(self, found: dict[str, Tensor]) -> None:
+        flat = torch.cat([value.float().reshape(len(value), -1) for value in found.values()], 1)
+        self._shapes = {name: value.shape for name, value in found.items()}
+        self._done: torch.cuda.Event | None = None
+        if flat.is_cuda:
+            self._flat = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=True)
+            self._flat.copy_(flat, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record(torch.cuda.current_stream(flat.device))
+        else:
+            self._flat = flat.cpu()
+
+    def wait(self) -> dict[str, Tensor]:
+        """The tensors, once they are there."""
+        if self._done is not None:
+            self._done.synchronize()
+        parts = self._flat.split([math.prod(shape[1:]) for shape in self._shapes.values()], 1)
+        return {name: part.reshape(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
 
 
 def token_attention(token_means: dict[str, Tensor]) -> Tensor | None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import socket
+import threading
 import time
 from datetime import datetime, timezone
 from typing import Any
@@ -25,12 +26,32 @@ class WorkerLog:
         self.folder, self.name = folder, f"{LOGS}/{socket.gethostname()}-{os.getpid()}.jsonl"
         self._lines: list[str] = []
         self._last_batch = self._last_upload = 0.0
+        self._in_hand: set[tuple[str, int]] = set()
+        self._lock = threading.Lock()  # a shard ends in another thread than the one that begins the next
 
-    def event(self, event: str, **facts: Any) -> None:
-        """One line: time, event, and facts that are JSON."""
+    def begin(self, stage: str, shard: int) -> None:
+        """A line: a shard is computed from now on, and in hand until it ends."""
+        self._in_hand.add((stage, shard))
+        self._event("begin", stage, shard)
+
+    def end(self, event: str, stage: str, shard: int, **facts: Any) -> None:
+        """A line: a shard is in hand no more."""
+        self._in_hand.discard((stage, shard))
+        self._event(event, stage, shard, **facts)
+
+    def batch(self, stage: str, shard: int, **facts: Any) -> None:
+        """A line about a finished batch, where the last one is a while ago."""
+        if time.monotonic() - self._last_batch > BATCH_SECONDS:
+            self._last_batch = time.monotonic()
+            self._event("batch", stage, shard, **facts)
+
+    def _event(self, event: str, stage: str, shard: int, **facts: Any) -> None:
+        """One line: time, event, shard, every shard in hand then, and facts that are JSON."""
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        line = json.dumps({"time": now, "event": event, **facts}) + "\n"
-        with contextlib.suppress(AuditError, OSError):
+        in_hand = [f"{name} shard {number}" for name, number in sorted(self._in_hand.copy())]
+        known = {"time": now, "event": event, "stage": stage, "shard": shard, "in_hand": in_hand}
+        line = json.dumps({**known, **facts}) + "\n"
+        with self._lock, contextlib.suppress(AuditError, OSError):
             if self.folder.local:
                 path = self.folder.path(self.name)
                 os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -41,12 +62,6 @@ class WorkerLog:
             if event != "batch" or time.monotonic() - self._last_upload > 60:
                 self._last_upload = time.monotonic()
                 self.folder.write(self.name, "".join(self._lines).encode())
-
-    def batch(self, **facts: Any) -> None:
-        """A line about a finished batch, where the last one is a while ago."""
-        if time.monotonic() - self._last_batch > BATCH_SECONDS:
-            self._last_batch = time.monotonic()
-            self.event("batch", **facts)
 
 
 _logs: dict[tuple[str, int], WorkerLog] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import os
@@ -15,7 +16,8 @@ from typing import IO, Any
 from audit.base.errors import AuditError, Damaged, ends_the_job
 from audit.base.progress import Progress
 from audit.base.stopping import Stop
-from audit.engines.job import Job, JobSpec, compute
+from audit.engines.job import Job, JobSpec
+from audit.engines.overlap import HAND, Overlap
 from audit.engines.retries import Outcome, Retries
 
 DEATHS = 3  # workers that may die one after the other while they load
@@ -25,35 +27,39 @@ PARTING = 10.0  # seconds that workers have to end when a job does
 
 
 def run_here(job: Job, retries: Retries, progress: Progress, stop: Stop) -> Outcome:
-    """Run shards one after the other in this process; a failed one is tried again after the others.
+    """Run shards in this process; a failed one is tried again after the others.
 
     Raises:
-        Drained: a stop was asked for; the shard in hand is dropped.
+        Drained: a stop was asked for; the shards in hand are dropped.
         Broken: too many shards failed in a row; the others are left as they are.
     """
-    while len(retries):
+    counted: collections.Counter[int] = collections.Counter()  # rows finished of the shards in hand
+
+    def on_rows(shard: int, rows: int) -> None:
+        counted[shard] += rows
+        progress.add(rows)
         stop.check()
-        if retries.retired(0):
-            raise retries.broken()
-        shard, counted = retries.take(), 0
-        assert shard is not None
 
-        def on_rows(rows: int) -> None:
-            nonlocal counted
-            counted += rows
-            progress.add(rows)
+    with Overlap(job, on_rows) as overlap:
+        while len(retries) or overlap.hand:
             stop.check()
-
-        try:
-            made = compute(job, shard, on_rows)
-        except Exception as error:  # whatever a shard dies of, the others go on
-            if ends_the_job(error):
-                raise
-            progress.add(-counted)
-            retries.failed(0, shard, f"{type(error).__name__}: {error}")
-        else:
-            progress.add(made.rows - counted)
-            retries.done(0, shard)
+            if retries.retired(0):
+                retries.put_back(overlap.hand)
+                raise retries.broken()
+            while len(overlap.hand) < HAND and (shard := retries.take(overlap.hand)) is not None:
+                overlap.take(shard)
+            ended = overlap.step(timeout=0.5)
+            if ended is None:
+                continue
+            shard, made = ended
+            if not isinstance(made, Exception):
+                progress.add(made.rows - counted.pop(shard, 0))
+                retries.done(0, shard)
+            elif ends_the_job(made):
+                raise made
+            else:  # whatever a shard dies of, the others go on
+                progress.add(-counted.pop(shard, 0))
+                retries.failed(0, shard, f"{type(made).__name__}: {made}")
     return retries.outcome
 
 
@@ -65,12 +71,13 @@ def run_processes(
     stop: Stop,
     batch_timeout: float = 0.0,
 ) -> Outcome:
-    """Run shards in worker processes, each given the next shard when it is free.
+    """Run shards in worker processes, each given more when it has fewer than HAND; ahead only while all have some.
 
-    A worker speaks JSON lines: {"ready": true} when its model is loaded, {"rows": n} as it goes,
+    A worker speaks JSON lines: {"ready": true} when its model is loaded, {"rows": n, "shard": shard} as it goes,
     then {"done": shard, "rows": n} or {"failed": shard, "error": e}; and {"alive": true} every few seconds.
-    One that dies (killed, out of memory, a crash of the driver) has its shard counted as failed and is replaced. So is
-    one that was stopped or hangs: without a sign of life, or without a finished batch, for too long, it is killed.
+    One that dies (killed, out of memory, a crash of the driver) is replaced, and its shards are done again
+    (`Retries.died`). So is one that was stopped or hangs: without a sign of life, or without a finished batch, for too
+    long, it is killed.
 
     Args:
         command: worker number -> argv of a process that reads shard numbers from stdin.
@@ -93,13 +100,16 @@ def run_processes(
         feed(pool[number])
 
     def feed(worker: _Worker) -> None:
-        worker.shard = retries.take()
-        worker.counted, worker.moved = 0, time.monotonic()
-        worker.send(worker.shard)
-
-    def failed(worker: _Worker, shard: int, error: str) -> None:
-        progress.add(-worker.counted)
-        retries.failed(worker.number, shard, error)
+        while len(worker.hand) < HAND and not (worker.hand and len(retries) < workers):
+            shard = retries.take(worker.hand)
+            if shard is None:
+                break
+            if not worker.hand:
+                worker.moved = time.monotonic()
+            worker.hand[shard] = 0
+            worker.send(shard)
+        if not worker.hand:
+            worker.send(None)
 
     def hear(worker: _Worker, said: dict[str, Any]) -> None:
         nonlocal never_ready
@@ -108,21 +118,24 @@ def run_processes(
         if "ready" in said:
             worker.ready, never_ready = True, 0
         elif "done" in said:
-            progress.add(int(said["rows"]) - worker.counted)
-            retries.done(worker.number, int(said["done"]))
-            feed(worker)
+            shard = int(said["done"])
+            progress.add(int(said["rows"]) - worker.hand.pop(shard))
+            retries.done(worker.number, shard)
         elif "failed" in said:
-            failed(worker, int(said["failed"]), str(said["error"]))
-            if retries.replace(worker.number):  # it ends, and another takes its place
-                worker.shard = None
-                worker.send(None)
-            else:
-                feed(worker)
+            shard = int(said["failed"])
+            progress.add(-worker.hand.pop(shard))
+            retries.failed(worker.number, shard, str(said["error"]))
         elif "rows" in said:
-            worker.counted += int(said["rows"])
+            worker.hand[int(said["shard"])] += int(said["rows"])
             progress.add(int(said["rows"]))
         elif "error_line" in said:
             worker.error = str(said["error_line"])
+        if not ({"done", "failed"} & set(said)):
+            return
+        if "failed" in said and retries.replace(worker.number):  # it ends what it has in hand; another takes its place
+            worker.send(None)
+        elif not worker.ending:
+            feed(worker)
 
     def bury(number: int) -> None:
         nonlocal never_ready
@@ -132,16 +145,14 @@ def run_processes(
         stop.children.discard(worker.process)
         if code == 2 or (code == 3 and worker.error):
             raise (Damaged if code == 3 else AuditError)(worker.error or "a worker could not begin")
-        if worker.shard is None:
+        if not worker.hand:
             return
-        done = retries.ledger.done([worker.shard])
-        if done:  # it died between its commit and saying so
-            progress.add(done[worker.shard].rows - worker.counted)
-            retries.done(number, worker.shard)
-        elif worker.ready:
-            failed(worker, worker.shard, worker.killed or f"worker died with exit code {code}")
+        progress.add(-sum(worker.hand.values()))
+        if worker.ready:
+            why = worker.killed or f"worker died with exit code {code}"
+            progress.add(sum(made.rows for made in retries.died(number, list(worker.hand), why).values()))
         else:
-            retries.put_back(worker.shard)
+            retries.put_back(list(worker.hand))
             never_ready += 1
             why = worker.killed or f"a worker died with exit code {code}"
             progress.note(f"{why}, before its model was loaded")
@@ -189,11 +200,18 @@ def _end_all(workers: list[_Worker]) -> None:
 
 
 class _Worker:
-    """One owned process and the shard it has in hand."""
+    """One owned process and the shards it has in hand.
+
+    Attributes:
+        hand: shard -> rows of it that were finished, in the order the shards were given.
+        ending: it was told to end with what it has in hand. killed: why it was, if it was.
+    """
 
     def __init__(self, number: int, argv: list[str]) -> None:
-        self.number, self.shard = number, None  # type: int, int | None
-        self.counted, self.ready, self.error, self.rest, self.killed = 0, False, "", b"", ""
+        self.number = number
+        self.hand: dict[int, int] = {}
+        self.ready = self.ending = False
+        self.error, self.rest, self.killed = "", b"", ""
         self.heard = self.moved = time.monotonic()  # the last sign of life; the last one of progress
         # a session of its own: Ctrl-C reaches the parent alone, which then ends its workers
         self.process = subprocess.Popen(
@@ -205,6 +223,7 @@ class _Worker:
     def send(self, shard: int | None) -> None:
         """Hand over a shard; None lets the worker end."""
         assert self.process.stdin is not None
+        self.ending = self.ending or shard is None
         if self.process.stdin.closed:
             return
         try:
@@ -227,7 +246,7 @@ class _Worker:
     def kill_if_stuck(self, batch_timeout: float) -> None:
         """Kill a worker that gives no sign of life, or finishes no batch, for too long: listen() then says it ended."""
         now, limit = time.monotonic(), SILENCE if self.ready else LOADING
-        if self.shard is None or self.killed:
+        if not self.hand or self.killed:
             return
         if now - self.heard > limit:
             self.killed = f"worker gave no sign of life for {limit:.0f} s (stopped, or hung) and was killed"

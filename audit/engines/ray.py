@@ -6,6 +6,7 @@ The run folder must be a place every node reaches (a shared file system or an ob
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,23 +14,37 @@ from typing import Any
 from audit.base.errors import AuditError, Drained, ends_the_job
 from audit.base.progress import Progress
 from audit.base.stopping import Stop
-from audit.engines.job import Job, JobSpec, compute
+from audit.engines.job import Job, JobSpec, Task
+from audit.engines.overlap import HAND
 from audit.engines.ray_cluster import Head, connected
 from audit.engines.retries import Outcome, Retries
 
 
 class ShardActor:
-    """Lives in a Ray worker: opens the job once, with the first shard, then computes shards."""
+    """Lives in a Ray worker: opens the job once, with the first shard, then computes shards, HAND of them at a time.
+
+    Each comes in a thread of its own; a step is one shard's at a time.
+    """
 
     def __init__(self, spec: JobSpec) -> None:
         self.spec = spec
         self.job: Job | None = None
+        self.reading, self.computing, self.writing = threading.Lock(), threading.Lock(), threading.Lock()
 
     def compute(self, shard: int) -> int:
         """Compute and commit a shard; returns its rows."""
-        if self.job is None:  # not in __init__: what a constructor raises reaches the driver without its type
-            self.job = self.spec.open()
-        return compute(self.job, shard, lambda _: None).rows
+        with self.reading:
+            if self.job is None:  # not in __init__: what a constructor raises reaches the driver without its type
+                self.job = self.spec.open()
+            task = Task(self.job, shard)
+            task.read()
+        if task.made is None:
+            with self.computing:
+                task.compute(lambda _: None)
+            with self.writing:
+                task.write()
+        assert task.made is not None
+        return task.made.rows
 
 
 def run_on_ray(
@@ -55,7 +70,7 @@ def run_on_ray(
             raise AuditError(f"--device {spec.device}: the Ray cluster has no GPU; try --device cpu")
         url = spec.run if "://" in spec.run else os.path.abspath(spec.run)
         spec = replace(spec, run=url, device="cuda" if on_gpu else spec.device)
-        actor = ray.remote(num_gpus=1 if on_gpu else 0, num_cpus=1)(ShardActor)
+        actor = ray.remote(num_gpus=1 if on_gpu else 0, num_cpus=1, max_concurrency=HAND)(ShardActor)
         places = min(workers or (gpus if on_gpu else 1), len(retries))
         return _run_on_actors(ray, lambda: actor.remote(spec), places, retries, progress, stop)
 
@@ -65,22 +80,36 @@ def _run_on_actors(
 ) -> Outcome:
     in_hand: dict[Any, tuple[int, int]] = {}  # reference of a result -> place of its actor, and shard
     actors: dict[int, Any] = {}
-    free, head = list(range(places)), Head(ray)
+    head = Head(ray)
+
+    def hand(place: int) -> list[int]:
+        return [shard for at, shard in in_hand.values() if at == place]
 
     def feed(place: int) -> None:
-        if place not in actors:
-            actors[place] = start()
-        shard = retries.take()
-        assert shard is not None
-        in_hand[actors[place].compute.remote(shard)] = (place, shard)
+        """Give an actor shards: the first one, others ahead only while there are some for every place."""
+        while len(mine := hand(place)) < HAND and not (mine and len(retries) < places):
+            shard = retries.take(mine)
+            if shard is None:
+                return
+            if place not in actors:
+                actors[place] = start()
+            in_hand[actors[place].compute.remote(shard)] = (place, shard)
+
+    def bury(place: int) -> list[int]:
+        """End an actor; gives what it had in hand."""
+        mine = hand(place)
+        for reference in [each for each, (at, _) in in_hand.items() if at == place]:
+            del in_hand[reference]
+        ray.kill(actors.pop(place))
+        return mine
 
     try:
         while len(retries) or in_hand:
-            while len(retries) and free:
-                feed(free.pop())
-            for place in free:  # an actor without work would keep its room from one that waits for some
-                if place in actors:
-                    ray.kill(actors.pop(place))
+            for place in range(places):
+                if not retries.retired(place):
+                    feed(place)
+                if place in actors and not hand(place):
+                    bury(place)  # an actor without work would keep its room from one that waits for some
             if not in_hand:
                 raise retries.broken()
             if stop.requested:
@@ -90,19 +119,24 @@ def _run_on_actors(
                 raise Drained
             ready, _ = ray.wait(list(in_hand), num_returns=1, timeout=0.5)
             for reference in ready:
-                place, shard = in_hand.pop(reference)
+                place, shard = in_hand[reference]
                 try:
                     progress.add(ray.get(reference))
-                    retries.done(place, shard)
+                except ray.exceptions.RayActorError as error:
+                    committed = retries.died(place, bury(place), str(getattr(error, "cause", None) or error))
+                    progress.add(sum(made.rows for made in committed.values()))
+                    continue
                 except ray.exceptions.RayError as error:
                     cause = getattr(error, "cause", None)
                     if isinstance(cause, Exception) and ends_the_job(cause):
                         raise cause from None
+                    del in_hand[reference]
                     retries.failed(place, shard, str(cause or error))
-                    if isinstance(error, ray.exceptions.RayActorError) or retries.replace(place):
-                        ray.kill(actors.pop(place))  # another takes its place
-                if not retries.retired(place):
-                    free.append(place)
+                    if retries.replace(place):  # another takes its place
+                        retries.put_back(bury(place))
+                    continue
+                del in_hand[reference]
+                retries.done(place, shard)
     finally:
         for worker in actors.values():
             ray.kill(worker)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from audit.base.commits import Ledger
+from audit.base.commits import Commit, Ledger
 from audit.base.errors import Broken
 from audit.base.progress import Progress
 
@@ -37,24 +37,54 @@ class Retries:
         self.outcome = Outcome()
         self._queue = collections.deque(shards)
         self._tried: set[int] = set()
+        self._suspects: set[int] = set()  # one of those a worker had in hand when it died
         self._streaks: collections.Counter[int] = collections.Counter()  # failures in a row at a place, at first tries
 
     def __len__(self) -> int:
         """Shards that wait."""
         return len(self._queue)
 
-    def take(self) -> int | None:
-        """The next shard; None when none waits."""
-        return self._queue.popleft() if self._queue else None
+    def take(self, hand: Collection[int] = ()) -> int | None:
+        """The next shard for a worker; None when none waits that may go beside what it has in hand.
 
-    def put_back(self, shard: int) -> None:
-        """It was not the shard's fault: it comes next, and no try is counted."""
-        self._queue.appendleft(shard)
+        A suspect goes beside nothing.
+        """
+        if self._suspects.intersection(hand):
+            return None
+        for shard in self._queue:
+            if not hand or shard not in self._suspects:
+                self._queue.remove(shard)
+                return shard
+        return None
+
+    def put_back(self, hand: Sequence[int]) -> None:
+        """It was not the shards' fault: they come next, in the order they were taken, and no try is counted."""
+        self._queue.extendleft(reversed(hand))
 
     def done(self, place: int, shard: int) -> None:
         """A shard is committed."""
         self.outcome.committed.append(shard)
+        self._suspects.discard(shard)
         self._streaks[place] = 0
+
+    def died(self, place: int, hand: Sequence[int], error: str) -> dict[int, Commit]:
+        """A worker died with shards in hand, in the order they were taken; gives those it had committed.
+
+        One shard that is left is what it died of: a failed try. Of several nobody knows which it was: each is done
+        again with nothing beside it, and no try is counted.
+        """
+        committed = self.ledger.done(hand)
+        for shard in committed:  # it died between its commit and saying so
+            self.done(place, shard)
+        left = [shard for shard in hand if shard not in committed]
+        if len(left) == 1:
+            self.failed(place, left[0], error)
+        elif left:
+            self._suspects.update(left)
+            self.put_back(left)
+            names = ", ".join(map(str, left))
+            self.progress.note(f"{self.ledger.stage}: {error} with shards {names} in hand: done again one by one")
+        return committed
 
     def failed(self, place: int, shard: int, error: str) -> None:
         """A try failed: recorded; the shard is tried again after the others, or given up."""

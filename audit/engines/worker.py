@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import queue
 import sys
 import threading
 import time
@@ -11,9 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 from audit.base.errors import AuditError, Damaged, Drained, ends_the_job
-from audit.base.stopping import stop_on_signals
-from audit.engines.job import JobSpec, compute
+from audit.base.stopping import Stop, stop_on_signals
+from audit.engines.job import JobSpec
 from audit.engines.local import BEAT, die_with_parent
+from audit.engines.overlap import Overlap
+
+IDLE, SOON = 0.5, 0.02  # seconds to wait for a shard with none in hand; for one in hand before looking for more
 
 
 def main(spec: str) -> int:
@@ -28,31 +33,74 @@ def main(spec: str) -> int:
             say({"error_line": str(error)})
             return 3 if isinstance(error, Damaged) else 2
 
-        def on_rows(rows: int) -> None:
+        def on_rows(shard: int, rows: int) -> None:
             try:
-                say({"rows": rows})
+                say({"rows": rows, "shard": shard})
             except BrokenPipeError:
                 raise Drained from None  # the parent is gone: nobody waits for this shard
             stop.check()
 
         try:
             say({"ready": True})
-            for line in sys.stdin:
-                shard = int(line)
-                try:
-                    made = compute(job, shard, on_rows)
-                except Exception as error:  # the parent decides whether it is tried again
-                    if ends_the_job(error):
-                        raise
-                    say({"failed": shard, "error": f"{type(error).__name__}: {error}"})
-                else:
-                    say({"done": shard, "rows": made.rows})
+            with Overlap(job, on_rows) as overlap:
+                _serve(overlap, _Given(), stop, say)
         except AuditError as error:
             say({"error_line": str(error)})
             return 3 if isinstance(error, Damaged) else 2
         except (Drained, BrokenPipeError, KeyboardInterrupt):
             return 75
     return 0
+
+
+def _serve(overlap: Overlap, given: _Given, stop: Stop, say: Callable[[dict[str, Any]], None]) -> None:
+    """Do the shards that are given until no more will be. Raises what ends the job."""
+    while not given.over or overlap.hand:
+        stop.check()
+        for shard in given.take(wait=not overlap.hand):
+            overlap.take(shard)
+        ended = overlap.step(timeout=SOON) if overlap.hand else None
+        if ended is None:
+            continue
+        shard, made = ended
+        if not isinstance(made, Exception):
+            say({"done": shard, "rows": made.rows})
+        elif ends_the_job(made):
+            raise made
+        else:  # the parent decides whether it is tried again
+            say({"failed": shard, "error": f"{type(made).__name__}: {made}"})
+
+
+class _Given:
+    """Shard numbers from stdin, read in a thread so that one that comes later can be read while another is computed.
+
+    Attributes:
+        over: stdin has ended, and everything from it was taken.
+    """
+
+    def __init__(self) -> None:
+        self.over = False
+        self._lines: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, daemon=True, name="shards").start()
+
+    def _listen(self) -> None:
+        rest = b""
+        while data := os.read(0, 1 << 12):  # not sys.stdin: the interpreter waits for its lock when it ends
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                self._lines.put(int(line))
+        self._lines.put(None)
+
+    def take(self, wait: bool) -> list[int]:
+        """What has come since; where nothing has, wait for it for a moment."""
+        found: list[int] = []
+        with contextlib.suppress(queue.Empty):
+            while not self.over:
+                shard = self._lines.get(timeout=IDLE if wait and not found else 0)
+                if shard is None:
+                    self.over = True
+                else:
+                    found.append(shard)
+        return found
 
 
 def _take_stdout() -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ import pyarrow.compute as pc
 from audit.base.commits import Commit
 from audit.base.errors import AuditError
 from audit.engines.failures import check_failures, together_or_alone
-from audit.engines.job import JobSpec
+from audit.engines.job import JobSpec, Took
 from audit.index import Index
 from audit.mitigation.config import MASK_LOSS, open_clip, trigger_column
 from audit.mitigation.mitigate import MitigateConfig
@@ -90,6 +89,8 @@ class MitigateJob:
         max_error_rate: a shard with a larger share of failed images is not committed.
     """
 
+    computing = "mitigate"
+
     def __init__(self, run: Run, model: DiffusionModel, batch_size: int, max_error_rate: float) -> None:
         from pipelines import MaskSource, Mitigator
 
@@ -131,23 +132,7 @@ class MitigateJob:
     def _crops(self, size: tuple[int, int]) -> TrainingCrops:
         return TrainingCrops(References(self.index, size), self.descriptor, self.pool)
 
-    def __call__(self, shard: int, on_rows: Callable[[int], None]) -> Commit:
-        started = time.monotonic()
-        rows = self._read(shard)
-        triggered = [row for row in rows if row["triggered"]]
-        on_rows(len(rows) - len(triggered))
-        for row, found in zip(triggered, self._mitigate(triggered, on_rows), strict=True):
-            row |= found
-        sampled = time.monotonic()
-        self._audit([row for row in rows if row["error"] is None])
-        failed = [row["error"] for row in rows if row["error"] is not None]
-        check_failures(failed, len(rows), self.max_error_rate, "images")
-        untriggered = sum(row["triggered"] is False for row in rows)
-        counts = {"ok": len(rows) - len(failed), "error": len(failed), "untriggered": untriggered}
-        seconds = {"mitigate": sampled - started, "wall": time.monotonic() - started}
-        return self.ledger.commit(shard, mitigated_table(rows), counts, seconds)
-
-    def _read(self, shard: int) -> list[dict[str, Any]]:
+    def read(self, shard: int) -> list[dict[str, Any]]:
         """The shard's rows, unmitigated: columns of mitigated/ and, for the work here, `masks` and `best`."""
         verdicts = self.confirmed.table(shard, ["row_id", "best"]).to_pylist()
         best = {row["row_id"]: row["best"] for row in verdicts}
@@ -172,6 +157,22 @@ class MitigateJob:
                 row |= {"masks": of["masks"], "best": best[row["row_id"]]}
             rows.append(row)
         return rows
+
+    def compute(self, shard: int, rows: list[dict[str, Any]], on_rows: Callable[[int], None]) -> list[dict[str, Any]]:
+        triggered = [row for row in rows if row["triggered"]]
+        on_rows(len(rows) - len(triggered))
+        for row, found in zip(triggered, self._mitigate(triggered, on_rows), strict=True):
+            row |= found
+        self._audit([row for row in rows if row["error"] is None])
+        failed = [row["error"] for row in rows if row["error"] is not None]
+        check_failures(failed, len(rows), self.max_error_rate, "images")
+        return rows
+
+    def write(self, shard: int, found: list[dict[str, Any]], took: Took) -> Commit:
+        failed = sum(row["error"] is not None for row in found)
+        untriggered = sum(row["triggered"] is False for row in found)
+        counts = {"ok": len(found) - failed, "error": failed, "untriggered": untriggered}
+        return self.ledger.commit(shard, mitigated_table(found), counts, took.seconds())
 
     def _mitigate(self, rows: list[dict[str, Any]], on_rows: Callable[[int], None]) -> list[dict[str, Any]]:
         """What the mitigation changes of each row."""

@@ -18,16 +18,17 @@ SILENT = 600.0  # seconds after which a worker that has a shard in hand is said 
 
 
 def stuck_workers(folder: Folder) -> list[str]:
-    """One line a worker whose last word is that it has a shard in hand, and that died, was stopped or is silent."""
+    """One line a worker that had shards in hand at its last word, and that died, was stopped or is silent."""
     lines = []
     for name in folder.list(LOGS):
         last = _last_event(folder, f"{LOGS}/{name}") if name.endswith(".jsonl") else None
-        if last is None or last.get("event") not in ("begin", "batch"):
+        in_hand = last.get("in_hand") if last is not None else None
+        if last is None or not isinstance(in_hand, list) or not in_hand:
             continue
         host, _, pid = name.removesuffix(".jsonl").rpartition("-")
         why = _why(host, pid, last)
         if why:
-            lines.append(f"{last.get('stage')} shard {last.get('shard')}: worker {pid} on {host} {why}")
+            lines.append(f"{', '.join(map(str, in_hand))}: worker {pid} on {host} {why}")
     return lines
 
 

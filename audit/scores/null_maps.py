@@ -7,7 +7,6 @@ One process makes the maps, under a claim, and commits them a shard a noise; eve
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -23,7 +22,7 @@ from audit.base.fingerprint import digest
 from audit.base.stopping import Stop
 from audit.captions import SAMPLE, read_captions
 from audit.engines.failures import ShardFailed, together_or_alone
-from audit.engines.job import JobSpec
+from audit.engines.job import JobSpec, Took
 from audit.engines.launch import EngineConfig
 from audit.run.claim import take_back
 from audit.run.run import Run
@@ -159,6 +158,9 @@ def _open(spec: JobSpec, kind: StageKind) -> NullMapsJob:
     return NullMapsJob(Stage.open(run, kind), load_run_model(run, spec.device), spec.batch_size)
 
 
+Energies = list["np.ndarray | str"]  # [H, W] of each caption, or why it has none
+
+
 class NullMapsJob:
     """Energy maps of the sample under one noise a shard, a row a caption; one that fails is left out of the maps.
 
@@ -166,14 +168,18 @@ class NullMapsJob:
         stage: null maps, as they were begun. model: loaded. batch_size: latents at a time.
     """
 
+    computing = "score"
+
     def __init__(self, stage: Stage, model: DiffusionModel, batch_size: int) -> None:
         self.stage, self.ledger, self.model, self.batch_size = stage, stage.ledger, model, batch_size
 
-    def __call__(self, shard: int, on_rows: Callable[[int], None]) -> Commit:
+    def read(self, shard: int) -> pa.Table:
+        return self.stage.rows(shard)
+
+    def compute(self, shard: int, items: pa.Table, on_rows: Callable[[int], None]) -> tuple[pa.Table, Energies]:
         from pipelines import FirstStepScorer
 
-        started = time.monotonic()
-        made, items = self.stage.run.fingerprint, self.stage.rows(shard)
+        made = self.stage.run.fingerprint
         scorer = FirstStepScorer(
             self.model,
             num_noises=shard + 1,
@@ -189,19 +195,23 @@ class NullMapsJob:
             return list(scorer.energies([captions[row] for row in rows], on_rows)[:, 0].numpy())
 
         found = together_or_alone(range(len(captions)), compute)
-        energies = [
+        energies: Energies = [
             each if isinstance(each, str) or np.isfinite(each).all() else "the energy map is not finite"
             for each in found
         ]
         errors = [each for each in energies if isinstance(each, str)]
         if len(errors) == len(captions):
             raise ShardFailed(f"none of {len(captions)} captions could be scored, the first: {errors[0]}")
-        counts = {"ok": len(captions) - len(errors), "error": len(errors)}
-        wall = time.monotonic() - started
-        return self.ledger.commit(shard, _table(items, energies), counts, {"score": wall, "wall": wall})
+        return items, energies
+
+    def write(self, shard: int, found: tuple[pa.Table, Energies], took: Took) -> Commit:
+        items, energies = found
+        errors = sum(isinstance(each, str) for each in energies)
+        counts = {"ok": len(energies) - errors, "error": errors}
+        return self.ledger.commit(shard, _table(items, energies), counts, took.seconds())
 
 
-def _table(items: pa.Table, energies: Sequence[np.ndarray | str]) -> pa.Table:
+def _table(items: pa.Table, energies: Energies) -> pa.Table:
     """Rows of null_maps/: of each caption its energy map, or why there is none."""
     good = np.array([row for row, each in enumerate(energies) if not isinstance(each, str)], np.int64)
     maps = np.stack([each for each in energies if not isinstance(each, str)])

@@ -60,12 +60,13 @@ def score(config: ScoreConfig) -> dict[str, float]:
     source = MaskSource("first", config.mask_token, config.mask_layers)
     model = load_model(find_model_folder(config), config.device, config.dtype)
     try:
-        found = FirstStepScorer(model, source, extra_evaluation=True, **shared)([config.prompt])
+        scorer = FirstStepScorer(model, source, extra_evaluation=True, **shared)
         sampler = TrajectorySampler(model, source, **shared) if config.trajectory else None
     except ValueError as error:
         raise AuditError(f"--mask-layers: {error}") from error
+    found = scorer([config.prompt])
     scores = {name: float(values[0]) for name, values in found.scores.items()}
-    panels = {"energy map,\nfirst step": found.energy[0]}
+    panels = {"energy map,\nfirst step": scorer.energies([config.prompt])[0].mean(0).numpy()}
     if found.mask is not None and found.ld_std is not None:
         scores["ld_std"] = float(found.ld_std[0])
         panels = {"EOS attention,\nfirst step": found.mask[0], **panels}

@@ -1,9 +1,10 @@
-"""One shard of a scan: read, score, write, commit."""
+"""The steps of a scan's shard: read its captions, score them, write and commit."""
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from audit.base.commits import Commit
 from audit.captions import is_empty, read_shard
 from audit.engines.failures import check_failures
-from audit.engines.job import JobSpec
+from audit.engines.job import JobSpec, Took
 from audit.run.run import Run
 from audit.run.schema import SCORE_MASKS, mask_type, pack_mask_bits, scores_schema, tensor_array
 from audit.run.stage import NULL_MAPS, SCAN, Stage
@@ -40,13 +41,34 @@ def open_checked_job(spec: JobSpec) -> ScanJob:
     return job
 
 
+@dataclass(frozen=True)
+class ShardRows:
+    """The input rows of a shard.
+
+    Attributes:
+        table: `caption` and the columns carried through, [n]. duplicate_of: row_id of the same caption earlier on, or
+            -1, [n]. empty: there is no caption, [n].
+    """
+
+    table: pa.Table
+    duplicate_of: NDArray[np.int64]
+    empty: NDArray[np.bool_]
+
+    @functools.cached_property
+    def own(self) -> NDArray[np.int64]:
+        """Places of the captions to score."""
+        return np.flatnonzero(~self.empty & (self.duplicate_of < 0))
+
+
 class ScanJob:
-    """Scan of one run with its model loaded: read, score, write, commit.
+    """Scan of one run with its model loaded.
 
     Args:
         run: the run. model: the loaded model. batch_size: latents at a time.
         max_error_rate: a shard with a larger share of failed rows is not committed.
     """
+
+    computing = "score"
 
     def __init__(self, run: Run, model: DiffusionModel, batch_size: int, max_error_rate: float) -> None:
         self.run, self.stage, self.max_error_rate = run, Stage.open(run, SCAN), max_error_rate
@@ -57,59 +79,47 @@ class ScanJob:
         if self.mask_source == "none":
             self.mask_source = f"none: {model.no_mask}"
 
-    def __call__(self, shard: int, on_rows: Callable[[int], None]) -> Commit:
-        started = time.monotonic()
-        # 1. read
-        rows = read_shard(self.run.plan, shard, self.run.folder)
-        duplicate_of = self.run.plan.duplicates(shard)
-        empty = is_empty(rows["caption"])
-        own = np.flatnonzero(~empty & (duplicate_of < 0))
-        read = time.monotonic()
-        # 2. score
-        captions = rows["caption"].take(pa.array(own)).to_pylist()
+    def read(self, shard: int) -> ShardRows:
+        table = read_shard(self.run.plan, shard, self.run.folder)
+        return ShardRows(table, self.run.plan.duplicates(shard), is_empty(table["caption"]))
+
+    def compute(self, shard: int, rows: ShardRows, on_rows: Callable[[int], None]) -> tuple[ShardRows, Scored]:
+        captions = rows.table["caption"].take(pa.array(rows.own)).to_pylist()
         scored = score_captions(self.scorer, captions, on_rows)
-        finished = time.monotonic()
-        check_failures(list(scored.errors.values()), len(own), self.max_error_rate, "captions")
-        # 3. write and commit
-        table = self._table(shard, rows, duplicate_of, empty, own, scored)
+        check_failures(list(scored.errors.values()), len(captions), self.max_error_rate, "captions")
+        return rows, scored
+
+    def write(self, shard: int, found: tuple[ShardRows, Scored], took: Took) -> Commit:
+        rows, scored = found
         counts = {
             "ok": len(scored.rows),
             "error": len(scored.errors),
-            "empty": int(empty.sum()),
-            "duplicate": int((duplicate_of >= 0).sum()),
+            "empty": int(rows.empty.sum()),
+            "duplicate": int((rows.duplicate_of >= 0).sum()),
         }
-        seconds = {"read": read - started, "score": finished - read, "wall": time.monotonic() - started}
-        return self.ledger.commit(shard, table, counts, seconds)
+        return self.ledger.commit(shard, self._table(shard, rows, scored), counts, took.seconds())
 
-    def _table(
-        self,
-        shard: int,
-        rows: pa.Table,
-        duplicate_of: NDArray[np.int64],
-        empty: NDArray[np.bool_],
-        own: NDArray[np.int64],
-        scored: Scored,
-    ) -> pa.Table:
+    def _table(self, shard: int, rows: ShardRows, scored: Scored) -> pa.Table:
         """A row for every input row; scores where there are some, nulls elsewhere.
 
         Raises:
             KeyError: a scored value without a column in audit/run/schema.py.
         """
-        length = rows.num_rows
-        status = np.where(empty, "empty", "ok").astype(object)
+        length, own, duplicate_of = rows.table.num_rows, rows.own, rows.duplicate_of
+        status = np.where(rows.empty, "empty", "ok").astype(object)
         error = np.full(length, None, object)
         for place, reason in scored.errors.items():
             status[own[place]], error[own[place]] = "error", reason
         places = own[scored.rows]
         arrays: dict[str, pa.Array] = {
             "row_id": pa.array((np.int64(shard) << 32) | np.arange(length, dtype=np.int64)),
-            "caption": rows["caption"],
+            "caption": rows.table["caption"],
             "status": pa.array(status, pa.string()),
             "error": pa.array(error, pa.string()),
             "duplicate_of": pa.array(duplicate_of, pa.int64(), mask=duplicate_of < 0),
             "mask_source": pa.array(np.full(length, self.mask_source, object), pa.string()),
             "refined": pa.array(np.zeros(length, bool)),
-            **{name: rows[name] for name in self.run.plan.keep_cols},
+            **{name: rows.table[name] for name in self.run.plan.keep_cols},
         }
         schema = scores_schema(self.mask_type, list(self.run.plan.keep_schema))
         unknown = set(scored.columns) - {*schema.names, *SCORE_MASKS}

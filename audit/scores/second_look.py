@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from audit.base.commits import Commit
 from audit.base.stopping import Stop
 from audit.engines.failures import check_failures
-from audit.engines.job import JobSpec
+from audit.engines.job import JobSpec, Took
 from audit.engines.launch import EngineConfig
 from audit.engines.retries import Outcome
 from audit.run.read import read_rows
@@ -24,7 +23,7 @@ from audit.run.select import best_rows
 from audit.run.stage import SECOND_LOOK, SECOND_NULL_MAPS, Stage, run_stage
 from audit.scores.model import load_run_model
 from audit.scores.null_maps import make_null_maps, read_null_maps
-from audit.scores.scorer import open_scorer, score_captions
+from audit.scores.scorer import Scored, open_scorer, score_captions
 
 if TYPE_CHECKING:
     from pipelines import DiffusionModel
@@ -104,6 +103,8 @@ class SecondLookJob:
         max_error_rate: a shard with a larger share of failed rows is not committed.
     """
 
+    computing = "score"
+
     def __init__(self, stage: Stage, model: DiffusionModel, batch_size: int, max_error_rate: float) -> None:
         self.stage, self.ledger, self.max_error_rate = stage, stage.ledger, max_error_rate
         run, asked = stage.run, stage.fingerprint(SecondLookFingerprint)
@@ -111,11 +112,16 @@ class SecondLookJob:
         maps = read_null_maps(run, SECOND_NULL_MAPS)
         self.scorer = open_scorer(run.fingerprint, model, batch_size, maps, range(self.first, self.count))
 
-    def __call__(self, shard: int, on_rows: Callable[[int], None]) -> Commit:
-        started = time.monotonic()
-        items = self.stage.rows(shard)
+    def read(self, shard: int) -> pa.Table:
+        return self.stage.rows(shard)
+
+    def compute(self, shard: int, items: pa.Table, on_rows: Callable[[int], None]) -> tuple[pa.Table, Scored]:
         scored = score_captions(self.scorer, items["caption"].to_pylist(), on_rows)
         check_failures(list(scored.errors.values()), items.num_rows, self.max_error_rate, "captions")
+        return items, scored
+
+    def write(self, shard: int, found: tuple[pa.Table, Scored], took: Took) -> Commit:
+        items, scored = found
         errors = np.full(items.num_rows, None, object)
         errors[list(scored.errors)] = list(scored.errors.values())
         arrays: dict[str, pa.Array] = {name: items[name] for name in ("row_id", "caption")}
@@ -131,8 +137,7 @@ class SecondLookJob:
         ]
         table = pa.table([arrays[field.name] for field in fields], schema=pa.schema(fields))
         counts = {"ok": len(scored.rows), "error": len(scored.errors)}
-        wall = time.monotonic() - started
-        return self.ledger.commit(shard, table, counts, {"score": wall, "wall": wall})
+        return self.ledger.commit(shard, table, counts, took.seconds())
 
 
 def means(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,7 +16,7 @@ from audit.base.commits import Commit
 from audit.base.errors import AuditError
 from audit.base.facts import read_facts
 from audit.engines.failures import check_failures, together_or_alone
-from audit.engines.job import JobSpec
+from audit.engines.job import JobSpec, Took
 from audit.run.run import Fingerprint, Run
 from audit.run.schema import TRAJECTORY_COLUMNS, TRAJECTORY_MASKS, tensor_array
 from audit.run.stage import REFINE, TRAJECTORIES, Stage, StageKind
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from pipelines import DiffusionModel, Trajectories, TrajectorySampler
 
 NOT_FINITE = "scores are not finite"
+Sampled = list["Trajectories | str"]  # of each row a single-row Trajectories, or why there is none
 
 
 @dataclass(frozen=True)
@@ -80,26 +80,29 @@ class TrajectoryJob:
         max_error_rate: a shard with a larger share of failed rows is not committed.
     """
 
+    computing = "sample"
+
     def __init__(self, stage: Stage, model: DiffusionModel, batch_size: int, max_error_rate: float) -> None:
         self.stage, self.ledger, self.max_error_rate = stage, stage.ledger, max_error_rate
         num_images = read_facts(Images, stage.facts.fingerprint, stage.kind.name).num_images
         self.sampler = open_sampler(stage.run.fingerprint, model, num_images, batch_size)
 
-    def __call__(self, shard: int, on_rows: Callable[[int], None]) -> Commit:
-        started = time.monotonic()
-        items = self.stage.rows(shard)
+    def read(self, shard: int) -> pa.Table:
+        return self.stage.rows(shard)
+
+    def compute(self, shard: int, items: pa.Table, on_rows: Callable[[int], None]) -> tuple[pa.Table, Sampled]:
         sampled = self._sample(items["caption"].to_pylist(), items["image_index"].to_pylist(), on_rows)
-        sampling = time.monotonic() - started
         errors = [each for each in sampled if isinstance(each, str)]
         check_failures(errors, len(sampled), self.max_error_rate, "trajectories")
-        table = trajectory_table(items, sampled)
-        counts = {"ok": len(sampled) - len(errors), "error": len(errors)}
-        seconds = {"sample": sampling, "wall": time.monotonic() - started}
-        return self.ledger.commit(shard, table, counts, seconds)
+        return items, sampled
 
-    def _sample(
-        self, captions: list[str], noises: list[int], on_rows: Callable[[int], None]
-    ) -> list[Trajectories | str]:
+    def write(self, shard: int, found: tuple[pa.Table, Sampled], took: Took) -> Commit:
+        items, sampled = found
+        errors = sum(isinstance(each, str) for each in sampled)
+        counts = {"ok": len(sampled) - errors, "error": errors}
+        return self.ledger.commit(shard, trajectory_table(items, sampled), counts, took.seconds())
+
+    def _sample(self, captions: list[str], noises: list[int], on_rows: Callable[[int], None]) -> Sampled:
         """Of each row its trajectory, or why there is none."""
 
         def compute(rows: Sequence[int]) -> list[Trajectories]:
@@ -116,7 +119,7 @@ def is_finite(trajectory: Trajectories) -> bool:
     return all(math.isfinite(float(each.sum())) for each in scores)
 
 
-def trajectory_table(items: pa.Table, sampled: Sequence[Trajectories | str]) -> pa.Table:
+def trajectory_table(items: pa.Table, sampled: Sampled) -> pa.Table:
     """Rows of trajectories/.
 
     Args:

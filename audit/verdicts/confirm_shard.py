@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import pyarrow.compute as pc
 
 from audit.base.commits import Commit
 from audit.base.errors import AuditError
-from audit.engines.job import JobSpec
+from audit.engines.job import JobSpec, Took
 from audit.index import Index
 from audit.run.run import Run
 from audit.run.schema import BEST_TYPE, CONFIRMED_COLUMNS, MATCHES_TYPE, table_of
@@ -55,24 +54,33 @@ class ConfirmJob:
         null: the local threshold.
     """
 
+    computing = "decide"
+
     def __init__(self, stage: Stage, index: Index, match_mask: str, null: Null) -> None:
         self.stage, self.ledger, self.run = stage, stage.ledger, stage.run
         self.index, self.match_mask, self.null = index, match_mask, null
         self.matching, self.trajectories = Stage.open(stage.run, MATCH), Stage.open(stage.run, TRAJECTORIES)
 
-    def __call__(self, shard: int, on_rows: Callable[[int], None]) -> Commit:
-        started = time.monotonic()
-        matched = {row["row_id"]: row for row in self.matching.table(shard).to_pylist()}
+    def read(self, shard: int) -> dict[int, dict[str, Any]]:
+        """Of every candidate what it was matched with, by row_id."""
+        return {row["row_id"]: row for row in self.matching.table(shard).to_pylist()}
+
+    def compute(
+        self, shard: int, matched: dict[int, dict[str, Any]], on_rows: Callable[[int], None]
+    ) -> list[dict[str, Any]]:
         size = self._image_size(shard)
         references = None if size is None else References(self.index, size)
         rows = []
         for item in self.stage.rows(shard).to_pylist():
             rows.append(self._row(item, matched[item["row_id"]], references))
             on_rows(1)
-        table = confirmed_table(rows)
+        return rows
+
+    def write(self, shard: int, found: list[dict[str, Any]], took: Took) -> Commit:
+        table = confirmed_table(found)
         counts = dict(collections.Counter(table["verdict"].to_pylist()))
-        counts["unreadable"] = sum(match.get("unreadable") is not None for row in rows for match in row["matches"])
-        return self.ledger.commit(shard, table, counts, {"wall": time.monotonic() - started})
+        counts["unreadable"] = sum(match.get("unreadable") is not None for row in found for match in row["matches"])
+        return self.ledger.commit(shard, table, counts, took.seconds())
 
     def _image_size(self, shard: int) -> tuple[int, int] | None:
         """(H, W) of the generated images; None where none was."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import pyarrow.compute as pc
 
 from audit.base.commits import Commit
 from audit.base.identity import KEYS, ROW_NUMBERS, URLS, all_named
-from audit.engines.job import JobSpec
+from audit.engines.job import JobSpec, Took
 from audit.index import Index
 from audit.run.read import read_rows
 from audit.run.run import Run
@@ -52,6 +51,8 @@ class MatchJob:
         neighbours: nearest pictures an image is compared with.
     """
 
+    computing = "match"
+
     def __init__(self, stage: Stage, index: Index, descriptor: Descriptor, neighbours: int) -> None:
         self.stage, self.ledger, self.run = stage, stage.ledger, stage.run
         self.trajectories = Stage.open(stage.run, TRAJECTORIES)
@@ -63,11 +64,13 @@ class MatchJob:
     def _crops(self, size: tuple[int, int]) -> TrainingCrops:
         return TrainingCrops(References(self.index, size), self.descriptor, self.pool)
 
-    def __call__(self, shard: int, on_rows: Callable[[int], None]) -> Commit:
-        started = time.monotonic()
-        items = self.stage.rows(shard)
+    def read(self, shard: int) -> pa.Table:
+        """What was generated for the shard's candidates."""
         made = self.trajectories.table(shard)
-        made = made.filter(pc.is_null(made["error"]))
+        return made.filter(pc.is_null(made["error"]))
+
+    def compute(self, shard: int, made: pa.Table, on_rows: Callable[[int], None]) -> list[dict[str, Any]]:
+        items = self.stage.rows(shard)
         masks = {
             name: tensor_values(made[name]) for name in TRAJECTORY_MASKS if made.num_rows and not made[name].null_count
         }
@@ -87,11 +90,13 @@ class MatchJob:
             {**item, "num_images": images[item["row_id"]], "matches": matches[item["row_id"]]}
             for item in items.select(["row_id", "caption"]).to_pylist()
         ]
-        unreadable = sum("unreadable" in match for each in matches.values() for match in each)
-        counts = {"ok": len(rows), "unreadable": unreadable}
-        seconds = {"wall": time.monotonic() - started}
         on_rows(len(rows))
-        return self.ledger.commit(shard, matched_table(rows), counts, seconds)
+        return rows
+
+    def write(self, shard: int, found: list[dict[str, Any]], took: Took) -> Commit:
+        unreadable = sum("unreadable" in match for row in found for match in row["matches"])
+        counts = {"ok": len(found), "unreadable": unreadable}
+        return self.ledger.commit(shard, matched_table(found), counts, took.seconds())
 
     def _match(
         self, images: Sequence[Any], row_ids: Sequence[int], numbers: Sequence[int], masks: Mapping[str, Any]

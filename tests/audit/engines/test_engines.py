@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from audit.base.commits import Ledger
+from audit.base.commits import Commit, Ledger
 from audit.base.errors import AuditError, Broken, Drained, StorageError
 from audit.base.progress import Progress
 from audit.base.stopping import Stop
 from audit.base.storage import Folder
-from audit.engines.job import Job as AnyJob
+from audit.engines.job import Took
 from audit.engines.launch import find_devices
 from audit.engines.local import run_here, run_processes
+from audit.engines.overlap import HAND
 from audit.engines.retries import RETIRE, Outcome, Retries
 
 READ = "import sys, os, json\n"
@@ -25,19 +27,27 @@ SHARDS = list(range(6))
 
 
 class Job:
-    """Commits a one-row table; fails the first `failures[shard]` tries."""
+    """Commits a one-row table; fails the first `failures[shard]` tries. `order` is that of computing."""
+
+    computing = "score"
 
     def __init__(self, ledger: Ledger, failures: dict[int, int]) -> None:
         self.ledger, self.failures = ledger, failures
         self.order: list[int] = []
 
-    def __call__(self, shard: int, on_rows: object) -> object:
+    def read(self, shard: int) -> pa.Table:
+        return pa.table({"x": [shard]})
+
+    def compute(self, shard: int, rows: pa.Table, on_rows: Callable[[int], None]) -> pa.Table:
         self.order.append(shard)
-        on_rows(1)  # type: ignore[operator]
+        on_rows(1)
         if self.failures.get(shard, 0) > 0:
             self.failures[shard] -= 1
             raise ValueError(f"no luck with {shard}")
-        return self.ledger.commit(shard, pa.table({"x": [shard]}))
+        return rows
+
+    def write(self, shard: int, found: pa.Table, took: Took) -> Commit:
+        return self.ledger.commit(shard, found, None, took.seconds())
 
 
 @pytest.fixture
@@ -45,10 +55,9 @@ def ledger(tmp_path: Path) -> Ledger:
     return Ledger(Folder(tmp_path), "scan", "print", "out")
 
 
-def here(job: Any, shards: Sequence[int], progress: Progress, stop: Stop | None = None) -> Outcome:
+def here(job: Job, shards: Sequence[int], progress: Progress, stop: Stop | None = None) -> Outcome:
     """Run shards in this process, three tries each."""
-    made: AnyJob = job
-    return run_here(made, Retries(made.ledger, shards, 3, progress), progress, stop or Stop())
+    return run_here(job, Retries(job.ledger, shards, 3, progress), progress, stop or Stop())
 
 
 def run_workers(
@@ -72,18 +81,37 @@ def test_a_failed_shard_comes_again_after_the_others(ledger: Ledger) -> None:
     assert progress.done == 3  # rows of the tries that failed are taken back
 
 
-def test_a_store_that_fails_once_costs_a_try_and_bad_input_ends_the_job(ledger: Ledger) -> None:
-    raised: list[Exception] = [StorageError("out/1.arrow: cannot be written: 503 Slow Down")]
+SLOW_DOWN = "out/1.arrow: cannot be written: 503 Slow Down"
+
+
+@pytest.mark.parametrize("step", ("read", "compute", "write"))
+def test_a_store_that_fails_once_costs_a_try_and_bad_input_ends_the_job(ledger: Ledger, step: str) -> None:
+    raised: list[Exception] = [StorageError(SLOW_DOWN)]
 
     class Failing(Job):
-        def __call__(self, shard: int, on_rows: object) -> object:
-            if shard == 1 and raised:
+        """Shard 1 fails in the step that is named."""
+
+        def _raise(self, shard: int, now: str) -> None:
+            if (shard, now) == (1, step) and raised:
                 raise raised.pop()
-            return super().__call__(shard, on_rows)
+
+        def read(self, shard: int) -> pa.Table:
+            self._raise(shard, "read")
+            return super().read(shard)
+
+        def compute(self, shard: int, rows: pa.Table, on_rows: Callable[[int], None]) -> pa.Table:
+            self._raise(shard, "compute")
+            return super().compute(shard, rows, on_rows)
+
+        def write(self, shard: int, found: pa.Table, took: Took) -> Commit:
+            self._raise(shard, "write")
+            return super().write(shard, found, took)
 
     with Progress(4, "rows", "test") as progress:
         done = here(Failing(ledger, {}), [0, 1, 2], progress)
-        assert (done.committed, done.quarantined) == ([0, 2, 1], [])
+        assert (sorted(done.committed), done.quarantined) == ([0, 1, 2], [])
+        assert [tries.error for tries in ledger.attempts(1)] == [f"StorageError: {SLOW_DOWN}"]
+        assert progress.done == 3
         raised.append(AuditError("input.csv: no such file"))
         ledger.drop(1)
         with pytest.raises(AuditError, match="no such file"):
@@ -95,7 +123,7 @@ def test_what_another_process_has_committed_is_not_done_again(ledger: Ledger) ->
     job = Job(ledger, {})
     with Progress(3, "rows", "test") as progress:
         done = here(job, [0, 1, 2], progress)
-    assert (done.committed, job.order, progress.done) == ([0, 1, 2], [0, 2], 3)
+    assert (sorted(done.committed), job.order, progress.done) == ([0, 1, 2], [0, 2], 3)
 
 
 def test_a_broken_device_does_not_use_up_every_shards_tries(ledger: Ledger) -> None:
@@ -103,20 +131,62 @@ def test_a_broken_device_does_not_use_up_every_shards_tries(ledger: Ledger) -> N
     job = Job(ledger, dict.fromkeys(range(2, 100), 9))
     with Progress(100, "rows", "test") as progress, pytest.raises(Broken, match="stopped with 98 shards left"):
         here(job, range(100), progress)
-    assert job.order == list(range(2 + RETIRE)) and ledger.shards() == [0, 1]
+    assert job.order == list(range(len(job.order))) and ledger.shards() == [0, 1]
+    assert RETIRE <= len(job.order) - 2 <= RETIRE + HAND  # the good ones may be written while the first bad ones fail
 
 
 def test_a_stop_drops_the_shard_in_hand(ledger: Ledger) -> None:
-    stop, job = Stop(), Job(ledger, {})
+    """What was computed before is written all the same."""
+    stop = Stop()
 
-    def request(shard: int, on_rows: object) -> object:
-        stop.requested = shard == 2
-        return job(shard, on_rows)
+    class Stopping(Job):
+        def compute(self, shard: int, rows: pa.Table, on_rows: Callable[[int], None]) -> pa.Table:
+            stop.requested = shard == 2
+            return super().compute(shard, rows, on_rows)
 
-    request.ledger = ledger  # type: ignore[attr-defined]
+        def write(self, shard: int, found: pa.Table, took: Took) -> Commit:
+            time.sleep(0.2)
+            return super().write(shard, found, took)
+
     with Progress(4, "rows", "test") as progress, pytest.raises(Drained):
-        here(request, [0, 1, 2, 3], progress, stop)
+        here(Stopping(ledger, {}), [0, 1, 2, 3], progress, stop)
     assert ledger.shards() == [0, 1] and ledger.attempts(2) == []
+
+
+def test_steps_of_shards_run_beside_each_other(ledger: Ledger) -> None:
+    """While one is computed the next is read and the last is written; each step is one shard's at a time."""
+    running: list[tuple[str, int]] = []
+    seen: set[tuple[str, ...]] = set()
+
+    class Slow(Job):
+        @contextlib.contextmanager
+        def _step(self, name: str, shard: int) -> Iterator[None]:
+            running.append((name, shard))
+            seen.add(tuple(sorted(each for each, _ in running)))
+            time.sleep(0.05)
+            running.remove((name, shard))
+            yield
+
+        def read(self, shard: int) -> pa.Table:
+            with self._step("read", shard):
+                return super().read(shard)
+
+        def compute(self, shard: int, rows: pa.Table, on_rows: Callable[[int], None]) -> pa.Table:
+            with self._step("compute", shard):
+                return super().compute(shard, rows, on_rows)
+
+        def write(self, shard: int, found: pa.Table, took: Took) -> Commit:
+            with self._step("write", shard):
+                return super().write(shard, found, took)
+
+    job = Slow(ledger, {3: 1})
+    with Progress(9, "rows", "test") as progress:
+        done = here(job, range(9), progress)
+    assert sorted(done.committed) == list(range(9)) and job.order == [*range(9), 3]
+    assert ("compute", "read", "write") in seen and all(len(set(names)) == len(names) for names in seen)
+    commit = ledger.read(0)
+    assert commit is not None and set(commit.seconds) == {"read", "score", "wall"}
+    assert 0.1 < commit.seconds["wall"] < 0.3  # of its steps, not of what it waited between them
 
 
 @pytest.mark.timeout(60)
@@ -127,7 +197,7 @@ def test_messages_that_arrive_together_are_all_heard(ledger: Ledger) -> None:
         """
 for line in sys.stdin:
     shard = int(line)
-    os.write(1, b'{"ready": true}\\n{"rows": 1}\\n{"done": %d, "rows": 1}\\n' % shard)
+    os.write(1, b'{"ready": true}\\n{"rows": 1, "shard": %d}\\n{"done": %d, "rows": 1}\\n' % (shard, shard))
 """,
     )
     assert sorted(done.committed) == SHARDS and progress.done == len(SHARDS)
@@ -150,14 +220,14 @@ for line in sys.stdin:
 
 @pytest.mark.timeout(60)
 def test_failures_said_and_deaths_count_as_tries(ledger: Ledger) -> None:
-    """Shard 1 says that it failed, shard 3 takes its worker with it; the others are done by those that follow."""
+    """Shard 1 says that it failed, shard 3 takes its worker with it; no other shard is blamed for that."""
     done, progress = run_workers(
         ledger,
         """
 print('{"ready": true}', flush=True)
 for line in sys.stdin:
     shard = int(line)
-    print('{"rows": 1}', flush=True)
+    print(json.dumps({"rows": 1, "shard": shard}), flush=True)
     if shard == 3: os.kill(os.getpid(), 9)
     said = {"failed": 1, "error": "ValueError: bad"} if shard == 1 else {"done": shard, "rows": 1}
     print(json.dumps(said), flush=True)
@@ -167,6 +237,7 @@ for line in sys.stdin:
     assert sorted(done.committed) == [0, 2, 4, 5] and sorted(done.quarantined) == [1, 3]
     assert [tries.error for tries in ledger.attempts(3)] == ["worker died with exit code -9"] * 2
     assert [tries.error for tries in ledger.attempts(1)] == ["ValueError: bad"] * 2
+    assert all(ledger.attempts(shard) == [] for shard in (0, 2, 4, 5))
     assert progress.done == 4
 
 
@@ -177,7 +248,7 @@ def test_a_shard_committed_by_a_worker_that_died_is_not_done_again(tmp_path: Pat
     script = f"""
 import pyarrow as pa
 from pathlib import Path
-from audit.base.commits import Ledger
+from audit.base.commits import Commit, Ledger
 from audit.base.storage import Folder
 ledger = Ledger(Folder({str(tmp_path)!r}), "scan", "print", "out")
 print('{{"ready": true}}', flush=True)
