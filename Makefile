@@ -7,6 +7,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?= -n 2 --dist worksteal --durations=25
 MINUTES ?= 60
 
+# every process would compile the tests and the linked package anew
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup demo quick test cluster check bench tables screenshot torture clean
 
 help: ## this list
@@ -26,6 +29,10 @@ $(VENV)/.test: $(VENV)/.demo
 		apt-get update -qq && apt-get install -y -qq chromium chromium-driver >/dev/null; }
 	@touch $@
 
+$(VENV)/.linked: $(VENV)/.test
+	$(PIP) install -q --no-deps -e .
+	@touch $@
+
 # in an environment of its own: its pins do not fit ours
 $(IMG2DATASET): $(BIN)/python
 	$(PYTHON) -m venv $(VENV)/img2dataset
@@ -34,13 +41,12 @@ $(IMG2DATASET): $(BIN)/python
 # the package is installed, not linked: what is tested is what users get
 setup: $(VENV)/.demo ## create the environment and install the package into it
 	$(PIP) install -q --no-deps --force-reinstall .
+	@rm -f $(VENV)/.linked
 
 demo: setup ## the whole audit on the embedded testbed; ends with the report's path
 	$(BIN)/be-audit demo
 
-quick: $(VENV)/.test ## for every change: linked package, checks, tests that are not slow
-	$(PIP) install -q --no-deps -e .
-	$(MAKE) check
+quick: $(VENV)/.linked check ## for every change: linked package, checks, tests that are not slow
 	$(BIN)/pytest $(PYTEST_ARGS) -m "not slow"
 
 test: $(VENV)/.test $(IMG2DATASET) setup check ## linters, types and every test, against the installed package

@@ -33,13 +33,21 @@ SLOW = ("processes", "sampling", "simulation", "browser", "faults", "benchmark")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What makes a test slow is its mark; `make quick` leaves out all of them."""
+    """What makes a test slow is its mark; `make quick` leaves out all of them.
+
+    Files with slow tests go first, those with the longest before all: none of them is left over when the rest is done.
+    """
+    length: dict[Path, float] = {}
     for item in items:
         for folder, mark in (("browser", "browser"), ("faults", "faults"), ("benchmarks", "benchmark")):
             if f"tests/{folder}/" in item.path.as_posix():
                 item.add_marker(mark)
         if any(item.get_closest_marker(name) for name in SLOW):
             item.add_marker("slow")
+        if item.get_closest_marker("slow"):
+            limit = item.get_closest_marker("timeout")
+            length[item.path] = max(length.get(item.path, 0), limit.args[0] if limit else 300)
+    items.sort(key=lambda item: -length.get(item.path, 0))
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,7 @@ from audit.run.schema import COPIES, MITIGATED_COLUMNS, VERDICTS
 from audit.run.select import with_images
 from audit.run.stage import CONFIRM, MITIGATE, TRAJECTORIES, Stage, run_stage
 from audit.scores.calibrate import load_thresholds
+from audit.scores.model import one_model
 from audit.verdicts.candidates import ConfirmConfig, TrajectoriesFingerprint
 from audit.verdicts.confirm import ConfirmFingerprint, read_null
 
@@ -122,6 +123,7 @@ class MitigateSummary:
         return lines
 
 
+@one_model()
 def mitigate(config: MitigateConfig, stop: Stop | None = None) -> MitigateSummary:
     """Mitigate a run's confirmed copies, or go on with a mitigation that was begun.
 

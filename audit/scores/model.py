@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +19,9 @@ from pipelines.errors import ModelError
 if TYPE_CHECKING:
     from pipelines.folders import ModelFolder
     from pipelines.model import DiffusionModel
+
+
+_kept: ContextVar[dict[object, DiffusionModel] | None] = ContextVar("_kept", default=None)
 
 
 class ModelConfig(Protocol):
@@ -98,8 +102,21 @@ def load_model(folder: ModelFolder, device: str, dtype: str) -> DiffusionModel:
         return pipelines.loading.load(folder, device, dtype)
 
 
+@contextmanager
+def one_model() -> Iterator[None]:
+    """Decorates a command of several stages: the model that one of them loaded in this process serves the next ones."""
+    if _kept.get() is not None:  # a command within another
+        yield
+        return
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
 def load_run_model(run: Run, device: str) -> DiffusionModel:
-    """The model a run was begun with.
+    """The model a run was begun with, loaded once in a command (`one_model`).
 
     Raises:
         AuditError: it has other weights by now, or cannot be loaded.
@@ -110,7 +127,12 @@ def load_run_model(run: Run, device: str) -> DiffusionModel:
     begun = run.fingerprint.model
     if replace(model_facts(folder), revision=begun.revision) != begun:
         raise AuditError(f"--model {run.facts.model}: other weights than the run was begun with")
-    return load_model(folder, device, run.fingerprint.dtype)
+    kept, key = _kept.get(), (run.digest, device)
+    if kept is None:
+        return load_model(folder, device, run.fingerprint.dtype)
+    if key not in kept:
+        kept[key] = load_model(folder, device, run.fingerprint.dtype)
+    return kept[key]
 
 
 def _find(

@@ -21,7 +21,7 @@ from audit.run.run import Fingerprint, Run, check_output
 from audit.run.schema import DEFAULT_SCORE, DETECTORS, EXTRA_DETECTORS, MASK_DETECTORS, SCORE_COLUMNS
 from audit.run.stage import NULL_MAPS, REFINE, SCAN, SECOND_LOOK, Stage, run_stage, sum_counts
 from audit.scores.config import ScoringConfig
-from audit.scores.model import absolute_paths, find_model_folder, model_facts, no_mask_reason
+from audit.scores.model import absolute_paths, find_model_folder, model_facts, no_mask_reason, one_model
 from audit.scores.null_maps import few_lines, make_null_maps
 from audit.scores.refine import RefineFingerprint, begin_refine, run_refine
 from audit.scores.second_look import (
@@ -115,6 +115,7 @@ def _silent(line: str) -> None:
 
 
 @one_connection()
+@one_model()
 def scan(config: ScanConfig, stop: Stop | None = None, say: Callable[[str], None] = _silent) -> ScanSummary:
     """Scan captions into a run folder, or go on with a scan that was begun there.
 

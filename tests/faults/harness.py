@@ -39,6 +39,14 @@ def captions(count: int) -> list[str]:
     return made
 
 
+def unscored(scanned: Path, run: Path) -> Path:
+    """A copy of a scanned run that lacks its scores alone: of a scan's stages, each with workers of its own, one."""
+    shutil.copytree(scanned, run)
+    shutil.rmtree(run / "scores")
+    shutil.rmtree(run / "_commits/scan")
+    return run
+
+
 class World:
     """Inputs, an index, and a run as it is before every stage and after it.
 

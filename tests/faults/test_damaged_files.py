@@ -34,11 +34,6 @@ pytestmark = pytest.mark.faults
 COMMANDS = ("status", "verify", "report", "sql")
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, sd1: str) -> World:
-    return World(tmp_path_factory.mktemp("world"), sd1)
-
-
 def test_what_is_not_damaged_is_answered(world: World, tmp_path: Path) -> None:
     """Or the tests below would take a word that was typed wrong for a refusal."""
     run = world.before("report", tmp_path / "run")

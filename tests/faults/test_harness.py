@@ -18,11 +18,6 @@ CASES = (
 )
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, sd1: str) -> World:
-    return World(tmp_path_factory.mktemp("world"), sd1)
-
-
 @pytest.mark.parametrize("stage, fault", CASES, ids=lambda value: value if isinstance(value, str) else value.name)
 def test_a_disturbed_stage_loses_and_doubles_nothing(world: World, tmp_path: Path, stage: str, fault: Fault) -> None:
     run = tmp_path / "run"

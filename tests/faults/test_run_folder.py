@@ -26,14 +26,9 @@ from audit.run.stage import CONFIRM, MITIGATE, TRAJECTORIES, Stage
 from audit.verdicts.confirm import read_null
 from tests.command import be_audit, start, tree
 from tests.conftest import some_captions
-from tests.faults.harness import World
+from tests.faults.harness import World, unscored
 
 pytestmark = pytest.mark.faults
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, sd1: str) -> World:
-    return World(tmp_path_factory.mktemp("world"), sd1)
 
 
 def jsonl(folder: Path, files: int = 4, rows: int = 5) -> list[str]:
@@ -52,7 +47,8 @@ def parquet(path: Path, rows: int = 20, word: str = "house") -> Path:
 
 
 def scan(inputs: object, run: object, model: str, *more: object) -> list[object]:
-    return ["scan", inputs, "-o", run, "--model", model, "--rows-per-shard", 4, "--batch-size", 4, *more]
+    flags = ("--rows-per-shard", 4, "--batch-size", 4, "--second-look", 0)
+    return ["scan", inputs, "-o", run, "--model", model, *flags, *more]
 
 
 def captions_of(run: object) -> list[str]:
@@ -222,13 +218,21 @@ def workers(process: BaseProcess) -> list[psutil.Process]:
     return [child for child in children if "audit.engines.worker" in child.cmdline()]
 
 
-def test_8_a_stopped_worker_is_killed_and_replaced(tmp_path: Path, sd1: str) -> None:
-    source, run, log = parquet(tmp_path / "x.parquet", 60), tmp_path / "run", tmp_path / "log"
+@pytest.fixture(scope="module")
+def scanned(tmp_path_factory: pytest.TempPathFactory, sd1: str) -> Path:
+    """A folder with x.parquet, 80 rows, and run/, its scan."""
+    folder = tmp_path_factory.mktemp("scanned")
+    assert be_audit(*scan(parquet(folder / "x.parquet", 80), folder / "run", sd1)).code == 0
+    return folder
+
+
+def test_8_a_stopped_worker_is_killed_and_replaced(scanned: Path, tmp_path: Path, sd1: str) -> None:
+    run, log = unscored(scanned / "run", tmp_path / "run"), tmp_path / "log"
     code = (
-        "import sys, audit.engines.local as local; local.SILENCE = 12.0; local.LOADING = 90.0\n"
+        "import sys, audit.engines.local as local; local.SILENCE = 8.0; local.LOADING = 90.0\n"
         "from audit.cli.commands import cli; cli(sys.argv[1:])"
     )
-    words = [str(word) for word in scan(source, run, sd1, "--workers", 2)]
+    words = [str(word) for word in scan(scanned / "x.parquet", run, sd1, "--workers", 2)]
     with log.open("w") as out:
         process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=out, stderr=out)
     deadline = time.monotonic() + 120
@@ -246,15 +250,15 @@ def test_8_a_stopped_worker_is_killed_and_replaced(tmp_path: Path, sd1: str) -> 
     assert process.wait(120) == 0, log.read_text()
     assert "gave no sign of life for" in log.read_text(), log.read_text()
     assert f"worker {worker.pid} on" in status.out and "is stopped (SIGSTOP)" in status.out, status.out
-    assert len(captions_of(run)) == 60 and be_audit("verify", run, "--deep").code == 0
+    assert len(captions_of(run)) == 80 and be_audit("verify", run, "--deep").code == 0
 
 
 @pytest.mark.parametrize("signals, code", [((signal.SIGTERM,), 75), ((signal.SIGTERM, signal.SIGTERM), 130)])
 def test_8_signals_act_on_a_parent_whose_workers_are_stopped(
-    tmp_path: Path, sd1: str, signals: tuple[int, ...], code: int
+    scanned: Path, tmp_path: Path, sd1: str, signals: tuple[int, ...], code: int
 ) -> None:
-    source, run, log = parquet(tmp_path / "x.parquet", 80), tmp_path / "run", tmp_path / "log"
-    process = start(*scan(source, run, sd1, "--workers", 2), log=log)
+    run, log = unscored(scanned / "run", tmp_path / "run"), tmp_path / "log"
+    process = start(*scan(scanned / "x.parquet", run, sd1, "--workers", 2), log=log)
     wait_for(lambda: list((run / "_commits/scan").glob("[!.]*")), process, log)
     owned = workers(process)
     for worker in owned:

@@ -25,6 +25,7 @@ from audit.run.run import Run
 from audit.run.verify import verify_run
 from tests.command import be_audit, start, tree
 from tests.conftest import some_captions
+from tests.faults.harness import unscored
 
 SHARDS, ROWS = 25, 6
 KILLS = 30
@@ -46,11 +47,19 @@ def arguments(inputs: Path, sd1: str) -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(arguments: list[object], tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
-    """Scores of a scan that was left alone."""
+def undisturbed(arguments: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scan that was left alone."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     assert be_audit(*arguments, run).code == 0
-    return read_scores(Run.open(str(run)))
+    return run
+
+
+@pytest.fixture(scope="module")
+def looked_again(arguments: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a second look at nearly all of it."""
+    run = tmp_path_factory.mktemp("looked_again") / "run"
+    assert be_audit(*arguments, run, "--second-look", 0.9).code == 0
+    return run
 
 
 def assert_whole(run: Path) -> None:
@@ -70,15 +79,15 @@ def committed(run: Path) -> dict[str, object]:
     return {name: seen for name, seen in tree(run).items() if name in done or name.startswith("_commits/scan/0")}
 
 
-def assert_equal(run: Path, undisturbed: pa.Table) -> None:
+def assert_equal(run: Path, undisturbed: Path) -> None:
     """Every row exactly once, with the scores of the scan that was left alone."""
     stored = dataset(Run.open(str(run)))
     assert stored is not None and stored.count_rows() == SHARDS * ROWS
-    found = read_scores(Run.open(str(run)))
+    found, expected = (read_scores(Run.open(str(folder))) for folder in (run, undisturbed))
     for name in ("row_id", "caption", "status", "duplicate_of"):
-        assert found[name].equals(undisturbed[name])
+        assert found[name].equals(expected[name])
     for name in ("magnitude", "ld", "ld_energy", "webster"):
-        np.testing.assert_allclose(found[name].to_numpy(), undisturbed[name].to_numpy(), rtol=1e-4)
+        np.testing.assert_allclose(found[name].to_numpy(), expected[name].to_numpy(), rtol=1e-4)
     assert verify_run(str(run), deep=True).whole
     left = [path.name for path in run.rglob("*") if path.name.startswith(".")]
     assert left == []  # what dead processes had begun to write is swept
@@ -95,7 +104,7 @@ def commits(run: Path) -> int:
     return len(list((run / "_commits" / "scan").glob("[!.]*.json")))
 
 
-def test_kills_at_random_moments(arguments: list[object], undisturbed: pa.Table, tmp_path: Path) -> None:
+def test_kills_at_random_moments(arguments: list[object], undisturbed: Path, tmp_path: Path) -> None:
     moments, log = random.Random(5), tmp_path / "log"
     kills, number, during = 0, 0, set()
     while kills < KILLS:
@@ -107,7 +116,7 @@ def test_kills_at_random_moments(arguments: list[object], undisturbed: pa.Table,
         further = every_commit(run) + moments.randrange(0, 6)
         while process.is_alive() and every_commit(run) < further:
             assert_whole(run)
-            time.sleep(0.01)
+            time.sleep(0.03)  # to look is work, too
         moment = time.monotonic() + moments.uniform(0, 0.1)
         while process.is_alive() and time.monotonic() < moment:
             assert_whole(run)
@@ -130,7 +139,7 @@ def test_kills_at_random_moments(arguments: list[object], undisturbed: pa.Table,
 
 
 def test_sigterm_drains_and_the_same_command_goes_on(
-    arguments: list[object], undisturbed: pa.Table, tmp_path: Path
+    arguments: list[object], undisturbed: Path, tmp_path: Path
 ) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     process = start(*arguments, run, log=log)
@@ -157,11 +166,10 @@ def looks(run: Path) -> int:
 
 @pytest.mark.parametrize("number", (signal.SIGKILL, signal.SIGTERM))
 def test_a_second_look_is_stopped_and_goes_on(
-    arguments: list[object], undisturbed: pa.Table, tmp_path: Path, number: signal.Signals
+    arguments: list[object], undisturbed: Path, looked_again: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     """Every row of it once, in whatever process, with the scores of one that was left alone."""
-    whole, run, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
-    assert be_audit(*arguments, whole, "--second-look", 0.9).code == 0
+    run, log = tmp_path / "run", tmp_path / "log"
     stops = 0
     for shards in (1, 9, 17):
         process = start(*arguments, run, "--second-look", 0.9, log=log)
@@ -174,14 +182,15 @@ def test_a_second_look_is_stopped_and_goes_on(
         assert_whole(run)
     assert stops == 3
     assert be_audit(*arguments, run, "--second-look", 0.9, "--workers", 2).code == 0
-    found, expected = (read_scores(Run.open(str(folder))) for folder in (run, whole))
+    found, expected = (read_scores(Run.open(str(folder))) for folder in (run, looked_again))
     assert found["num_noises"].equals(expected["num_noises"]) and found["num_noises"].to_pylist().count(4) >= 121
     for name in ("magnitude", "ld", "ld_energy", "excess"):
         np.testing.assert_allclose(found[name].to_numpy(), expected[name].to_numpy(), rtol=1e-4)
     assert verify_run(str(run), deep=True).whole
     first = read_scores(Run.open(str(run)), ["magnitude"], first_look=True)["magnitude"].to_numpy()
-    once = undisturbed["num_noises"].to_numpy() == 1
-    np.testing.assert_allclose(first[once], undisturbed["magnitude"].to_numpy()[once], rtol=1e-4)
+    alone = read_scores(Run.open(str(undisturbed)))
+    once = alone["num_noises"].to_numpy() == 1
+    np.testing.assert_allclose(first[once], alone["magnitude"].to_numpy()[once], rtol=1e-4)
 
 
 def workers(process: BaseProcess) -> list[psutil.Process]:
@@ -190,8 +199,8 @@ def workers(process: BaseProcess) -> list[psutil.Process]:
     return [child for child in children if "audit.engines.worker" in child.cmdline()]
 
 
-def test_a_killed_worker_is_replaced(arguments: list[object], undisturbed: pa.Table, tmp_path: Path) -> None:
-    run, log = tmp_path / "run", tmp_path / "log"
+def test_a_killed_worker_is_replaced(arguments: list[object], undisturbed: Path, tmp_path: Path) -> None:
+    run, log = unscored(undisturbed, tmp_path / "run"), tmp_path / "log"
     process = start(*arguments, run, "--workers", 2, log=log)
     wait_for(lambda: commits(run) >= 2, process, log)
     victim = workers(process)[0]
@@ -212,10 +221,8 @@ def test_a_killed_worker_is_replaced(arguments: list[object], undisturbed: pa.Ta
     assert_equal(run, undisturbed)
 
 
-def test_killed_and_stopped_parents_leave_no_worker(
-    arguments: list[object], undisturbed: pa.Table, tmp_path: Path
-) -> None:
-    run, log = tmp_path / "run", tmp_path / "log"
+def test_killed_and_stopped_parents_leave_no_worker(arguments: list[object], undisturbed: Path, tmp_path: Path) -> None:
+    run, log = unscored(undisturbed, tmp_path / "run"), tmp_path / "log"
     process = start(*arguments, run, "--workers", 2, log=log)
     wait_for(lambda: commits(run) >= 1, process, log)
     owned = workers(process)
@@ -233,8 +240,8 @@ def test_killed_and_stopped_parents_leave_no_worker(
     assert_equal(run, undisturbed)
 
 
-def test_a_second_interrupt_does_not_wait(arguments: list[object], tmp_path: Path) -> None:
-    run, log = tmp_path / "run", tmp_path / "log"
+def test_a_second_interrupt_does_not_wait(arguments: list[object], undisturbed: Path, tmp_path: Path) -> None:
+    run, log = unscored(undisturbed, tmp_path / "run"), tmp_path / "log"
     process = start(*arguments, run, "--workers", 2, log=log)
     wait_for(lambda: commits(run) >= 1, process, log)
     owned = workers(process)

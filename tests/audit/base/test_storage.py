@@ -217,7 +217,8 @@ def test_an_audit_on_s3(s3: dict[str, str], sd1: str, tmp_path: Path) -> None:
     captions = [*some_captions(46), *some_captions(2), "", None]
     pq.write_table(pa.table({"TEXT": captions}), tmp_path / "captions.parquet")
     s3fs.S3FileSystem().put(str(tmp_path / "captions.parquet"), "bucket/in/captions.parquet")
-    flags = ("--model", sd1, "--rows-per-shard", 5, "--batch-size", 2, "--refine", 0.1, "--steps", 3)
+    flags: tuple[object, ...] = ("--model", sd1, "--rows-per-shard", 5, "--batch-size", 2, "--steps", 3)
+    flags = (*flags, "--second-look", 0, "--refine", 0.1)
     local, url, log = tmp_path / "run", "s3://bucket/run", tmp_path / "log"
     assert be_audit("scan", tmp_path / "captions.parquet", "-o", local, *flags).code == 0
 
@@ -261,7 +262,7 @@ def test_an_audit_on_s3(s3: dict[str, str], sd1: str, tmp_path: Path) -> None:
 @pytest.mark.processes
 def test_workers_share_a_run_on_s3(s3: dict[str, str], sd1: str, tmp_path: Path) -> None:
     pq.write_table(pa.table({"TEXT": some_captions(12)}), tmp_path / "captions.parquet")
-    flags = ("--model", sd1, "--rows-per-shard", 3, "--workers", 2)
+    flags = ("--model", sd1, "--rows-per-shard", 3, "--second-look", 0, "--workers", 2)
     found = be_audit("scan", tmp_path / "captions.parquet", "-o", "s3://bucket/workers", *flags)
     assert found.code == 0, found
     assert read_scores(Run.open("s3://bucket/workers"))["caption"].to_pylist() == some_captions(12)
@@ -309,7 +310,7 @@ def test_a_scan_outlives_a_restart_of_the_server(s3: dict[str, str], sd1: str, t
     pq.write_table(pa.table({"TEXT": some_captions(40)}), tmp_path / "captions.parquet")
     door, log, folder = Door(s3["AWS_ENDPOINT_URL"]), tmp_path / "log", Folder("s3://bucket/restarted")
     scan = ("scan", tmp_path / "captions.parquet", "-o", folder.url, "--model", sd1)
-    flags = ("--rows-per-shard", 2, "--batch-size", 1, "--num-noises", 2)
+    flags = ("--rows-per-shard", 2, "--batch-size", 1, "--num-noises", 2, "--second-look", 0)
     process = start(*scan, *flags, log=log, environment={**s3, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{door.port}"})
     deadline = time.monotonic() + 200
     while len(folder.list("_commits/scan")) < 2:

@@ -33,11 +33,11 @@ from tests.tiny import save_model
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(900)]
 
 
-@pytest.fixture(autouse=True)
-def _one_at_a_time(shared: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(scope="module", autouse=True)
+def _one_at_a_time(shared: Path) -> Iterator[None]:
     """Two clusters on two busy cores keep each other waiting for minutes."""
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # else 15: a machine busy with other tests never comes to them
-    with FileLock(shared / "ray.lock"):
+    with pytest.MonkeyPatch.context() as patch, FileLock(shared / "ray.lock"):
+        patch.setenv("RAY_worker_niceness", "0")  # else 15: a machine busy with other tests never comes to them
         yield
 
 
@@ -57,6 +57,7 @@ def config(inputs: tuple[str, str], output: Path, engine: str) -> ScanConfig:
         engine=engine,
         workers=2,
         rows_per_shard=5,
+        second_look=0.0,  # each stage starts its own actors
         device="cpu",
     )
 
@@ -94,7 +95,7 @@ def test_ray_gives_the_same_run_and_survives_a_killed_actor(inputs: tuple[str, s
     assert killed, "no actor was killed: the test shows nothing"
     assert (done.exit_code, done.complete) == (0, True)
     assert scan(config(inputs, tmp_path / "ray", "ray")).committed_now == 0
-    scan(config(inputs, tmp_path / "here", "local"))
+    scan(replace(config(inputs, tmp_path / "here", "local"), workers=1))
     by_ray = read_scores(Run.open(str(tmp_path / "ray"))).to_pandas()
     here = read_scores(Run.open(str(tmp_path / "here"))).to_pandas()
     assert by_ray.row_id.tolist() == here.row_id.tolist()
@@ -103,9 +104,17 @@ def test_ray_gives_the_same_run_and_survives_a_killed_actor(inputs: tuple[str, s
     np.testing.assert_allclose(by_ray.ld_energy, here.ld_energy, rtol=1e-4)
 
 
-def test_bad_input_found_by_an_actor_ends_the_job(inputs: tuple[str, str], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head with room for one actor, until the last test kills it."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    yield cluster
+    cluster.shutdown()
+
+
+def test_bad_input_found_by_an_actor_ends_the_job(inputs: tuple[str, str], cluster: Cluster, tmp_path: Path) -> None:
     """A node with other weights: said at once, in one line, and no shard's fault."""
-    mine = config(inputs, tmp_path / "run", "ray")
+    mine = replace(config(inputs, tmp_path / "run", "ray"), ray_address=cluster.address)
     stop = Stop()
     stop.requested = True  # planned, not begun
     with pytest.raises(Drained):
@@ -133,14 +142,6 @@ def after_a_commit(run: Path, strike: Callable[[], object]) -> threading.Thread:
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     return thread
-
-
-@pytest.fixture
-def cluster() -> Iterator[Cluster]:
-    """A head with room for one actor."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    yield cluster
-    cluster.shutdown()
 
 
 def check_rows(run: Path) -> None:
@@ -173,7 +174,7 @@ def test_the_driver_is_killed_and_then_the_head(
     """The same command three times, the last without a cluster."""
     monkeypatch.setattr("audit.engines.ray_cluster.LOST", 3.0)
     run, address = tmp_path / "run", cluster.address
-    facts = {"rows_per_shard": 1, "num_noises": 2, "batch_size": 1}
+    facts = {"rows_per_shard": 1, "num_noises": 2, "batch_size": 1, "second_look": 0.0}
     words = ["scan", inputs[0], "--model", inputs[1], "-o", run, "--engine", "ray", "--ray-address", address]
     for name, value in {**facts, "device": "cpu"}.items():
         words += [f"--{name.replace('_', '-')}", value]

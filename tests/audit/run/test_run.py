@@ -34,24 +34,15 @@ def config(tmp_path: Path, sd1: str) -> ScanConfig:
     model = shutil.copytree(sd1, tmp_path / "model")
     pq.write_table(pa.table({"TEXT": some_captions(20), "txt": some_captions(20)}), tmp_path / "captions.parquet")
     made = ScanConfig(
-        (str(tmp_path / "captions.parquet"),), str(tmp_path / "run"), str(model), mask="first", rows_per_shard=8
+        (str(tmp_path / "captions.parquet"),), str(tmp_path / "run"), str(model), rows_per_shard=8, second_look=0.0
     )
     assert scan(made).exit_code == 0
     return made
 
 
 def command(config: ScanConfig, *more: object) -> tuple[object, ...]:
-    flags = (
-        "-o",
-        config.output,
-        "--model",
-        config.model,
-        "--mask",
-        config.mask,
-        "--rows-per-shard",
-        config.rows_per_shard,
-    )
-    return ("scan", *config.captions, *flags, *more)
+    flags = ("--mask", config.mask, "--rows-per-shard", config.rows_per_shard, "--second-look", config.second_look)
+    return ("scan", *config.captions, "-o", config.output, "--model", config.model, *flags, *more)
 
 
 FLAGS: list[tuple[tuple[object, ...], str]] = [
@@ -167,8 +158,7 @@ def test_planning_that_was_killed_begins_anew(config: ScanConfig) -> None:
     claim = ClaimFacts(asdict(Run.open(config.output).fingerprint), this_host(), 4_190_000)  # above the largest pid
     (folder / "run.json").unlink()
     Folder(folder).write("_claims/1.json", to_json(claim))
-    shutil.rmtree(folder / "scores")
-    for name in ("_commits", "stages", "null_maps", "second_null_maps", "second_look"):
+    for name in ("_commits", "scores", "stages", "null_maps"):
         shutil.rmtree(folder / name)
     (folder / ".plan.arrow.somehost.1.tmp").write_bytes(b"half a pl")
     assert scan(config).committed_now == 3

@@ -41,8 +41,8 @@ def config(captions_file: Path, sd1: str, tmp_path_factory: pytest.TempPathFacto
     return made
 
 
-def table(config: ScanConfig) -> pa.Table:
-    return read_scores(Run.open(config.output), masks=True)
+def table(config: ScanConfig, first_look: bool = False) -> pa.Table:
+    return read_scores(Run.open(config.output), masks=True, first_look=first_look)
 
 
 def assert_same(found: pa.Table, expected: pa.Table, ids: bool = True) -> None:
@@ -106,10 +106,11 @@ def test_rows_per_shard_change_nothing_but_ids(config: ScanConfig, tmp_path: Pat
 
 @pytest.mark.processes
 def test_workers_change_nothing(config: ScanConfig, tmp_path: Path) -> None:
-    other = replace(config, output=str(tmp_path / "run"), rows_per_shard=7, workers=2, batch_size=5)
+    """Those of a second look: tests/faults/test_scan_kill.py."""
+    other = replace(config, output=str(tmp_path / "run"), rows_per_shard=7, workers=2, batch_size=5, second_look=0.0)
     done = scan(other)
     assert (done.complete, done.committed_now, done.exit_code) == (True, 9, 0)
-    assert_same(table(other), table(config), ids=False)
+    assert_same(table(other), table(config, first_look=True), ids=False)
     pids = {made.worker.pid for made in Stage.open(Run.open(other.output), SCAN).done().values()}
     assert os.getpid() not in pids
 
@@ -170,7 +171,7 @@ def test_mask_of_the_final_step_is_the_papers_score(six: Path, sd1: str, tmp_pat
 
 @pytest.mark.slow
 def test_masks_are_stored_as_asked(config: ScanConfig, tmp_path: Path, sd1: str) -> None:
-    scan(bits := replace(config, output=str(tmp_path / "bits"), store_masks="bits"))
+    scan(bits := replace(config, output=str(tmp_path / "bits"), store_masks="bits", second_look=0.0))
     found = FirstStepScorer(load(find_model(sd1), "cpu", "float32"))(some_captions(49))
     for name, exact in (("mask", found.mask), ("energy_mask", found.energy_mask)):
         assert exact is not None
@@ -180,7 +181,7 @@ def test_masks_are_stored_as_asked(config: ScanConfig, tmp_path: Path, sd1: str)
         above = np.unpackbits(packed, axis=-1)[:49].astype(bool)
         assert (above == (exact > exact.mean((1, 2), keepdims=True))).mean() > 0.999  # but for ties of rounding
         np.testing.assert_allclose(full[:49], exact, rtol=2e-3, atol=1e-4)
-    scan(none := replace(config, output=str(tmp_path / "none"), store_masks="none"))
+    scan(none := replace(config, output=str(tmp_path / "none"), store_masks="none", second_look=0.0))
     assert not {"mask", "energy_mask"} & set(table(none).schema.names)
 
 
@@ -294,11 +295,11 @@ def test_a_model_changed_under_a_worker_is_refused(config: ScanConfig, tmp_path:
 
 @pytest.mark.sampling
 def test_dry_run_counts_what_refine_adds(config: ScanConfig) -> None:
-    plain, refined = estimate(config, print), estimate(replace(config, refine=0.5), print)
+    few = replace(config, steps=4)
+    plain, refined = estimate(few, print), estimate(replace(few, refine=0.5), print)
     assert plain.refine_seconds == 0 < refined.refine_seconds
-    assert (
-        "--refine adds" in be_audit("scan", *config.captions, "--model", config.model, "--refine", 0.5, "--dry-run").out
-    )
+    words = ("scan", *config.captions, "--model", config.model, "--steps", 4, "--refine", 0.5, "--dry-run")
+    assert "--refine adds" in be_audit(*words).out
 
 
 def test_another_way_to_write_a_path_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from pipelines.model import LONGEST
 
 
 def scan(*arguments: str) -> tuple[int, str]:
-    done = CliRunner().invoke(cli, ["scan", *arguments, "--model", "testbed", "--device", "cpu"])
+    done = CliRunner().invoke(cli, ["scan", *arguments, "--model", "testbed", "--device", "cpu", "--second-look", "0"])
     return done.exit_code, done.output
 
 

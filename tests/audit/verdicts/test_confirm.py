@@ -34,7 +34,7 @@ from audit.scores.scan import ScanConfig, scan
 from audit.scores.trajectories import decode_png
 from audit.verdicts.beside import Beside
 from audit.verdicts.candidates import ConfirmConfig
-from audit.verdicts.confirm import NULL_FILE, _run_masks, confirm, read_null
+from audit.verdicts.confirm import NULL_FILE, ConfirmSummary, _run_masks, confirm, read_null
 from audit.verdicts.match_shard import own_pictures
 
 pytestmark = pytest.mark.sampling
@@ -74,9 +74,13 @@ def config_at(folder: Path, **more: object) -> ScanConfig:
 @pytest.fixture()
 def run(work: Path, tmp_path: Path) -> ConfirmConfig:
     """A fresh copy of the scanned run, and how to confirm all of it."""
-    shutil.copytree(work / "be-audit-run", tmp_path / "run")
+    return confirm_at(work, work / "be-audit-run", tmp_path / "run")
+
+
+def confirm_at(work: Path, run: Path, copy: Path) -> ConfirmConfig:
+    """How to confirm all of a copy of a run."""
     return ConfirmConfig(
-        run=str(tmp_path / "run"),
+        run=str(shutil.copytree(run, copy)),
         index=str(work / "be-audit-index"),
         top_fraction=1.0,
         match_fpr=0.05,
@@ -84,8 +88,32 @@ def run(work: Path, tmp_path: Path) -> ConfirmConfig:
     )
 
 
-def test_verdicts_name_the_picture_and_store_the_proof(run: ConfirmConfig, work: Path) -> None:
-    done = confirm(run)
+@pytest.fixture(scope="module")
+def confirmed(work: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[ConfirmConfig, ConfirmSummary]:
+    """All of it, done. Read it only."""
+    config = confirm_at(work, work / "be-audit-run", tmp_path_factory.mktemp("confirmed") / "run")
+    return config, confirm(config)
+
+
+@pytest.fixture(scope="module")
+def twenty(work: Path, tmp_path_factory: pytest.TempPathFactory) -> ConfirmConfig:
+    """Two images of twenty captions, confirmed."""
+    config = confirm_at(work, work / "be-audit-run", tmp_path_factory.mktemp("twenty") / "run")
+    config = replace(config, num_images=2, top_fraction=None, top_k=20)
+    confirm(config)
+    return config
+
+
+@pytest.fixture
+def many(twenty: ConfirmConfig, tmp_path: Path) -> ConfirmConfig:
+    """A fresh copy of it."""
+    return replace(twenty, run=str(shutil.copytree(twenty.run, tmp_path / "run")))
+
+
+def test_verdicts_name_the_picture_and_store_the_proof(
+    confirmed: tuple[ConfirmConfig, ConfirmSummary], work: Path
+) -> None:
+    run, done = confirmed
     assert (done.candidates, done.exit_code, done.failed) == (24, 0, 0)
     truth = {row["TEXT"]: row for row in pq.read_table(work / "captions.parquet").to_pylist()}
     rows = read_stage(Run.open(run.run), "confirm").to_pylist()
@@ -161,12 +189,10 @@ def test_stopped_and_damaged_confirms_go_on(run: ConfirmConfig) -> None:
     assert read_stage(Run.open(run.run), "confirm").to_pylist() == whole
 
 
-def test_a_confirm_that_goes_on_keeps_the_threshold_it_began_with(run: ConfirmConfig) -> None:
+def test_a_confirm_that_goes_on_keeps_the_threshold_it_began_with(many: ConfirmConfig) -> None:
     """Trajectories that come later would calibrate another one, and verdicts of one confirm would not agree."""
-    many = replace(run, num_images=2, top_fraction=None, top_k=20)
-    confirm(many)
-    stage = Stage.open(Run.open(run.run), CONFIRM)
-    file, facts = Path(run.run) / stage.place(NULL_FILE), Path(run.run) / "stages/confirm.json"
+    stage = Stage.open(Run.open(many.run), CONFIRM)
+    file, facts = Path(many.run) / stage.place(NULL_FILE), Path(many.run) / "stages/confirm.json"
     begun, sealed = json.loads(file.read_text()), facts.read_text()
     stage.ledger.drop(1)
     file.write_text(json.dumps({**begun, "threshold": 1e9}))  # as if other masks had been there at the beginning
@@ -174,20 +200,18 @@ def test_a_confirm_that_goes_on_keeps_the_threshold_it_began_with(run: ConfirmCo
     facts.write_text(json.dumps({**json.loads(sealed), "sealed": {**json.loads(sealed)["sealed"], NULL_FILE: seal}}))
     confirm(many)
     assert json.loads(file.read_text())["threshold"] == 1e9
-    rows = read_stage(Run.open(run.run), "confirm").to_pylist()
+    rows = read_stage(Run.open(many.run), "confirm").to_pylist()
     redone = [row["verdict"] for row in rows[16:]]
     assert len(redone) == 4 and "none" not in redone
     facts.write_text(sealed)
     file.write_text("{")  # damaged: calibrated again, and taken where it is what it was
-    Stage.open(Run.open(run.run), CONFIRM).ledger.drop(1)
+    Stage.open(Run.open(many.run), CONFIRM).ledger.drop(1)
     confirm(many)
     assert json.loads(file.read_text()) == begun
 
 
-def test_what_is_generated_is_matched_while_the_rest_is(run: ConfirmConfig) -> None:
-    many = replace(run, num_images=2, top_fraction=None, top_k=20)
-    confirm(many)
-    opened = Run.open(run.run)
+def test_what_is_generated_is_matched_while_the_rest_is(many: ConfirmConfig) -> None:
+    opened = Run.open(many.run)
     matching, trajectories = Stage.open(opened, MATCH), Stage.open(opened, TRAJECTORIES)
     first = matching.table(0)
     matching.ledger.drop(0)
@@ -202,10 +226,9 @@ def test_what_is_generated_is_matched_while_the_rest_is(run: ConfirmConfig) -> N
     assert confirm(many).exit_code == 0 and matching.complete
 
 
-def test_the_threshold_rests_on_masks_of_all_candidates(run: ConfirmConfig) -> None:
+def test_the_threshold_rests_on_masks_of_all_candidates(confirmed: tuple[ConfirmConfig, ConfirmSummary]) -> None:
     """Not of the best-scored alone, whose masks are the most concentrated."""
-    confirm(run)
-    stage = Stage.open(Run.open(run.run), TRAJECTORIES)
+    stage = Stage.open(Run.open(confirmed[0].run), TRAJECTORIES)
     assert stage is not None
     every = tensor_values(stage.table(0)["energy_mask"])
     masks, size = _run_masks(stage, "energy_mask", 4)
@@ -213,9 +236,8 @@ def test_the_threshold_rests_on_masks_of_all_candidates(run: ConfirmConfig) -> N
     np.testing.assert_array_equal(masks, every[[0, 8, 15, 23]])
 
 
-def test_a_report_by_a_score_of_trajectories_is_ranked_by_it(run: ConfirmConfig) -> None:
-    confirm(run)
-    found = find_flagged(Run.open(run.run), "ld_first", None, None)
+def test_a_report_by_a_score_of_trajectories_is_ranked_by_it(confirmed: tuple[ConfirmConfig, ConfirmSummary]) -> None:
+    found = find_flagged(Run.open(confirmed[0].run), "ld_first", None, None)
     assert len(found.scores) == 24 and (np.diff(found.scores) <= 0).all()
     scores = found.table.filter(pc.equal(found.table["verdict"], "none"))["score"].to_numpy()
     assert (np.diff(scores) <= 0).all()

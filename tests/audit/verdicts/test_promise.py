@@ -14,7 +14,6 @@ import pytest
 from scipy.stats import betabinom
 
 from audit import testbed
-from audit.index import IndexConfig, build_index
 from audit.run.read import read_stage
 from audit.run.run import Run
 from audit.scores.scan import ScanConfig, scan
@@ -45,7 +44,7 @@ def test_this_test_can_fail() -> None:
 
 @pytest.mark.sampling
 @pytest.mark.timeout(1200)
-def test_false_alarms_and_copies_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_false_alarms_and_copies_found(tmp_path: Path, testbed_index: str, capsys: pytest.CaptureFixture[str]) -> None:
     table = pq.read_table(testbed.CAPTIONS).to_pandas().drop_duplicates("TEXT").sort_values("copy_error", kind="stable")
     copied = table[table.label == "local"].drop_duplicates("cluster").head(10)
     unseen = table[table.cluster.str.startswith("unseen")].sort_values("TEXT", kind="stable")
@@ -54,11 +53,10 @@ def test_false_alarms_and_copies_found(tmp_path: Path, capsys: pytest.CaptureFix
     rows = [*copied.to_dict("records"), *judged.to_dict("records")]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "captions.parquet")
     pq.write_table(pa.table({"caption": clean.TEXT.tolist()}), tmp_path / "clean.parquet")
-    run, index = str(tmp_path / "run"), str(tmp_path / "index")
+    run = str(tmp_path / "run")
     captions = (str(tmp_path / "captions.parquet"),)
     scan(ScanConfig(captions=captions, output=run, model="testbed", steps=6, device="cpu"))
-    build_index(IndexConfig(images=(str(testbed.PICTURES),), output=index, sscd="testbed", device="cpu"))
-    config = ConfirmConfig(run=run, index=index, top_fraction=1.0, match_fpr=FPR, device="cpu")
+    config = ConfirmConfig(run=run, index=testbed_index, top_fraction=1.0, match_fpr=FPR, device="cpu")
     confirm(ConfirmConfig(**{**vars(config), "clean": str(tmp_path / "clean.parquet")}))
     found = read_stage(Run.open(run), "confirm")
     assert found is not None
