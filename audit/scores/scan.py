@@ -19,7 +19,7 @@ from audit.engines.ray_cluster import one_connection
 from audit.run.claim import claimed
 from audit.run.run import Fingerprint, Run, check_output
 from audit.run.schema import DEFAULT_SCORE, DETECTORS, EXTRA_DETECTORS, MASK_DETECTORS, SCORE_COLUMNS
-from audit.run.stage import NULL_MAPS, REFINE, SCAN, SECOND_LOOK, Stage, run_stage, sum_counts
+from audit.run.stage import NULL_MAPS, REFINE, SCAN, SECOND_LOOK, Stage, run_stage
 from audit.scores.config import ScoringConfig
 from audit.scores.model import absolute_paths, find_model_folder, model_facts, no_mask_reason
 from audit.scores.null_maps import few_lines, make_null_maps
@@ -138,25 +138,25 @@ def scan(config: ScanConfig, stop: Stop | None = None, say: Callable[[str], None
     stage = Stage.open(run, SCAN)
     before = stage.done()
     mine = stage.shards[rank::world]
-    todo = [shard for shard in mine if shard not in before]
-    long = sum(stage.rows_by_shard[shard] for shard in todo) > LONG
+    todo = before.lacking(mine)
+    long = stage.rows_of(todo) > LONG
     opener = "audit.scores.scan_shard:open_checked_job" if config.self_check and long else None
     outcome = run_stage(stage, todo, config, stop, opener)
     done = stage.done()
     complete = len(done) == len(stage.shards)
-    counts, quarantined, refined = sum_counts(done.values()), outcome.quarantined, 0
+    counts, quarantined, refined = done.counts, outcome.quarantined, 0
     # 4. more noises for the best-scored rows
     looks, ready = dict[str, int](), complete
     if config.added_noises and complete and counts.get("ok"):
         noises = config.second_look_noises
         look = begin_second_look(run, config.second_look, config.second_look_by, noises, config, stop, config.replace)
         quarantined = quarantined + run_second_look(look, config, rank, world, stop).quarantined
-        looks, ready = sum_counts(look.done().values()), look.complete
+        looks, ready = look.done().counts, look.complete
     # 5. trajectories of the best-scored rows
     if config.refine and ready:
         refine = begin_refine(run, config.refine, config.refine_by, config.replace)
         more = run_refine(refine, config, rank, world, stop)
-        extra = sum_counts(refine.done().values())
+        extra = refine.done().counts
         refined, quarantined = extra.get("ok", 0), quarantined + more.quarantined
         counts["error"] = counts.get("error", 0) + extra.get("error", 0)
     return ScanSummary(
@@ -170,7 +170,7 @@ def scan(config: ScanConfig, stop: Stop | None = None, say: Callable[[str], None
         quarantined=quarantined,
         seconds=time.monotonic() - started,
         complete=complete,
-        mine_complete=set(mine) <= set(done),
+        mine_complete=not done.lacking(mine),
         looked=looks.get("ok", 0),
         look_failed=looks.get("error", 0),
         refined=refined,
