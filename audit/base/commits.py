@@ -259,12 +259,11 @@ class Ledger:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]:
         """The commit files that are there, by shard: their shards, sizes and stamps, [n] each."""
         shards, sizes, stamps = array("q"), array("q"), array("Q")
-        for entry in self.folder.entries(self._commits, wanted is not None and len(wanted) > PREFIXED):
-            for shard in _numbers([entry.name]):
-                if self.name(shard).endswith(f"/{entry.name}"):  # and not 42.json
-                    shards.append(shard)
-                    sizes.append(entry.size)
-                    stamps.append(stamp_number(entry.stamp))
+        for name, size, stamp in self.folder.entries(self._commits, wanted is not None and len(wanted) > PREFIXED):
+            if _is_number(stem := name[:-5]) and name == f"{int(stem):05d}.json":  # and not 42.json
+                shards.append(int(stem))
+                sizes.append(size)
+                stamps.append(stamp_number(stamp))
         found = np.array(shards, np.int64)
         order = np.argsort(found)
         order = order if wanted is None else order[np.isin(found[order], wanted)]
@@ -277,8 +276,8 @@ class Ledger:
 
         def ask(some: NDArray[np.int64]) -> list[int]:
             folder = self.file(int(some[0])).rpartition("/")[0]
-            sizes = {entry.name: entry.size for entry in self.folder.entries(folder)}
-            return [sizes.get(self.file(shard).rpartition("/")[2], -1) for shard in some.tolist()]
+            sizes = {name: size for name, size, _ in self.folder.entries(folder)}
+            return [sizes.get(f"{shard:05d}.arrow", -1) for shard in some.tolist()]
 
         at = 0
         for some in self._side_by_side(ask, folders):
@@ -288,7 +287,7 @@ class Ledger:
 
     def _save(self, known: pa.Table, read: pa.Table) -> None:
         """A checkpoint of what one had and of what was read, where a stamp will tell whether it changed."""
-        read = read.filter(pc.not_equal(read["file_stamp"], 0))
+        read = read.filter(pc.not_equal(read["file_stamp"], pa.scalar(0, pa.uint64())))
         if read.num_rows <= MANY:
             return
         kept = known.filter(pc.invert(pc.is_in(known["shard"], read["shard"].combine_chunks())))
@@ -399,4 +398,8 @@ def _are_few(shards: NDArray[np.int64]) -> bool:
 def _numbers(names: Iterable[str]) -> list[int]:
     """Shards of names like 00042.json."""
     stems = (name[:-5] for name in names if name.endswith(".json"))
-    return sorted(int(stem) for stem in stems if stem.isascii() and stem.isdigit() and len(stem) < 10)
+    return sorted(int(stem) for stem in stems if _is_number(stem))
+
+
+def _is_number(stem: str) -> bool:
+    return stem.isascii() and stem.isdigit() and len(stem) < 10

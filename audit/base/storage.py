@@ -201,6 +201,9 @@ class Folder:
     def read(self, name: str) -> bytes:
         """The whole file."""
         with _asking(self.path(name), "read"):
+            if self.local:
+                with open(self.path(name), "rb") as file:  # fsspec's own way takes twice as long as the rest
+                    return file.read()
             return bytes(self.fs.cat_file(self.path(name)))
 
     def list(self, name: str = "") -> list[str]:

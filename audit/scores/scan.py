@@ -13,7 +13,7 @@ from audit.base.errors import AuditError
 from audit.base.options import config_of, option
 from audit.base.stopping import Stop
 from audit.base.storage import Folder
-from audit.captions import CaptionFile, CaptionPlan, describe_captions, plan_captions
+from audit.captions import AUTO, CaptionFile, CaptionPlan, describe_captions, plan_captions
 from audit.engines.rank import find_rank
 from audit.engines.ray_cluster import one_connection
 from audit.run.claim import claimed
@@ -194,8 +194,13 @@ def resume(run: Run, stop: Stop | None = None) -> None:
     scan(config, stop)
 
 
-def fingerprint_of(config: ScanConfig, model: ModelFolder, files: Sequence[CaptionFile]) -> Fingerprint:
-    """Everything that changes a result, and nothing that does not (docs/run-folder.md)."""
+def fingerprint_of(
+    config: ScanConfig, model: ModelFolder, files: Sequence[CaptionFile], auto_rows: int = 0
+) -> Fingerprint:
+    """Everything that changes a result, and nothing that does not (docs/run-folder.md).
+
+    `auto_rows`: what --rows-per-shard auto is: the number the run was planned with; 0 before it is planned.
+    """
     from pipelines.formulas import FORMULA_VERSION
     from pipelines.loading import find_device, resolve_dtype
 
@@ -203,7 +208,7 @@ def fingerprint_of(config: ScanConfig, model: ModelFolder, files: Sequence[Capti
         formula_version=FORMULA_VERSION,
         inputs=[_input_facts(file) for file in files],
         limit=config.limit,
-        rows_per_shard=config.rows_per_shard,
+        rows_per_shard=auto_rows if config.rows_per_shard == AUTO else config.rows_per_shard,
         keep_cols=None if config.keep_cols is None else list(config.keep_cols),
         model=model_facts(model),
         scheduler=model.scheduler_config(),
@@ -292,6 +297,8 @@ def _find_or_plan(config: ScanConfig, folder: Folder, stop: Stop | None) -> tupl
         with claimed(folder, fingerprint, stop) as existing:
             if existing is None:
                 return _plan(config, folder, fingerprint, files), True
+    if config.rows_per_shard == AUTO:
+        fingerprint = replace(fingerprint, rows_per_shard=existing.fingerprint.rows_per_shard)
     existing.check_same(fingerprint)
     return existing, False
 
@@ -301,6 +308,8 @@ def _plan(config: ScanConfig, folder: Folder, fingerprint: Fingerprint, files: l
     _check_unchanged(files, plan)
     # with absolute paths, so that it can be gone on with from elsewhere
     recorded = {**asdict(config), **absolute_paths(config), "captions": [file.path for file in plan.files]}
+    recorded["rows_per_shard"] = plan.rows_per_shard
+    fingerprint = replace(fingerprint, rows_per_shard=plan.rows_per_shard)
     return Run.create(folder, recorded, fingerprint, plan, recorded["model"], config.revision)
 
 
@@ -324,7 +333,7 @@ def check_same(run: Run) -> None:
     """Raise AuditError where inputs or model are not those the run was begun with."""
     config = _as_begun(run)
     files = describe_captions(list(config.captions), caption_col=config.caption_col, text_format=config.text_format)
-    run.check_same(fingerprint_of(config, check_config(config), files))
+    run.check_same(fingerprint_of(config, check_config(config), files, run.fingerprint.rows_per_shard))
 
 
 def restore_plan(run: Run) -> None:
