@@ -301,7 +301,7 @@ def plan_captions(
     if rows_per_shard == AUTO and per_shard > LEAST_ROWS:
         notes = [
             *notes,
-            f"shards of {per_shard:,} rows, so that there are not more than some {MOST_SHARDS:,}; how long one lasts was "
+            f"shards of {per_shard:,} rows, so that there are at most some {MOST_SHARDS:,}; how long one lasts was "
             "not known: `scan --dry-run` says it, --rows-per-shard sets it",
         ]
     first, empty = hash_captions(files, taken, staging)

@@ -370,7 +370,12 @@ def _stage_digest(fingerprint: dict[str, Any], generation: str) -> str:
 
 
 def run_stage(
-    stage: Stage, todo: Sequence[int], config: EngineConfig, stop: Stop | None, opener: str | None = None
+    stage: Stage,
+    todo: Sequence[int],
+    config: EngineConfig,
+    stop: Stop | None,
+    opener: str | None = None,
+    rows_before: int | None = None,
 ) -> Outcome:
     """Run shards of a stage on the engine the configuration names.
 
@@ -378,7 +383,7 @@ def run_stage(
 
     Args:
         stage: as it was begun. todo: shards to do, in order. config: engine, device and limits. stop: asks to stop.
-        opener: of the job, instead of the stage's own.
+        opener: of the job, instead of the stage's own. rows_before: done already; looked for where it is not known.
 
     Raises:
         AuditError: bad input. Drained: `stop` asked to. Broken: every worker failed shard after shard.
@@ -389,7 +394,7 @@ def run_stage(
     for shard in stage.ledger.tried() & set(todo):
         if len(stage.ledger.attempts(shard)) >= config.max_shard_retries:
             stage.ledger.forget_attempts(shard)
-    before = stage.rows_of(np.setdiff1d(stage.done().shards, todo))
+    before = rows_before if rows_before is not None else stage.rows_of(np.setdiff1d(stage.done().shards, todo))
     total = before + stage.rows_of(todo)
     with Progress(total, stage.kind.unit, stage.kind.name, before) as progress:
         retries = Retries(stage.ledger, todo, config.max_shard_retries, progress)

@@ -136,12 +136,13 @@ def scan(config: ScanConfig, stop: Stop | None = None, say: Callable[[str], None
     make_null_maps(run, NULL_MAPS, range(run.fingerprint.num_noises), config, stop, new)
     # 3. this machine's shards
     stage = Stage.open(run, SCAN)
-    before = stage.done()
+    done = stage.done()
     mine = stage.shards[rank::world]
-    todo = before.lacking(mine)
+    todo, before, rows_before = done.lacking(mine), len(done), stage.rows_of(done.shards)
+    del done  # a million commits are not kept for the length of a scan
     long = stage.rows_of(todo) > LONG
     opener = "audit.scores.scan_shard:open_checked_job" if config.self_check and long else None
-    outcome = run_stage(stage, todo, config, stop, opener)
+    outcome = run_stage(stage, todo, config, stop, opener, rows_before)
     done = stage.done()
     complete = len(done) == len(stage.shards)
     counts, quarantined, refined = done.counts, outcome.quarantined, 0
@@ -165,7 +166,7 @@ def scan(config: ScanConfig, stop: Stop | None = None, say: Callable[[str], None
         unique=run.facts.unique,
         counts=counts,
         shards=len(stage.shards),
-        committed_before=len(before),
+        committed_before=before,
         committed_now=len(outcome.committed),
         quarantined=quarantined,
         seconds=time.monotonic() - started,

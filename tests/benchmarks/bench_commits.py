@@ -142,18 +142,25 @@ def reader(url: str) -> int:
     return int(read_scores(Run.open(url), ["magnitude"]).num_rows)
 
 
-def measure(what: Callable[[str], int], url: str, old: bool) -> tuple[int, float, int, float, int]:
-    """What it found, seconds and peak bytes; those of the old way after it (0 without)."""
-    started = time.perf_counter()
-    found = what(url)
-    took, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    old_took = old_peak = 0.0
-    if old:
+def measure(what: Callable[[str], int], url: str, old: bool) -> tuple[int, list[tuple[float, float, float]]]:
+    """What it found; seconds, those of the processor and peak MiB, and those of the old way after it."""
+
+    def timed(work: Callable[[], int]) -> tuple[int, tuple[float, float, float]]:
+        started, busy = time.perf_counter(), time.process_time()
+        found = work()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return found, (time.perf_counter() - started, time.process_time() - busy, peak)
+
+    def old_way() -> int:
         stage = Stage.open(Run.open(url), SCAN)
-        started = time.perf_counter()
-        assert len(old_done(stage.ledger, stage.shards)) == found
-        old_took, old_peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return found, took, peak * 1024, old_took, int(old_peak) * 1024
+        return len(old_done(stage.ledger, stage.shards))
+
+    found, figures = timed(lambda: what(url))
+    if not old:
+        return found, [figures]
+    also, others = timed(old_way)
+    assert also == found
+    return found, [figures, others]
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -177,11 +184,12 @@ def lines(place: str, url: str, shards: int, old: bool, read: bool) -> None:
     if read:
         measures["read_scores of one column"] = reader
     for name, what in measures.items():
-        found, took, peak, old_took, old_peak = alone(measure, what, url, old and what is first_status)
+        found, figures = alone(measure, what, url, old and what in (first_status, next_status))
         assert found == shards, (name, found)
-        text = f"{place:<5} {shards:>9,} {name:<29} {took:>8.1f} s {peak / 2**20:>7,.0f} MiB"
-        if old_took:
-            text += f"   old {old_took:>8.1f} s {old_peak / 2**20:>7,.0f} MiB   {old_took / took:.1f} times"
+        words = [f"{took:>8.1f} s ({busy:.1f} busy) {peak:>7,.0f} MiB" for took, busy, peak in figures]
+        text = f"{place:<5} {shards:>9,} {name:<29} {'   old '.join(words)}"
+        if len(figures) > 1:
+            text += f"   {figures[1][0] / figures[0][0]:.1f} times"
         print(text, flush=True)
 
 

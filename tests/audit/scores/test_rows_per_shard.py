@@ -1,4 +1,4 @@
-"""`--rows-per-shard auto`: what it is, that it is stored as a number, and that a run is gone on with whatever it was."""
+"""`--rows-per-shard auto`: what it is, that a number is stored, and that a run is gone on with whatever it was."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from tests.conftest import some_captions
 
 @pytest.mark.parametrize(
     "rows, each",
-    [(1, 1024), (10**3, 1024), (10**6, 1024), (2 * 10**7, 1024), (20_480_000, 1024), (20_480_001, 1025)]
-    + [(10**8, 5000), (10**9, 50_000), (2 * 10**9, 100_000)],
+    [
+        *[(1, 1024), (10**3, 1024), (10**6, 1024), (2 * 10**7, 1024), (20_480_000, 1024), (20_480_001, 1025)],
+        *[(10**8, 5000), (10**9, 50_000), (2 * 10**9, 100_000)],
+    ],
 )
 def test_as_many_rows_as_keep_shards_few(rows: int, each: int) -> None:
     assert auto_rows_per_shard(rows) == each
@@ -35,8 +37,8 @@ def test_five_minutes_of_a_measured_speed() -> None:
     assert (rows_in_time(100.0), rows_in_time(3.5), rows_in_time(0.1)) == (30_000, 1050, 1024)
     known = Estimate(10**9, 10**9, 0, 20_000, 50_000, 1e7, 100.0, 0, shard_seconds=500.0, short_shard=30_000)
     assert known.lines(ScanConfig())[2] == (
-        "shards           20,000 of 50,000 rows, each some 8.3 min on one worker: --rows-per-shard 30000 keeps it under "
-        "5.0 min"
+        "shards           20,000 of 50,000 rows, each some 8.3 min on one worker: --rows-per-shard 30000 keeps it "
+        "under 5.0 min"
     )
     assert replace(known, short_shard=None).lines(ScanConfig())[2] == "shards           20,000 of 50,000 rows"
 
@@ -49,7 +51,7 @@ def test_a_plan_of_many_rows_says_that_no_speed_was_known(tmp_path: Path, monkey
     plan = plan_captions([str(tmp_path / "x.parquet")], rows_per_shard="auto", **options)
     assert plan.rows_per_shard == 7 and plan.shards["row_count"].to_pylist() == [7, 7, 7, 7, 3]
     assert plan.facts.notes == [
-        "shards of 7 rows, so that there are not more than some 5; how long one lasts was not known: `scan --dry-run` "
+        "shards of 7 rows, so that there are at most some 5; how long one lasts was not known: `scan --dry-run` "
         "says it, --rows-per-shard sets it"
     ]
     given = plan_captions([str(tmp_path / "x.parquet")], rows_per_shard=7, **options)
