@@ -32,7 +32,6 @@ PREFIXED = 10_000  # commits above which an object store is asked for them in pa
 BLOCK = 4096  # commits held as objects at a time
 HASHED = 256 << 20  # bytes of a stage up to which a reader hashes its files before it opens them
 
-
 Asked = TypeVar("Asked")
 Told = TypeVar("Told")
 
@@ -251,7 +250,9 @@ class Ledger:
             parts.append(part.append_column("file_stamp", pa.array(stamps[files])))
         if len(unknown) > MANY:
             self._save(known, pa.concat_tables(parts))
-        made = self._committed([known.take(pa.array(places[places >= 0])), *parts])
+        if len(unknown) or len(places) < known.num_rows:
+            known = known.take(pa.array(places[places >= 0]))
+        made = self._committed([known, *parts])
         return shards, made.only(self._sizes(made.shards) == made.table["bytes"].to_numpy())
 
     def _list(
@@ -264,10 +265,10 @@ class Ledger:
                 shards.append(int(stem))
                 sizes.append(size)
                 stamps.append(stamp_number(stamp))
-        found = np.array(shards, np.int64)
+        found = np.frombuffer(shards, np.int64)
         order = np.argsort(found)
         order = order if wanted is None else order[np.isin(found[order], wanted)]
-        return found[order], np.array(sizes, np.int64)[order], np.array(stamps, np.uint64)[order]
+        return found[order], np.frombuffer(sizes, np.int64)[order], np.frombuffer(stamps, np.uint64)[order]
 
     def _sizes(self, shards: NDArray[np.int64]) -> NDArray[np.int64]:
         """Bytes of the results of shards [n], in order; -1 where there are none. One listing a thousand shards."""

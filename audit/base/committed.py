@@ -113,8 +113,10 @@ class Committed(Mapping[int, Commit]):
 
     def __init__(self, tables: Iterable[pa.Table], stage: str, fingerprint: str, file: Callable[[int], str]) -> None:
         self.stage, self.fingerprint, self.file = stage, fingerprint, file
-        table = pa.concat_tables([COLUMNS.empty_table(), *(part.select(COLUMNS.names) for part in tables)])
-        table = table.unify_dictionaries().combine_chunks()
+        parts = [part.select(COLUMNS.names) for part in tables if part.num_rows]
+        table = pa.concat_tables(parts or [COLUMNS.empty_table()])
+        if any(column.num_chunks > 1 for column in table.columns):
+            table = table.unify_dictionaries().combine_chunks()
         if np.any(np.diff(table["shard"].to_numpy()) < 0):
             table = table.sort_by("shard")
         self.table: pa.Table = table
@@ -192,8 +194,9 @@ class Committed(Mapping[int, Commit]):
 
     def finished(self) -> NDArray[np.float64]:
         """When each was committed, seconds since 1970 [n]."""
-        texts = self.table["finished"].to_pylist()
-        return np.array([datetime.fromisoformat(text).timestamp() for text in texts], np.float64)
+        column, block = self.table["finished"], 1 << 16  # a million texts at once take more than all the rest
+        texts = (text for at in range(0, len(self), block) for text in column.slice(at, block).to_pylist())
+        return np.fromiter((datetime.fromisoformat(text).timestamp() for text in texts), np.float64, len(self))
 
     @property
     def _shared(self) -> tuple[str, str, Callable[[int], str]]:
@@ -223,21 +226,24 @@ class Committed(Mapping[int, Commit]):
         """Every name and value, commit by commit, and where those of each begin [n + 1]."""
         column, numbers = self.table[names].combine_chunks(), self.table[values].combine_chunks()
         known = [_names(text) for text in column.dictionary.to_pylist()]
-        keys = pa.array(known, pa.list_(pa.string())).take(column.indices).flatten()
-        return keys.dictionary_encode(), numbers.flatten(), numbers.offsets
+        keys = pa.array(known, pa.list_(_FEW)).take(column.indices).flatten()
+        return keys, numbers.flatten(), numbers.offsets
 
     def _sums(self, names: str, values: str) -> dict[str, Any]:
         keys, numbers, _ = self._flat(names, values)
         codes, flat = keys.indices.to_numpy(), numbers.to_numpy()
-        sums = (sum(flat[codes == code].tolist()) for code in range(len(keys.dictionary)))  # Python's do not overflow
-        return dict(zip(keys.dictionary.to_pylist(), sums, strict=True))
+        there, first = np.unique(codes, return_index=True)
+        in_order = there[np.argsort(first)].tolist()
+        # sums of Python, which do not overflow
+        return {keys.dictionary[code].as_py(): sum(flat[codes == code].tolist()) for code in in_order}
 
     def _column(self, names: str, values: str, name: str) -> np.ma.MaskedArray[Any, Any]:
         """What has this name, masked where a commit has it not."""
         keys, numbers, offsets = self._flat(names, values)
         flat = numbers.to_numpy()
         found = np.ma.masked_all(len(self), flat.dtype)
-        at = np.flatnonzero(pc.equal(keys.cast(pa.string()), name).to_numpy(zero_copy_only=False))
+        code = pc.index(keys.dictionary, name).as_py()
+        at = np.flatnonzero(keys.indices.to_numpy() == code)
         found[np.repeat(np.arange(len(self)), np.diff(offsets.to_numpy()))[at]] = flat[at]
         return found
 
