@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from audit.base.checkpoint import COLUMNS_AND_FILES, MANY, known_places, load_checkpoint, save_checkpoint, stamp_number
-from audit.base.committed import Commit, Committed, Worker, columns_of
+from audit.base.committed import Commit, Committed, Worker, as_one, columns_of
 from audit.base.errors import AuditError, Damaged, StorageError
 from audit.base.facts import read_facts
 from audit.base.storage import AT_ONCE, Folder
@@ -248,11 +248,13 @@ class Ledger:
             files = at[np.isin(shards[at], part["shard"].to_numpy())]  # listed before they were read
             part = part.append_column("file_size", pa.array(sizes[files]))
             parts.append(part.append_column("file_stamp", pa.array(stamps[files])))
+        read = as_one(parts)
+        del parts
         if len(unknown) > MANY:
-            self._save(known, pa.concat_tables(parts))
+            self._save(known, read)
         if len(unknown) or len(places) < known.num_rows:
             known = known.take(pa.array(places[places >= 0]))
-        made = self._committed([known, *parts])
+        made = self._committed([known, read])
         return shards, made.only(self._sizes(made.shards) == made.table["bytes"].to_numpy())
 
     def _list(
@@ -288,7 +290,8 @@ class Ledger:
 
     def _save(self, known: pa.Table, read: pa.Table) -> None:
         """A checkpoint of what one had and of what was read, where a stamp will tell whether it changed."""
-        read = read.filter(pc.not_equal(read["file_stamp"], pa.scalar(0, pa.uint64())))
+        told = read["file_stamp"].to_numpy() != 0
+        read = read if told.all() else read.filter(pa.array(told))
         if read.num_rows <= MANY:
             return
         kept = known.filter(pc.invert(pc.is_in(known["shard"], read["shard"].combine_chunks())))
@@ -296,7 +299,7 @@ class Ledger:
             self.still()
         except AuditError:
             return  # discarded meanwhile: it would lie there for ever
-        save_checkpoint(self.folder, self._commits, self._key, pa.concat_tables([kept, read]))
+        save_checkpoint(self.folder, self._commits, self._key, as_one([kept, read]))
 
     @property
     def _key(self) -> str:

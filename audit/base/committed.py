@@ -100,6 +100,16 @@ def columns_of(commits: Iterable[Commit]) -> pa.Table:
     return pa.table(columns, schema=COLUMNS)
 
 
+def as_one(tables: Iterable[pa.Table]) -> pa.Table:
+    """Tables with `shard` as one in its order and in one piece; copied only where they are not yet."""
+    parts = list(tables)
+    filled = [part for part in parts if part.num_rows]
+    table = pa.concat_tables(filled or parts[:1])
+    if any(column.num_chunks > 1 for column in table.columns):
+        table = table.unify_dictionaries().combine_chunks()
+    return table.sort_by("shard") if np.any(np.diff(table["shard"].to_numpy()) < 0) else table
+
+
 class Committed(Mapping[int, Commit]):
     """Commits of one stage by shard, in the order of the shards; a Commit is made when it is asked for.
 
@@ -113,14 +123,8 @@ class Committed(Mapping[int, Commit]):
 
     def __init__(self, tables: Iterable[pa.Table], stage: str, fingerprint: str, file: Callable[[int], str]) -> None:
         self.stage, self.fingerprint, self.file = stage, fingerprint, file
-        parts = [part.select(COLUMNS.names) for part in tables if part.num_rows]
-        table = pa.concat_tables(parts or [COLUMNS.empty_table()])
-        if any(column.num_chunks > 1 for column in table.columns):
-            table = table.unify_dictionaries().combine_chunks()
-        if np.any(np.diff(table["shard"].to_numpy()) < 0):
-            table = table.sort_by("shard")
-        self.table: pa.Table = table
-        self.shards: NDArray[np.int64] = table["shard"].to_numpy()
+        self.table: pa.Table = as_one(part.select(COLUMNS.names) for part in (*tables, COLUMNS.empty_table()))
+        self.shards: NDArray[np.int64] = self.table["shard"].to_numpy()
         self._made: tuple[int, list[Commit]] = (-1, [])
 
     def __len__(self) -> int:
