@@ -68,6 +68,7 @@ bench: $(VENV)/.test setup ## speed and memory, each figure against a baseline i
 	$(BIN)/python -m tests.benchmarks.bench_scan
 	$(BIN)/python -m tests.benchmarks.bench_planning
 	$(BIN)/python -m tests.benchmarks.bench_million
+	$(BIN)/python -m tests.benchmarks.bench_commits
 	$(BIN)/python -m tests.benchmarks.bench_descriptor
 	$(BIN)/python -m tests.benchmarks.bench_index
 	$(BIN)/python -m tests.benchmarks.bench_report

@@ -7,6 +7,8 @@ fingerprint.py  digests, and the difference between two fingerprints in words
 storage.py      a folder anywhere fsspec reaches
 seal.py         size and hash of files that results rest on
 commits.py      the commit protocol: what makes a shard done
+committed.py    a commit, and many of them as columns
+checkpoint.py   a cache of many commits in one file
 identity.py     which columns name a picture or a caption
 ours.py         which files a run, an index or a report wrote
 progress.py     a bar on a terminal, lines elsewhere

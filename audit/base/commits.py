@@ -7,23 +7,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from typing import TypeVar
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
+from audit.base.checkpoint import COLUMNS_AND_FILES, MANY, known_places, load_checkpoint, save_checkpoint, stamp_number
+from audit.base.committed import Commit, Committed, Worker, as_one, columns_of
 from audit.base.errors import AuditError, Damaged, StorageError
 from audit.base.facts import read_facts
-from audit.base.storage import Folder
+from audit.base.storage import AT_ONCE, Folder
 
-FORMAT = 1
+FEW, ONE_IN = 16, 250  # shards asked for one by one: a listing tells of some 250 files in the time of one question
+PREFIXED = 10_000  # commits above which an object store is asked for them in parts
+BLOCK = 4096  # commits held as objects at a time
 HASHED = 256 << 20  # bytes of a stage up to which a reader hashes its files before it opens them
+
+Asked = TypeVar("Asked")
+Told = TypeVar("Told")
 
 
 def table_bytes(table: pa.Table) -> bytes:
@@ -49,44 +59,6 @@ def damaged(path: str, way_out: str = "be-audit verify --repair does it again") 
 def shard_name(shard: int) -> str:
     """`000/00042`: a thousand shards a subfolder keeps listings short."""
     return f"{shard // 1000:03d}/{shard:05d}"
-
-
-@dataclass(frozen=True)
-class Worker:
-    """Who did it: host, pid and scheduler rank."""
-
-    host: str = ""
-    pid: int = 0
-    rank: int = 0
-
-    @classmethod
-    def this(cls) -> Worker:
-        """This process."""
-        return cls(socket.gethostname(), os.getpid(), int(os.environ.get("BE_AUDIT_RANK", "0")))
-
-
-@dataclass(frozen=True)
-class Commit:
-    """What a commit file holds: which bytes are the shard's result, and what it took.
-
-    Attributes:
-        file: path of the result in the folder; bytes, sha256 and rows describe it.
-        counts: rows by status.
-        seconds: wall time by step (read, score, write, ...).
-    """
-
-    stage: str
-    shard: int
-    file: str
-    rows: int
-    bytes: int
-    sha256: str
-    fingerprint: str
-    counts: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    worker: Worker = field(default_factory=Worker)
-    finished: str = ""
-    format: int = FORMAT
 
 
 def _still() -> None:
@@ -182,7 +154,7 @@ class Ledger:
         try:
             made = read_facts(Commit, self.folder.read(self.name(shard)), self.name(shard))
             _check_time(made.finished)
-            _check_numbers(made.rows, made.bytes, made.worker.pid, made.worker.rank)
+            _check_numbers(made.rows, made.bytes, made.worker.pid, made.worker.rank, made.format)
             _check_numbers(*made.counts.values(), *made.seconds.values())
         except (FileNotFoundError, ValueError, OverflowError):
             return None
@@ -213,18 +185,12 @@ class Ledger:
         """Shards that have a commit file, readable or not."""
         return _numbers(self.folder.list(self._commits))
 
-    def done(self, shards: Iterable[int] | None = None) -> dict[int, Commit]:
+    def done(self, shards: Iterable[int] | None = None) -> Committed:
         """Every valid commit whose file is there with the right size (contents are checked by `problem`)."""
-        wanted = self.shards() if shards is None else list(shards)
+        wanted = None if shards is None else np.unique(np.fromiter(shards, np.int64))
+        return self._each(wanted) if wanted is not None and _are_few(wanted) else self._listed(wanted)[1]
 
-        def look(shard: int) -> Commit | None:
-            made = self.read(shard)
-            return made if made and self.problem(made) is None else None
-
-        with ThreadPoolExecutor(1 if self.folder.local else 16) as pool:
-            return {made.shard: made for made in pool.map(look, wanted) if made}
-
-    def whole(self, shards: Iterable[int]) -> dict[int, Commit]:
+    def whole(self, shards: Iterable[int]) -> Committed:
         """The commits of those shards that have one, for a reader of what is committed.
 
         Files of HASHED bytes in all are also compared with their digests: pyarrow ends the process over some that are
@@ -233,21 +199,122 @@ class Ledger:
         Raises:
             Damaged: a commit cannot be read, or its file is missing, of another size or of other contents.
         """
-        wanted = set(shards) & set(self.shards())
-        done = self.done(wanted)
-        deep = sum(made.bytes for made in done.values()) <= HASHED
-        bad = {shard for shard, made in done.items() if deep and self.problem(made, deep)}
-        for shard in sorted(wanted - set(done) | bad):
+        wanted = np.unique(np.fromiter(shards, np.int64))
+        if _are_few(wanted):
+            done = self._each(wanted)
+            doubtful = [shard for shard in done.lacking(wanted) if self.folder.exists(self.name(shard))]
+        else:
+            there, done = self._listed(wanted)
+            doubtful = done.lacking(there)
+        deep = done.bytes <= HASHED
+        doubtful += [shard for shard, made in done.items() if self.problem(made, deep)] if deep else []
+        mended = []
+        for shard in sorted(doubtful):
             made, why = self._look(shard, deep)
             if why:
                 time.sleep(1)  # another worker may be between a file and its commit
                 made, why = self._look(shard, deep)
-            if made is None and shard not in self.shards():
+            if made is None and not self.folder.exists(self.name(shard)):
+                done = done.only(done.shards != shard)
                 continue  # taken back meanwhile
             if why or made is None:
                 raise Damaged(f"{self.folder.path(why)}: be-audit verify {self.folder.url} --repair does it again")
-            done[shard] = made
-        return done
+            mended.append(made)
+        return done.with_these(mended)
+
+    def _each(self, shards: NDArray[np.int64]) -> Committed:
+        """`done` of some shards, each asked for by itself."""
+
+        def look(shard: int) -> Commit | None:
+            made = self.read(shard)
+            return made if made and self.problem(made) is None else None
+
+        found = self._side_by_side(look, shards.tolist())
+        return self._committed([columns_of(made for made in found if made)])
+
+    def _listed(self, wanted: NDArray[np.int64] | None) -> tuple[NDArray[np.int64], Committed]:
+        """Shards that have a commit file, readable or not, and `done`: of all or of those wanted, by listings.
+
+        A commit is taken from the checkpoint where the listing shows the very file it was made from.
+        """
+        shards, sizes, stamps = self._list(wanted)
+        known = load_checkpoint(self.folder, self._commits, self._key)
+        known = COLUMNS_AND_FILES.empty_table() if known is None else known
+        places = known_places(known, shards, sizes, stamps)
+        parts = []
+        unknown = np.flatnonzero(places < 0)
+        for at in np.split(unknown, range(BLOCK, len(unknown), BLOCK)):
+            part = columns_of(made for made in self._side_by_side(self.read, shards[at].tolist()) if made)
+            files = at[np.isin(shards[at], part["shard"].to_numpy())]  # listed before they were read
+            part = part.append_column("file_size", pa.array(sizes[files]))
+            parts.append(part.append_column("file_stamp", pa.array(stamps[files])))
+        read = as_one(parts)
+        del parts
+        if len(unknown) > MANY:
+            self._save(known, read)
+        if len(unknown) or len(places) < known.num_rows:
+            known = known.take(pa.array(places[places >= 0]))
+        made = self._committed([known, read])
+        return shards, made.only(self._sizes(made.shards) == made.table["bytes"].to_numpy())
+
+    def _list(
+        self, wanted: NDArray[np.int64] | None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]:
+        """The commit files that are there, by shard: their shards, sizes and stamps, [n] each."""
+        shards, sizes, stamps = array("q"), array("q"), array("Q")
+        for name, size, stamp in self.folder.entries(self._commits, wanted is not None and len(wanted) > PREFIXED):
+            if _is_number(stem := name[:-5]) and name == f"{int(stem):05d}.json":  # and not 42.json
+                shards.append(int(stem))
+                sizes.append(size)
+                stamps.append(stamp_number(stamp))
+        found = np.frombuffer(shards, np.int64)
+        order = np.argsort(found)
+        order = order if wanted is None else order[np.isin(found[order], wanted)]
+        return found[order], np.frombuffer(sizes, np.int64)[order], np.frombuffer(stamps, np.uint64)[order]
+
+    def _sizes(self, shards: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Bytes of the results of shards [n], in order; -1 where there are none. One listing a thousand shards."""
+        found = np.full(len(shards), -1, np.int64)
+        folders = np.split(shards, np.flatnonzero(np.diff(shards // 1000)) + 1) if len(shards) else []
+
+        def ask(some: NDArray[np.int64]) -> list[int]:
+            folder = self.file(int(some[0])).rpartition("/")[0]
+            sizes = {name: size for name, size, _ in self.folder.entries(folder)}
+            return [sizes.get(f"{shard:05d}.arrow", -1) for shard in some.tolist()]
+
+        at = 0
+        for some in self._side_by_side(ask, folders):
+            found[at : at + len(some)] = some
+            at += len(some)
+        return found
+
+    def _save(self, known: pa.Table, read: pa.Table) -> None:
+        """A checkpoint of what one had and of what was read, where a stamp will tell whether it changed."""
+        told = read["file_stamp"].to_numpy() != 0
+        read = read if told.all() else read.filter(pa.array(told))
+        if read.num_rows <= MANY:
+            return
+        kept = known.filter(pc.invert(pc.is_in(known["shard"], read["shard"].combine_chunks())))
+        try:
+            self.still()
+        except AuditError:
+            return  # discarded meanwhile: it would lie there for ever
+        save_checkpoint(self.folder, self._commits, self._key, as_one([kept, read]))
+
+    @property
+    def _key(self) -> str:
+        return f"{self._commits} {self.files} {self.fingerprint}"
+
+    def _committed(self, tables: Iterable[pa.Table]) -> Committed:
+        return Committed(tables, self.stage, self.fingerprint, self.file)
+
+    def _side_by_side(self, ask: Callable[[Asked], Told], items: Sequence[Asked]) -> Iterator[Told]:
+        """What a function tells of each; of an object store, of several at once."""
+        if self.folder.local:
+            yield from map(ask, items)
+            return
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            yield from pool.map(ask, items)
 
     def _look(self, shard: int, deep: bool) -> tuple[Commit | None, str]:
         """A shard's commit, and what is wrong with it or its file; "" where nothing is."""
@@ -327,7 +394,16 @@ def _check_numbers(*numbers: float) -> None:
         raise ValueError(str(numbers))
 
 
+def _are_few(shards: NDArray[np.int64]) -> bool:
+    """Whether some shards [n], in order, are better asked for one by one than looked for in a listing of all."""
+    return not len(shards) or len(shards) <= max(FEW, (shards[-1] + 1) // ONE_IN)
+
+
 def _numbers(names: Iterable[str]) -> list[int]:
     """Shards of names like 00042.json."""
     stems = (name[:-5] for name in names if name.endswith(".json"))
-    return sorted(int(stem) for stem in stems if stem.isascii() and stem.isdigit() and len(stem) < 10)
+    return sorted(int(stem) for stem in stems if _is_number(stem))
+
+
+def _is_number(stem: str) -> bool:
+    return stem.isascii() and stem.isdigit() and len(stem) < 10

@@ -40,6 +40,22 @@ class FiniteRange(click.FloatRange):
         return float(number)
 
 
+class NumberOr(click.IntRange):
+    """A whole number within bounds, or one word."""
+
+    def __init__(self, word: str, min: int, max: int) -> None:
+        super().__init__(min, max)
+        self.word = word
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == self.word:
+            return value
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(f"{value} is neither a whole number of at least {self.min} nor {self.word}", param, ctx)
+
+
 class CommaList(click.ParamType):
     """`a,b,c` as a tuple of strings."""
 
@@ -54,7 +70,8 @@ class CommaList(click.ParamType):
 def options_from(*configs: type[Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate a click command with a flag (or argument) for every field of configuration dataclasses, each name once.
 
-    A field's metadata says the rest: `help`, `short`, `envvar`, `choices`, `min`, `max`, `argument`.
+    A field's metadata says the rest: `help`, `short`, `envvar`, `choices`, `min`, `max`, `word` (what an
+    integer may be instead), `argument`.
     """
     parameters: dict[str, Any] = {}
     for config in configs:
@@ -106,6 +123,8 @@ def _parameter(place: dataclasses.Field[Any], hint: Any) -> Any:
         shared["type"] = click.Choice(list(meta["choices"]))
     elif kind is tuple:
         shared["type"] = CommaList()
+    elif "word" in meta:
+        shared["type"] = NumberOr(meta["word"], meta.get("min", -LARGEST), meta.get("max", LARGEST))
     elif kind is int:
         shared["type"] = click.IntRange(meta.get("min", -LARGEST), meta.get("max", LARGEST))
     elif "min" in meta or "max" in meta:

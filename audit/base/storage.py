@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import fnmatch
+import inspect
 import json
 import os
 import re
 import shutil
 import socket
+import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -132,6 +135,23 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
+class Entry(NamedTuple):
+    """A file as a listing shows it.
+
+    Attributes:
+        size: bytes; -1 of a link to nothing.
+        stamp: another one once the file is written again; "" where the store has none, or it would not tell yet.
+    """
+
+    name: str
+    size: int
+    stamp: str
+
+
+YOUNG = 3_000_000_000  # nanoseconds: a file changed since may be changed again within one tick of its clock
+AT_ONCE = 16  # questions to an object store side by side
+
+
 class Folder:
     """One folder by path or URL (local, s3://, gs://, memory://); names are relative to it, with forward slashes.
 
@@ -181,6 +201,9 @@ class Folder:
     def read(self, name: str) -> bytes:
         """The whole file."""
         with _asking(self.path(name), "read"):
+            if self.local:
+                with open(self.path(name), "rb") as file:  # fsspec's own way takes twice as long as the rest
+                    return file.read()
             return bytes(self.fs.cat_file(self.path(name)))
 
     def list(self, name: str = "") -> list[str]:
@@ -192,6 +215,38 @@ class Folder:
         except FileNotFoundError:
             return []
         return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
+
+    def entries(self, name: str, numbered: bool = False) -> Iterator[Entry]:
+        """What lies directly below a subfolder, in no order; nothing when it does not exist.
+
+        Args:
+            numbered: there are many, only names that begin with two digits are wanted: stores are asked for a hundred
+                parts of them side by side.
+        """
+        try:
+            with _asking(self.path(name), "listed"):
+                if self.local:
+                    yield from _scan_folder(self.path(name))
+                else:
+                    yield from self._entries_of_store(self.path(name), numbered)
+        except FileNotFoundError:
+            return
+
+    def _entries_of_store(self, path: str, numbered: bool) -> Iterator[Entry]:
+        by_prefix = numbered and "prefix" in inspect.signature(getattr(self.fs, "_find", self.fs.find)).parameters
+
+        def ask(prefix: str) -> list[Entry]:
+            found = self.fs.find(path, detail=True, prefix=prefix).values()
+            return [_entry_of(each) for each in found]
+
+        self.fs.invalidate_cache()
+        if by_prefix:
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                for part in pool.map(ask, [f"{number:02d}" for number in range(100)]):
+                    yield from part
+        else:
+            yield from map(_entry_of, self.fs.ls(path, detail=True))
+        self.fs.invalidate_cache()  # nothing of it is kept: it is large, and old in a moment
 
     def remove(self, name: str) -> None:
         """Remove a file or a subtree; no error when it is not there."""
@@ -289,6 +344,27 @@ class Folder:
             if not isinstance(error, OSError) or isinstance(error, FileExistsError):
                 raise
             raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from error
+
+
+def _scan_folder(path: str) -> Iterator[Entry]:
+    young = time.time_ns() - YOUNG
+    with os.scandir(path) as found:
+        for each in found:
+            try:
+                made = each.stat()
+            except FileNotFoundError:
+                yield Entry(each.name, -1, "")
+                continue
+            old = max(made.st_mtime_ns, made.st_ctime_ns) < young
+            stamp = f"{made.st_mtime_ns} {made.st_ctime_ns} {made.st_ino}" if old else ""
+            yield Entry(each.name, made.st_size, stamp)
+
+
+def _entry_of(info: dict[str, Any]) -> Entry:
+    """An object as its driver lists it. Its stamp is the ETag, which names contents: times alone count seconds."""
+    tag = info.get("ETag") or info.get("etag") or ""
+    stamp = f"{tag} {info.get('LastModified') or info.get('last_modified') or info.get('updated')}" if tag else ""
+    return Entry(info["name"].rstrip("/").rsplit("/", 1)[-1], int(info.get("size") or 0), stamp)
 
 
 def _create(path: str, tries: int = 10) -> IO[bytes]:

@@ -25,26 +25,39 @@ from audit.base.storage import Folder
 from audit.captions.files import CAPTION_COLUMNS, CaptionFile
 from audit.captions.find import find_captions
 from audit.captions.hashes import captions_digest
-from audit.captions.plan import CaptionPlan, PlanFacts, describe_captions, plan_captions
+from audit.captions.plan import (
+    AUTO,
+    MOST_SECONDS,
+    CaptionPlan,
+    PlanFacts,
+    auto_rows_per_shard,
+    describe_captions,
+    plan_captions,
+    rows_in_time,
+)
 from audit.captions.rows import Rows
 from audit.captions.sample import SAMPLE
 from audit.captions.text_lines import QUOTINGS, TextFormat
 from audit.captions.values import caption_text, is_empty, text
 
 __all__ = [
+    "AUTO",
     "CAPTION_COLUMNS",
+    "MOST_SECONDS",
     "QUOTINGS",
     "SAMPLE",
     "CaptionFile",
     "CaptionPlan",
     "PlanFacts",
     "TextFormat",
+    "auto_rows_per_shard",
     "describe_captions",
     "find_captions",
     "is_empty",
     "plan_captions",
     "read_captions",
     "read_shard",
+    "rows_in_time",
 ]
 
 

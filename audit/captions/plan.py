@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,8 @@ from audit.captions.sample import lowest_hashes
 from audit.captions.streams import stream
 from audit.captions.text_lines import PLAIN, TextFormat
 
+AUTO: Literal["auto"] = "auto"
+LEAST_ROWS, MOST_SHARDS, MOST_SECONDS = 1024, 20_000, 300  # of a shard, of a run, of a shard on its device
 SHARDS = pa.schema(
     [
         ("shard_id", pa.int32()),
@@ -85,6 +87,7 @@ class CaptionPlan:
         keep_schema: the input columns that are carried through, with the one type they have in every shard.
         num_rows, num_unique, num_empty: rows in all; distinct captions; rows null, empty or only whitespace.
         facts: what was found and left out; of a plan that was loaded, nothing: run.json has it.
+        rows_per_shard: never `auto`; of a plan that was loaded 0: run.json has it.
         sample: rows that the null maps are made of, as row_id, by the hash of their captions (`lowest_hashes`).
     """
 
@@ -95,6 +98,7 @@ class CaptionPlan:
     num_unique: int
     num_empty: int
     facts: PlanFacts = field(default_factory=PlanFacts)
+    rows_per_shard: int = 0
     sample: list[int] = field(default_factory=list)
     _first: np.ndarray | None = field(default=None, repr=False)  # uint64 [num_rows], until the plan is saved
     _folder: Folder | None = field(default=None, repr=False)
@@ -228,13 +232,26 @@ def _describe_all(found: Found, caption_col: str | None, text_format: TextFormat
         return list(pool.map(lambda source: describe(source, caption_col, text=text_format), found.sources))
 
 
+def auto_rows_per_shard(rows: int) -> int:
+    """Rows of a shard of a run of so many: at least LEAST_ROWS, and more where there would be over MOST_SHARDS.
+
+    How long a shard lasts is not known when it is planned: `rows_in_time` says what a measured speed allows.
+    """
+    return max(LEAST_ROWS, -(-rows // MOST_SHARDS))
+
+
+def rows_in_time(rate: float) -> int:
+    """Rows of a shard that lasts at most MOST_SECONDS at so many rows a second, at least LEAST_ROWS."""
+    return max(LEAST_ROWS, int(MOST_SECONDS * rate))
+
+
 def plan_captions(
     inputs: Sequence[str],
     *,
     caption_col: str | None,
     keep_cols: Sequence[str] | None,
     limit: int | None,
-    rows_per_shard: int,
+    rows_per_shard: int | Literal["auto"],
     staging: Folder,
     reserved: Collection[str] = (),
     text_format: TextFormat = PLAIN,
@@ -249,7 +266,7 @@ def plan_captions(
         caption_col: the caption column; None finds it, see CAPTION_COLUMNS.
         keep_cols: input columns to carry through; None takes those whose name says url, key, id or hash.
         limit: the first so many rows over all inputs in order; None for all.
-        rows_per_shard: rows of a shard, the last of a file excepted.
+        rows_per_shard: rows of a shard, the last of a file excepted; `auto`: `auto_rows_per_shard`.
         staging: where inputs without random access are copied to, as `input/00000.arrow`.
         reserved: names in lower case that no carried column may have: those of a run's own.
         text_format: how text files are written.
@@ -257,7 +274,9 @@ def plan_captions(
     Raises:
         AuditError: whatever is wrong with the inputs, in one line.
     """
-    if rows_per_shard < 1:
+    if rows_per_shard != AUTO and not isinstance(rows_per_shard, int):
+        raise AuditError(f"--rows-per-shard {rows_per_shard}: a whole number of at least 1, or {AUTO}")
+    if rows_per_shard != AUTO and rows_per_shard < 1:
         raise AuditError(f"--rows-per-shard {rows_per_shard}: at least 1")
     if limit is not None and limit < 1:
         raise AuditError(f"--limit {limit}: at least 1")
@@ -278,8 +297,15 @@ def plan_captions(
         raise AuditError(
             f"{files[0].path}: no rows" + (f", nor in the other {len(files) - 1} files" if files[1:] else "")
         )
+    per_shard = auto_rows_per_shard(sum(taken)) if rows_per_shard == AUTO else rows_per_shard
+    if rows_per_shard == AUTO and per_shard > LEAST_ROWS:
+        notes = [
+            *notes,
+            f"shards of {per_shard:,} rows, so that there are at most some {MOST_SHARDS:,}; how long one lasts was "
+            "not known: `scan --dry-run` says it, --rows-per-shard sets it",
+        ]
     first, empty = hash_captions(files, taken, staging)
-    shards = _shards(files, taken, rows_per_shard, first)
+    shards = _shards(files, taken, per_shard, first)
     sample = lowest_hashes(blocks(first))
     resolve_first(first)
     distinct = sum(int((block == np.arange(at, at + len(block))).sum()) for at, block in blocks(first)) - empty
@@ -290,7 +316,7 @@ def plan_captions(
         left_out=dict(found.left_out),
         notes=notes,
     )
-    plan = CaptionPlan(files, shards, keep, sum(taken), distinct, empty, facts, _first=first, _staged=sealed)
+    plan = CaptionPlan(files, shards, keep, sum(taken), distinct, empty, facts, per_shard, _first=first, _staged=sealed)
     plan.sample = plan.row_ids(sample).tolist()
     return plan
 

@@ -124,7 +124,7 @@ def build_index(config: IndexConfig, stop: Stop | None = None) -> IndexSummary:
     with held(folder, CLAIMS, identity, lambda: False, "builds an index here", stop):
         ledger = Ledger(folder, STAGE, plan(folder, descriptor.name, identity), PARTS)
         folder.sweep()
-        done = ledger.done(range(len(work)))
+        done = dict(ledger.done(range(len(work))))
         resumed = len(done)
         with ThreadPoolExecutor(8) as pool, _progress(work, done) as progress:
             for number, (source, part) in enumerate(work):

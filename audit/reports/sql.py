@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 
+from audit.base.committed import Committed
 from audit.base.errors import AuditError
 from audit.base.identity import source_columns
 from audit.base.text import grid
@@ -228,25 +230,21 @@ def _confirmed(connection: duckdb.DuckDBPyConnection, run: Run) -> None:
 
 
 def _commit_table(run: Run) -> pa.Table:
-    rows = []
-    for stage in Stage.begun(run):
-        for made in stage.ledger.done().values():
-            rows.append(
-                {
-                    "stage": made.stage,
-                    "shard": made.shard,
-                    "rows": made.rows,
-                    **{name: made.counts.get(name, 0) for name in _COUNTS},
-                    "wall_seconds": made.seconds.get("wall"),
-                    "seconds": list(made.seconds.items()),
-                    "bytes": made.bytes,
-                    **{name: getattr(made.worker, name) for name, _ in _WORKER},
-                    "finished": _time(made.finished),
-                    "file": made.file,
-                    "sha256": made.sha256,
-                }
-            )
-    return pa.Table.from_pylist(rows, _COMMITS)
+    return pa.concat_tables([_COMMITS.empty_table(), *(_commits_of(stage.ledger.done()) for stage in Stage.begun(run))])
+
+
+def _commits_of(done: Committed) -> pa.Table:
+    wall = done.took("wall")
+    columns = {
+        **{name: done.table[name] for name in ("shard", "rows", "bytes", "host", "pid", "rank", "sha256")},
+        **{name: done.counted(name) for name in _COUNTS},
+        "stage": pa.repeat(done.stage, len(done)),
+        "wall_seconds": pa.array(wall.data, mask=np.ma.getmaskarray(wall)),
+        "seconds": done.steps(),
+        "finished": pa.array(np.floor(done.finished()).astype("datetime64[s]"), _COMMITS.field("finished").type),
+        "file": pa.array(map(done.file, done), pa.string()),
+    }
+    return pa.table({name: columns[name] for name in _COMMITS.names}).cast(_COMMITS)
 
 
 def _attempt_table(run: Run) -> pa.Table:

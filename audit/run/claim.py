@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Any
 
 from audit.base.claims import CLAIMS, held, newest_claim
 from audit.base.errors import StorageError
@@ -24,9 +25,8 @@ def claimed(folder: Folder, fingerprint: Fingerprint, stop: Stop | None = None) 
         AuditError: another process plans a different run here, with one line a field that differs.
         Drained: `stop` asked to.
     """
-    with held(
-        folder, CLAIMS, asdict(fingerprint), lambda: Run.find(folder) is not None, "plans this run", stop
-    ) as number:
+    identity = _identity(fingerprint)
+    with held(folder, CLAIMS, identity, lambda: Run.find(folder) is not None, "plans this run", stop) as number:
         if not number:
             yield Run.find(folder)
             return
@@ -49,7 +49,7 @@ def take_back(run: Run, stop: Stop | None = None) -> None:
     `run.json` goes under the planner's claim, which says of a killed one what was left behind.
     """
     folder = run.folder
-    identity = asdict(run.fingerprint)
+    identity = _identity(run.fingerprint)
     with held(folder, CLAIMS, identity, lambda: Run.find(folder) is None, "takes this run back", stop) as number:
         if not number:
             return
@@ -60,3 +60,8 @@ def take_back(run: Run, stop: Stop | None = None) -> None:
                 folder.remove(name)
         for name in ("run.json", *PLANNED):
             folder.remove(name)
+
+
+def _identity(fingerprint: Fingerprint) -> dict[str, Any]:
+    """What a claim is for: all but the rows of a shard, which may not be known before it is planned."""
+    return {name: value for name, value in asdict(fingerprint).items() if name != "rows_per_shard"}

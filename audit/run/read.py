@@ -39,7 +39,7 @@ def dataset(run: Run, kind: StageKind = SCAN, shards: Sequence[int] | None = Non
     """
     stage = Stage.find(run, kind)
     done = stage.ledger.whole(stage.shards if shards is None else shards) if stage else {}
-    files = [run.folder.path(done[shard].file) for shard in sorted(done)]
+    files = [run.folder.path(stage.file(shard)) for shard in done] if stage else []
     if not files:
         return None
     fs = run.folder.fs

@@ -49,7 +49,7 @@ class Fingerprint:
 
     Attributes:
         inputs: what identifies each caption file. scheduler: configuration of the model's scheduler.
-        dtype: as resolved, never `auto`. store_masks: none, bits or float16.
+        rows_per_shard, dtype: as resolved, never `auto`. store_masks: none, bits or float16.
         mask: first or final, or none for a model without a readable one.
         unit: what scores are differences of: epsilon (noise predictions) or velocity. The others are flags of scan.
     """

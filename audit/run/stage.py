@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from audit.base.commits import Commit, Ledger, damaged, table_bytes
+from audit.base.commits import Ledger, damaged, table_bytes
+from audit.base.committed import Committed
 from audit.base.errors import AuditError, Damaged
 from audit.base.facts import read_facts, to_json
 from audit.base.fingerprint import diff_lines, digest
@@ -315,15 +317,28 @@ class Stage:
             return pa.ipc.open_file(pa.BufferReader(data)).read_all()
 
     @functools.cached_property
-    def rows_by_shard(self) -> dict[int, int]:
-        """Rows of every shard, by shard."""
+    def _planned(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Every shard, in order, and its rows; [n] each."""
         if self.kind == SCAN:
-            return dict(enumerate(self.run.plan.shards["row_count"].to_pylist()))
-        return dict(sorted(collections.Counter(self.items["shard"].to_pylist()).items()))
+            rows = self.run.plan.shards["row_count"].to_numpy()
+            return np.arange(len(rows)), rows.astype(np.int64)
+        shards, rows = np.unique(self.items["shard"].to_numpy(), return_counts=True)
+        return shards.astype(np.int64), rows.astype(np.int64)
 
     @property
     def shards(self) -> list[int]:
-        return list(self.rows_by_shard)
+        found: list[int] = self._planned[0].tolist()
+        return found
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all its shards."""
+        return int(self._planned[1].sum())
+
+    def rows_of(self, shards: Iterable[int]) -> int:
+        """Rows of some of its shards."""
+        planned, rows = self._planned
+        return int(rows[np.searchsorted(planned, np.fromiter(shards, np.int64))].sum())
 
     def rows(self, shard: int) -> pa.Table:
         """The rows of one shard of a later stage, in order."""
@@ -337,14 +352,13 @@ class Stage:
         """The results of a committed shard, all columns or some. Raises Damaged: not what was committed."""
         return self.ledger.table(shard, columns)
 
-    def done(self) -> dict[int, Commit]:
+    def done(self) -> Committed:
         """Every valid commit of its shards."""
-        return self.ledger.done(self.shards)
+        return self.ledger.done(self._planned[0])
 
     def missing(self) -> list[int]:
         """Shards without a valid commit."""
-        done = self.done()
-        return [shard for shard in self.shards if shard not in done]
+        return self.done().lacking(self._planned[0])
 
     @property
     def complete(self) -> bool:
@@ -356,7 +370,12 @@ def _stage_digest(fingerprint: dict[str, Any], generation: str) -> str:
 
 
 def run_stage(
-    stage: Stage, todo: Sequence[int], config: EngineConfig, stop: Stop | None, opener: str | None = None
+    stage: Stage,
+    todo: Sequence[int],
+    config: EngineConfig,
+    stop: Stop | None,
+    opener: str | None = None,
+    rows_before: int | None = None,
 ) -> Outcome:
     """Run shards of a stage on the engine the configuration names.
 
@@ -364,7 +383,7 @@ def run_stage(
 
     Args:
         stage: as it was begun. todo: shards to do, in order. config: engine, device and limits. stop: asks to stop.
-        opener: of the job, instead of the stage's own.
+        opener: of the job, instead of the stage's own. rows_before: done already; looked for where it is not known.
 
     Raises:
         AuditError: bad input. Drained: `stop` asked to. Broken: every worker failed shard after shard.
@@ -375,19 +394,10 @@ def run_stage(
     for shard in stage.ledger.tried() & set(todo):
         if len(stage.ledger.attempts(shard)) >= config.max_shard_retries:
             stage.ledger.forget_attempts(shard)
-    rows = stage.rows_by_shard
-    before = sum(rows[shard] for shard in set(stage.done()) - set(todo))
-    total = before + sum(rows[shard] for shard in todo)
+    before = rows_before if rows_before is not None else stage.rows_of(np.setdiff1d(stage.done().shards, todo))
+    total = before + stage.rows_of(todo)
     with Progress(total, stage.kind.unit, stage.kind.name, before) as progress:
         retries = Retries(stage.ledger, todo, config.max_shard_retries, progress)
         outcome = run_shards(opener or stage.kind.opener, stage.run.url, config, retries, progress, stop or Stop())
     stage.still()
     return outcome
-
-
-def sum_counts(commits: Iterable[Commit]) -> dict[str, int]:
-    """Rows by status over commits."""
-    total: collections.Counter[str] = collections.Counter()
-    for made in commits:
-        total.update(made.counts)
-    return dict(total)

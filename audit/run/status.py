@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from typing import Any
 
-from audit.base.commits import Commit
+import numpy as np
+
+from audit.base.committed import Committed
 from audit.base.text import duration
 from audit.run.run import Run
-from audit.run.stage import Stage, sum_counts
+from audit.run.stage import Stage
 from audit.run.workers import stuck_workers
 
 
@@ -115,36 +115,29 @@ def stage_status(stage: Stage, max_failed: int = 1) -> StageStatus:
         stage: as it was begun. max_failed: failed tries that make a shard quarantined.
     """
     done = stage.done()
-    seconds: dict[str, float] = {}
-    for made in done.values():
-        for step, took in made.seconds.items():
-            seconds[step] = seconds.get(step, 0.0) + took
-    attempts = {shard: stage.ledger.attempts(shard) for shard in sorted(stage.ledger.tried() - set(done))}
+    attempts = {shard: stage.ledger.attempts(shard) for shard in done.lacking(sorted(stage.ledger.tried()))}
     failed = [shard for shard, tries in attempts.items() if len(tries) >= max(max_failed, 1)]
     return StageStatus(
         stage=stage.kind.name,
         shards=len(stage.shards),
         done=len(done),
-        rows=sum(stage.rows_by_shard.values()),
-        rows_done=sum(made.rows for made in done.values()),
-        counts=sum_counts(done.values()),
-        seconds=seconds,
+        rows=stage.num_rows,
+        rows_done=done.rows,
+        counts=done.counts,
+        seconds=done.seconds,
         quarantined=failed,
         errors={str(shard): attempts[shard][-1].error for shard in failed},
-        rate=_rate(done.values()),
+        rate=_rate(done),
     )
 
 
-def _rate(commits: Iterable[Commit]) -> float:
+def _rate(done: Committed) -> float:
     """Rows a second over the last 10 minutes of work: rows over the time in which at least one worker was busy."""
-    spans = []
-    for made in commits:
-        end = datetime.fromisoformat(made.finished).timestamp()
-        spans.append((end - made.seconds.get("wall", 0.0), end, made.rows))
-    newest = max((end for _, end, _ in spans), default=0.0)
-    rows, busy, until = 0, 0.0, 0.0
-    for start, end, count in sorted(span for span in spans if span[1] > newest - 600):
-        rows += count
-        busy += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return rows / busy if busy > 0 else 0.0
+    ends, rows = done.finished(), done.table["rows"].to_numpy()
+    starts = ends - np.ma.filled(done.took("wall"), 0.0)
+    recent = np.flatnonzero(ends > ends.max(initial=0.0) - 600)
+    recent = recent[np.lexsort((ends[recent], starts[recent]))]
+    starts, ends = starts[recent], ends[recent]
+    until = np.maximum.accumulate(np.concatenate([[0.0], ends]))[:-1]  # when the last of those before had ended
+    busy = float(np.maximum(0.0, ends - np.maximum(starts, until)).sum())
+    return sum(rows[recent].tolist()) / busy if busy > 0 else 0.0

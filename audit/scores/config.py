@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from audit.base.options import option
-from audit.captions import QUOTINGS, TextFormat
+from audit.captions import AUTO, QUOTINGS, TextFormat
 from audit.engines.config import EngineFlags
 from audit.run.run import DEFAULT_RUN
 
@@ -70,7 +71,12 @@ class ScoreFlags:
     )
     device: str = option("auto", DEVICE_HELP)
     batch_size: int = option(32, "Latents in one call of the denoiser; halved when memory runs out.", min=1)
-    rows_per_shard: int = option(1024, "Rows of a shard: what a kill can lose.", min=1)
+    rows_per_shard: int | Literal["auto"] = option(
+        AUTO,
+        "Rows of a shard, what a kill can lose; auto is 1,024, or more where there would be over 20,000 shards.",
+        min=1,
+        word=AUTO,
+    )
     extra_evaluation: bool = option(False, "One more evaluation a caption, for the anisotropy score.")
 
     @property

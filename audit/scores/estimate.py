@@ -11,7 +11,7 @@ import numpy as np
 
 from audit.base.storage import Folder
 from audit.base.text import duration, size
-from audit.captions import CaptionPlan, is_empty, read_shard
+from audit.captions import MOST_SECONDS, CaptionPlan, is_empty, read_shard, rows_in_time
 from audit.run.select import rows_of
 from audit.scores.model import load_model
 from audit.scores.scan import ScanConfig, check_config, fingerprint_of, plan_of
@@ -23,17 +23,21 @@ from audit.scores.trajectories import open_sampler
 class Estimate:
     """What a dry run found; seconds on one worker from one measured batch, bytes of the masks before compression.
 
-    `refine_seconds` is what `--refine` adds; `evaluations` are those of null maps, scan and second look, `steps` times
-    two for each with `--mask final`.
+    `shard_seconds` is what the rows of a shard take, `short_shard` how many rows would take five minutes where they
+    take longer, else None. `refine_seconds` is what `--refine` adds; `evaluations` are those of null maps, scan and
+    second look, `steps` times two for each with `--mask final`.
     """
 
     rows: int
     unique: int
     empty: int
     shards: int
+    rows_per_shard: int
     seconds: float
     captions_per_second: float
     mask_bytes: int
+    shard_seconds: float = 0.0
+    short_shard: int | None = None
     refine_seconds: float = 0.0
     evaluations: int = 0
 
@@ -49,7 +53,7 @@ class Estimate:
         lines = [
             f"rows             {self.rows:,} ({self.empty:,} empty)",
             f"unique captions  {self.unique:,}",
-            f"shards           {self.shards:,} of {config.rows_per_shard:,} rows",
+            f"shards           {self.shards:,} of {self.rows_per_shard:,} rows{self._shard_words()}",
             f"evaluations      {self.evaluations:,}{each}",
             f"estimated time   {duration(self.seconds)} ({rate})",
         ]
@@ -57,6 +61,14 @@ class Estimate:
             lines.append(f"--refine adds    {duration(self.refine_seconds)}")
         stored = f"--store-masks {config.store_masks}, before compression"
         return [*lines, f"masks            {size(self.mask_bytes)} ({stored})", "Nothing was written."]
+
+    def _shard_words(self) -> str:
+        if self.short_shard is None:
+            return ""
+        return (
+            f", each some {duration(self.shard_seconds)} on one worker: --rows-per-shard {self.short_shard} keeps it "
+            f"under {duration(MOST_SECONDS)}"
+        )
 
 
 def _looks(config: ScanConfig) -> str:
@@ -80,7 +92,7 @@ def estimate(config: ScanConfig, say: Callable[[str], None]) -> Estimate:
         for line in plan.facts.lines(plan.num_rows, plan.num_unique, plan.num_empty):
             say(line)
         batch = _first_captions(plan, staging, config.batch_size)
-    fingerprint = fingerprint_of(config, folder, plan.files)
+    fingerprint = fingerprint_of(config, folder, plan.files, plan.rows_per_shard)
     model = load_model(folder, config.device, fingerprint.dtype)
     scorer = open_scorer(fingerprint, model, config.batch_size)
     rate = refine_seconds = 0.0
@@ -96,6 +108,8 @@ def estimate(config: ScanConfig, say: Callable[[str], None]) -> Estimate:
         started = time.monotonic()
         scorer(batch, lambda _: None)
         rate = len(batch) / (time.monotonic() - started)
+    rows_rate = rate * plan.num_rows / max(plan.num_unique, 1)  # of all rows: only different captions take time
+    shorter = rows_in_time(rows_rate)
     again = rows_of(config.second_look, plan.num_unique) * config.added_noises
     each_look = 2 * config.steps if fingerprint.mask == "final" else 1 + config.extra_evaluation
     sampled = len(plan.sample) * (config.num_noises + config.added_noises)
@@ -107,6 +121,9 @@ def estimate(config: ScanConfig, say: Callable[[str], None]) -> Estimate:
         unique=plan.num_unique,
         empty=plan.num_empty,
         shards=len(plan),
+        rows_per_shard=plan.rows_per_shard,
+        shard_seconds=plan.rows_per_shard / rows_rate if rate else 0.0,
+        short_shard=shorter if rate and shorter < plan.rows_per_shard else None,
         seconds=(looks + sampled / each_look) / config.num_noises / rate if rate else 0.0,
         captions_per_second=rate,
         mask_bytes=2 * plan.num_unique * stored,  # mask and energy_mask

@@ -13,13 +13,13 @@ from audit.base.errors import AuditError
 from audit.base.options import config_of, option
 from audit.base.stopping import Stop
 from audit.base.storage import Folder
-from audit.captions import CaptionFile, CaptionPlan, describe_captions, plan_captions
+from audit.captions import AUTO, CaptionFile, CaptionPlan, describe_captions, plan_captions
 from audit.engines.rank import find_rank
 from audit.engines.ray_cluster import one_connection
 from audit.run.claim import claimed
 from audit.run.run import Fingerprint, Run, check_output
 from audit.run.schema import DEFAULT_SCORE, DETECTORS, EXTRA_DETECTORS, MASK_DETECTORS, SCORE_COLUMNS
-from audit.run.stage import NULL_MAPS, REFINE, SCAN, SECOND_LOOK, Stage, run_stage, sum_counts
+from audit.run.stage import NULL_MAPS, REFINE, SCAN, SECOND_LOOK, Stage, run_stage
 from audit.scores.config import ScoringConfig
 from audit.scores.model import absolute_paths, find_model_folder, model_facts, no_mask_reason, one_model
 from audit.scores.null_maps import few_lines, make_null_maps
@@ -137,27 +137,28 @@ def scan(config: ScanConfig, stop: Stop | None = None, say: Callable[[str], None
     make_null_maps(run, NULL_MAPS, range(run.fingerprint.num_noises), config, stop, new)
     # 3. this machine's shards
     stage = Stage.open(run, SCAN)
-    before = stage.done()
+    done = stage.done()
     mine = stage.shards[rank::world]
-    todo = [shard for shard in mine if shard not in before]
-    long = sum(stage.rows_by_shard[shard] for shard in todo) > LONG
+    todo, before, rows_before = done.lacking(mine), len(done), stage.rows_of(done.shards)
+    del done  # a million commits are not kept for the length of a scan
+    long = stage.rows_of(todo) > LONG
     opener = "audit.scores.scan_shard:open_checked_job" if config.self_check and long else None
-    outcome = run_stage(stage, todo, config, stop, opener)
+    outcome = run_stage(stage, todo, config, stop, opener, rows_before)
     done = stage.done()
     complete = len(done) == len(stage.shards)
-    counts, quarantined, refined = sum_counts(done.values()), outcome.quarantined, 0
+    counts, quarantined, refined = done.counts, outcome.quarantined, 0
     # 4. more noises for the best-scored rows
     looks, ready = dict[str, int](), complete
     if config.added_noises and complete and counts.get("ok"):
         noises = config.second_look_noises
         look = begin_second_look(run, config.second_look, config.second_look_by, noises, config, stop, config.replace)
         quarantined = quarantined + run_second_look(look, config, rank, world, stop).quarantined
-        looks, ready = sum_counts(look.done().values()), look.complete
+        looks, ready = look.done().counts, look.complete
     # 5. trajectories of the best-scored rows
     if config.refine and ready:
         refine = begin_refine(run, config.refine, config.refine_by, config.replace)
         more = run_refine(refine, config, rank, world, stop)
-        extra = sum_counts(refine.done().values())
+        extra = refine.done().counts
         refined, quarantined = extra.get("ok", 0), quarantined + more.quarantined
         counts["error"] = counts.get("error", 0) + extra.get("error", 0)
     return ScanSummary(
@@ -166,12 +167,12 @@ def scan(config: ScanConfig, stop: Stop | None = None, say: Callable[[str], None
         unique=run.facts.unique,
         counts=counts,
         shards=len(stage.shards),
-        committed_before=len(before),
+        committed_before=before,
         committed_now=len(outcome.committed),
         quarantined=quarantined,
         seconds=time.monotonic() - started,
         complete=complete,
-        mine_complete=set(mine) <= set(done),
+        mine_complete=not done.lacking(mine),
         looked=looks.get("ok", 0),
         look_failed=looks.get("error", 0),
         refined=refined,
@@ -195,8 +196,13 @@ def resume(run: Run, stop: Stop | None = None) -> None:
     scan(config, stop)
 
 
-def fingerprint_of(config: ScanConfig, model: ModelFolder, files: Sequence[CaptionFile]) -> Fingerprint:
-    """Everything that changes a result, and nothing that does not (docs/run-folder.md)."""
+def fingerprint_of(
+    config: ScanConfig, model: ModelFolder, files: Sequence[CaptionFile], auto_rows: int = 0
+) -> Fingerprint:
+    """Everything that changes a result, and nothing that does not (docs/run-folder.md).
+
+    `auto_rows`: what --rows-per-shard auto is: the number the run was planned with; 0 before it is planned.
+    """
     from pipelines.formulas import FORMULA_VERSION
     from pipelines.loading import find_device, resolve_dtype
 
@@ -204,7 +210,7 @@ def fingerprint_of(config: ScanConfig, model: ModelFolder, files: Sequence[Capti
         formula_version=FORMULA_VERSION,
         inputs=[_input_facts(file) for file in files],
         limit=config.limit,
-        rows_per_shard=config.rows_per_shard,
+        rows_per_shard=auto_rows if config.rows_per_shard == AUTO else config.rows_per_shard,
         keep_cols=None if config.keep_cols is None else list(config.keep_cols),
         model=model_facts(model),
         scheduler=model.scheduler_config(),
@@ -293,6 +299,8 @@ def _find_or_plan(config: ScanConfig, folder: Folder, stop: Stop | None) -> tupl
         with claimed(folder, fingerprint, stop) as existing:
             if existing is None:
                 return _plan(config, folder, fingerprint, files), True
+    if config.rows_per_shard == AUTO:
+        fingerprint = replace(fingerprint, rows_per_shard=existing.fingerprint.rows_per_shard)
     existing.check_same(fingerprint)
     return existing, False
 
@@ -302,6 +310,8 @@ def _plan(config: ScanConfig, folder: Folder, fingerprint: Fingerprint, files: l
     _check_unchanged(files, plan)
     # with absolute paths, so that it can be gone on with from elsewhere
     recorded = {**asdict(config), **absolute_paths(config), "captions": [file.path for file in plan.files]}
+    recorded["rows_per_shard"] = plan.rows_per_shard
+    fingerprint = replace(fingerprint, rows_per_shard=plan.rows_per_shard)
     return Run.create(folder, recorded, fingerprint, plan, recorded["model"], config.revision)
 
 
@@ -325,7 +335,7 @@ def check_same(run: Run) -> None:
     """Raise AuditError where inputs or model are not those the run was begun with."""
     config = _as_begun(run)
     files = describe_captions(list(config.captions), caption_col=config.caption_col, text_format=config.text_format)
-    run.check_same(fingerprint_of(config, check_config(config), files))
+    run.check_same(fingerprint_of(config, check_config(config), files, run.fingerprint.rows_per_shard))
 
 
 def restore_plan(run: Run) -> None:

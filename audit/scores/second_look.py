@@ -76,10 +76,8 @@ def run_second_look(stage: Stage, config: EngineConfig, rank: int, world: int, s
 
     Machines that have done their part of the scan have ended by then, all but the last: nobody waits for the others.
     """
-    mine = stage.shards[rank::world]
-    missing = set(stage.missing())
-    todo = [shard for shard in (*mine, *(each for each in stage.shards if each not in set(mine))) if shard in missing]
-    return run_stage(stage, todo, config, stop)
+    mine = set(stage.shards[rank::world])
+    return run_stage(stage, sorted(stage.missing(), key=lambda shard: shard not in mine), config, stop)
 
 
 def looks_noises(run: Run) -> int | None:

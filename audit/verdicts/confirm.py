@@ -24,7 +24,7 @@ from audit.engines.ray_cluster import one_connection
 from audit.index import Index
 from audit.run.run import Run
 from audit.run.schema import MASKS, VERDICTS, tensor_values
-from audit.run.stage import CONFIRM, MATCH, SCAN, TRAJECTORIES, Stage, run_stage, sum_counts
+from audit.run.stage import CONFIRM, MATCH, SCAN, TRAJECTORIES, Stage, run_stage
 from audit.scores.trajectories import decode_png
 from audit.statistics.null import CAPTIONS, PICTURES, Null, NullFacts, sample_needed
 from audit.verdicts.beside import Beside
@@ -218,14 +218,14 @@ def confirm(config: ConfirmConfig, stop: Stop | None = None) -> ConfirmSummary:
     # 4. verdicts of what was matched
     ready = matching.done()
     outcome = run_stage(stage, [shard for shard in stage.missing() if shard in ready], config, stop)
-    counts = sum_counts(stage.done().values())
+    counts = stage.done().counts
     committed = (generated, matched, outcome)
     return ConfirmSummary(
         run=config.run,
         candidates=stage.items.num_rows,
         verdicts={name: counts.get(name, 0) for name in VERDICTS},
         null=null,
-        failed=sum_counts(trajectories.done().values()).get("error", 0),
+        failed=trajectories.done().counts.get("error", 0),
         quarantined=[shard for each in committed for shard in each.quarantined],
         unreadable=counts.get("unreadable", 0),
         committed_now=sum(len(each.committed) for each in committed),
