@@ -7,8 +7,8 @@ diffusers' own call), FirstStepScorer in batches, and the same under what torch 
 product of the same dtype. A CPU has one thread, and CPU seconds, so that other work on the machine does not enter;
 with --threads they are seconds of the clock.
 
-Run: python -m tests.benchmarks.first_step [--shape small] [--captions N] [--batch-sizes 32 64 128] [--rounds 3]
-     [--settings channels_last compile float16 bfloat16] [--threads N]
+Run: python -m tests.benchmarks.first_step [--shape full|small|tiny] [--captions N] [--batch-sizes 32 64 128]
+     [--rounds 3] [--settings channels_last compile float16 bfloat16] [--threads N]
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from tests.tiny import SCHEDULE
 SHAPES: dict[str, dict[str, Any]] = {
     "full": {"channels": (320, 640, 1280, 1280), "latents": 64, "text": (768, 12, 12)},
     "small": {"channels": (96, 192, 384, 384), "latents": 32, "text": (256, 4, 4)},
+    "tiny": {"channels": (32, 64, 64, 64), "latents": 16, "text": (64, 2, 2)},
 }
 """Channels of the U-Net's blocks, side of the latents; width, layers and heads of the text encoder."""
 Setting = Callable[[DiffusionModel], AbstractContextManager[None]]
