@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 IMG2DATASET := $(VENV)/img2dataset/bin/img2dataset
+OFFICIAL_PYTHON := $(VENV)/official/bin/python
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?= -n 2 --dist worksteal --durations=25
 MINUTES ?= 60
@@ -10,7 +11,7 @@ MINUTES ?= 60
 # every process would compile the tests and the linked package anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo quick test cluster check bench tables screenshot torture clean
+.PHONY: help setup demo quick test cluster check bench compare tables screenshot torture clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +38,13 @@ $(VENV)/.linked: $(VENV)/.test
 $(IMG2DATASET): $(BIN)/python
 	$(PYTHON) -m venv $(VENV)/img2dataset
 	$(VENV)/img2dataset/bin/python -m pip --disable-pip-version-check install -q img2dataset==1.47.0
+
+# the libraries of the authors' code; the newest torch that is pinned here, which they run with
+$(VENV)/.official: $(BIN)/python constraints.txt
+	$(PYTHON) -m venv $(VENV)/official
+	$(OFFICIAL_PYTHON) -m pip --disable-pip-version-check install -q diffusers==0.20.2 transformers==4.36.2 \
+		huggingface_hub==0.20.3 "$$(grep ^torch== constraints.txt)"
+	@touch $@
 
 # the package is installed, not linked: what is tested is what users get
 setup: $(VENV)/.demo ## create the environment and install the package into it
@@ -73,6 +81,11 @@ bench: $(VENV)/.test setup ## speed and memory, each figure against a baseline i
 	$(BIN)/python -m tests.benchmarks.bench_index
 	$(BIN)/python -m tests.benchmarks.bench_report
 	$(BIN)/python -m tests.benchmarks.bench_confirm
+
+CLONED := $(wildcard $(OFFICIAL)/local_sd_pipeline.py)
+compare: $(if $(CLONED),$(VENV)/.official setup) ## scores and time against the authors' code: OFFICIAL=path
+	@test -n "$(CLONED)" || { echo "OFFICIAL=$(OFFICIAL) is no clone of github.com/chenchen-usyd/BE-PRSS"; exit 2; }
+	$(BIN)/python -m tests.benchmarks.compare_official "$(OFFICIAL)" $(OFFICIAL_PYTHON)
 
 tables: $(VENV)/.test setup ## the paper's tables on the testbed, written to docs/
 	$(BIN)/python -m tests.benchmarks.tables

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ from pipelines.model import DiffusionModel, Embeddings, Part
 __all__ = ["DiffusionModel", "Embeddings", "ModelFolder", "find_device", "find_model", "load", "resolve_dtype"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+NATIVE = {
+    "float16": {"avx512_fp16", "amx_fp16", "fphp"},
+    "bfloat16": {"avx512_bf16", "amx_bf16", "bf16"},
+}
+"""Words of Linux' /proc/cpuinfo, of x86 and ARM, one of which a CPU that computes in a half precision has."""
 HARMLESS = re.compile(r"(^|\.)(position_ids|num_batches_tracked)$")
 """Buffers of older libraries that nothing reads."""
 HARMLESS_NUMBERS = 1 << 26
@@ -312,3 +318,15 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
     if dtype not in DTYPES:
         raise ModelError(f"{dtype}: give auto, {', '.join(DTYPES)}", "dtype")
     return dtype
+
+
+def slow_dtype(dtype: str, device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """One line where a CPU has no instructions for the half precision asked for; empty where it has, or cannot say.
+
+    `auto` never stands for one on a CPU.
+    """
+    if device.type != "cpu" or dtype not in NATIVE or not cpuinfo.is_file():
+        return ""
+    if NATIVE[dtype] & set(cpuinfo.read_text().split()):
+        return ""
+    return f"{dtype}: this CPU has no instructions for it: it is slower than float32 here, not faster"

@@ -41,6 +41,8 @@ class ModelConfig(Protocol):
     def allow_pickle(self) -> bool: ...
     @property
     def device(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
 
 
 @contextmanager
@@ -59,17 +61,18 @@ def find_model_folder(config: ModelConfig) -> ModelFolder:
         AuditError: no such model or device, an architecture that cannot be audited, or weights that are pickles and
             were not allowed.
     """
-    from pipelines.loading import find_device
+    from pipelines.loading import find_device, slow_dtype
 
     with naming_the_flag():
-        find_device(config.device)
+        device = find_device(config.device)
     found = _find(config.model, config.revision, config.model_config, config.lora, config.textual_inversion)
     if not config.allow_pickle and (pickles := found.pickles()):
         raise AuditError(
             f"--model {config.model}: {pickles[0].name} is a pickle, which can be made to run code: convert it to "
             "safetensors, or pass --allow-pickle where you trust whoever made it"
         )
-    for note in found.notes:
+    slow = slow_dtype(config.dtype, device)
+    for note in (*found.notes, *([f"--dtype {slow}"] if slow else [])):
         print(note, file=sys.stderr)
     return found
 

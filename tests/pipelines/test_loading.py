@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pipelines import ModelError, find_model, load
+from pipelines.loading import resolve_dtype, slow_dtype
 from tests.reference import Reference
 
 CAPTIONS = ["a red house", "", "a much too long text " * 30, "cat <|endoftext|> dog"]
@@ -190,6 +191,33 @@ def test_devices_that_are_not_there(model_folders: dict[str, Path], device: str)
 def test_unknown_dtype(model_folders: dict[str, Path]) -> None:
     with pytest.raises(ModelError, match="float8: give auto"):
         load(find_model(str(model_folders["sd1"])), "cpu", "float8")
+
+
+@pytest.mark.parametrize(
+    ("words", "dtype", "device", "said"),
+    [
+        ("flags : fpu avx512f", "bfloat16", "cpu", True),
+        ("flags : fpu avx512f avx512_bf16", "bfloat16", "cpu", False),
+        ("flags : fpu avx512f avx512_bf16", "float16", "cpu", True),
+        ("Features : fp asimd fphp bf16", "float16", "cpu", False),
+        ("flags : fpu", "float32", "cpu", False),
+        ("flags : fpu", "auto", "cpu", False),
+        ("flags : fpu", "bfloat16", "cuda", False),
+        (None, "bfloat16", "cpu", False),
+    ],
+)
+def test_half_precision_that_a_cpu_has_no_instructions_for_is_said(
+    words: str | None, dtype: str, device: str, said: bool, tmp_path: Path
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    if words is not None:
+        cpuinfo.write_text(f"processor : 0\n{words}\n")
+    assert slow_dtype(dtype, torch.device(device), cpuinfo).startswith(f"{dtype}: this CPU") == said
+
+
+@pytest.mark.parametrize("device", ("cpu", "mps"))
+def test_auto_is_no_half_precision_but_on_cuda(device: str) -> None:
+    assert resolve_dtype("auto", torch.device(device)) == "float32"
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from audit.run.claim import take_back
 from audit.run.read import read_scores
 from audit.run.run import Run
 from audit.run.stage import NULL_MAPS
+from audit.scores.model import find_model_folder
 from audit.scores.null_maps import make_null_maps
 from audit.scores.scan import ScanConfig, scan
 from pipelines import ModelError
@@ -170,3 +171,9 @@ def test_who_waited_for_a_run_that_was_taken_back_says_so(sd1: str, captions: Pa
     with pytest.raises(AuditError, match="was removed or replaced by another process"):
         take_back(run)
     assert Run.open(config.output).facts.rows == 2
+
+
+def test_a_dtype_that_is_slow_here_is_said_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr("pipelines.loading.slow_dtype", lambda dtype, device: f"{dtype}: slow on {device.type}")
+    find_model_folder(ScanConfig((), "run", "testbed", dtype="bfloat16", device="cpu"))
+    assert capsys.readouterr().err == "--dtype bfloat16: slow on cpu\n"
