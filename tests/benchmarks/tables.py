@@ -71,10 +71,7 @@ def write_tables(output: Path, work: Path, quick: bool, depth: str = "all") -> P
         said += about_masks(mask_question(page, frame, passes, first, low, last, whole))
         attention_per_step(page, frame, whole)
     else:
-        page.text(
-            "`--depth all` adds the tables of all first-step columns and of whole trajectories; under one noise they "
-            "stand in [tables-one-noise.md](tables-one-noise.md)."
-        )
+        page.text("`--depth all` adds the tables of all first-step columns and of whole trajectories.")
         page.text("## Published figures")
         published_detection(page)
         published_evaluation(page)
