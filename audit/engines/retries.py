@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from audit.base.commits import Commit, Ledger
@@ -67,7 +67,7 @@ class Retries:
         self._suspects.discard(shard)
         self._streaks[place] = 0
 
-    def died(self, place: int, hand: Sequence[int], error: str) -> dict[int, Commit]:
+    def died(self, place: int, hand: Sequence[int], error: str) -> Mapping[int, Commit]:
         """A worker died with shards in hand, in the order they were taken; gives those it had committed.
 
         One shard that is left is what it died of: a failed try. Of several nobody knows which it was: each is done
