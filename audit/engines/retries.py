@@ -39,6 +39,9 @@ class Retries:
         self._tried: set[int] = set()
         self._suspects: set[int] = set()  # one of those a worker had in hand when it died
         self._streaks: collections.Counter[int] = collections.Counter()  # failures in a row at a place, at first tries
+        self._taken: dict[int, int] = {}  # shards in hand -> how many were taken before
+        self._takes = 0
+        self._failed: dict[int, int] = {}  # place -> the same of the last shard that failed there
 
     def __len__(self) -> int:
         """Shards that wait."""
@@ -54,6 +57,7 @@ class Retries:
         for shard in self._queue:
             if not hand or shard not in self._suspects:
                 self._queue.remove(shard)
+                self._taken[shard], self._takes = self._takes, self._takes + 1
                 return shard
         return None
 
@@ -65,7 +69,8 @@ class Retries:
         """A shard is committed."""
         self.outcome.committed.append(shard)
         self._suspects.discard(shard)
-        self._streaks[place] = 0
+        if self._taken.pop(shard, 0) > self._failed.get(place, -1):  # one before it may only now be written
+            self._streaks[place] = 0
 
     def died(self, place: int, hand: Sequence[int], error: str) -> Mapping[int, Commit]:
         """A worker died with shards in hand, in the order they were taken; gives those it had committed.
@@ -88,6 +93,7 @@ class Retries:
 
     def failed(self, place: int, shard: int, error: str) -> None:
         """A try failed: recorded; the shard is tried again after the others, or given up."""
+        self._failed[place] = max(self._failed.get(place, -1), self._taken.pop(shard, 0))
         self._streaks[place] += shard not in self._tried
         self._tried.add(shard)
         tries = self.ledger.record_attempt(shard, error)
