@@ -44,7 +44,7 @@ def run_here(job: Job, retries: Retries, progress: Progress, stop: Stop) -> Outc
         while len(retries) or overlap.hand:
             stop.check()
             if retries.retired(0):
-                retries.put_back(overlap.hand)
+                retries.put_back([shard for shard in overlap.hand if shard not in overlap.writing])
                 raise retries.broken()
             while len(overlap.hand) < HAND and (shard := retries.take(overlap.hand)) is not None:
                 overlap.take(shard)

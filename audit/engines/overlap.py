@@ -24,12 +24,14 @@ class Overlap:
         job: whose steps. on_rows: called with the shard and the rows of it that were finished; may raise Drained.
 
     Attributes:
-        hand: the shards taken that have not ended, in the order they were taken.
+        hand: the shards taken that have not ended, in the order they were taken. writing: those of them that are
+            computed.
     """
 
     def __init__(self, job: Job, on_rows: Callable[[int, int], None]) -> None:
         self.job, self.on_rows = job, on_rows
         self.hand: list[int] = []
+        self.writing: set[int] = set()
         self._to_read: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._to_write: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._back: queue.SimpleQueue[tuple[Task, BaseException | None]] = queue.SimpleQueue()
@@ -80,11 +82,13 @@ class Overlap:
             except Exception as failed:
                 error = failed
             else:
+                self.writing.add(task.shard)
                 self._to_write.put(task)
                 return None
         if error is not None and not isinstance(error, Exception):
             raise error
         self.hand.remove(task.shard)
+        self.writing.discard(task.shard)
         ended = task.made if error is None else error
         assert ended is not None
         return task.shard, ended
