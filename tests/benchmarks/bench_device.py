@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -108,15 +108,14 @@ def busy(captions: str, rate: float, latency: float, overlap: bool) -> tuple[flo
         config = ScanConfig(
             (captions,), f"{folder}/run", model="testbed", device="cpu", self_check=False, second_look=0
         )
-        with (
-            patch.object(pipelines, "FirstStepScorer", Device),
-            patch.object(first_step, "HostCopy", Asked),
-            patch.object(first_step, "one_behind", first_step.one_behind if overlap else iter),
-            patch.object(StableDiffusion, "latent_shape_of", classmethod(lambda *_: (4, SIDE, SIDE))),
-            patch.object(local, "HAND", 3 if overlap else 1),
-            patch.object(Folder, "write", slow(Folder.write)),
-            patch.object(Folder, "read", slow(Folder.read)),
-        ):
+        with pytest.MonkeyPatch.context() as stand_in:
+            stand_in.setattr(pipelines, "FirstStepScorer", Device)
+            stand_in.setattr(first_step, "HostCopy", Asked)
+            stand_in.setattr(first_step, "one_behind", first_step.one_behind if overlap else iter)
+            stand_in.setattr(StableDiffusion, "latent_shape_of", classmethod(lambda *_: (4, SIDE, SIDE)))
+            stand_in.setattr(local, "HAND", 3 if overlap else 1)
+            stand_in.setattr(Folder, "write", slow(Folder.write))
+            stand_in.setattr(Folder, "read", slow(Folder.read))
             done = scan(config)
         taken = time.monotonic() - Device.first
         assert done.exit_code == 0, done

@@ -192,10 +192,9 @@ def test_a_damaged_one_costs_time_alone(ledger: Ledger, tmp_path: Path, damage: 
     assert ledger.shards() == list(range(COUNT))
 
 
+@pytest.mark.parametrize("folder", ["disk"], indirect=True)  # its files are changed by hand
 def test_a_forged_one_is_shown_by_what_a_true_one_is(ledger: Ledger, tmp_path: Path) -> None:
     """The forgeries above differ from what is believed by nothing else: with the right stamps it would be read."""
-    if not ledger.folder.local:
-        pytest.skip("files are changed by hand")
     ledger.done()
     path = tmp_path / "below" / PLACE
     forge(path, wrong(path))
@@ -371,10 +370,9 @@ def test_names_that_are_no_commits_are_none(ledger: Ledger, monkeypatch: pytest.
         assert ledger.done(range(COUNT + 5)) == expected and len(expected) == COUNT
 
 
+@pytest.mark.parametrize("folder", ["disk", "s3"], indirect=True)
 def test_the_table_is_checked_before_pyarrow_reads_it(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     """pyarrow may end the process over a damaged file."""
-    if not has_stamps(ledger):
-        pytest.skip("there is none")
     ledger.done()
     data = bytearray(ledger.folder.read(PLACE))
     data[-1] ^= 1
