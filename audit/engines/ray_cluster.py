@@ -63,7 +63,8 @@ def connected(address: str | None) -> Iterator[Any]:
         if address and ":" in address:  # not `auto` or `local`
             _wait_for(address.removeprefix("ray://"))
             greeted = True
-        more: dict[str, Any] = {"address": address} if address else {"include_dashboard": False}
+        # "local", or Ray joins the last cluster that was started on this machine, dead or alive
+        more: dict[str, Any] = {"address": address} if address else {"address": "local", "include_dashboard": False}
         ray.init(log_to_driver=False, logging_level="ERROR", **more)
         _made_here = True
     except (OSError, RuntimeError, ValueError) as error:

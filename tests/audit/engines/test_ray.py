@@ -6,6 +6,7 @@ import contextlib
 import json
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -72,6 +73,17 @@ def shard_actors() -> list[psutil.Process]:
     return found
 
 
+@pytest.fixture
+def dead_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a cluster that was killed leaves behind on a machine: Ray would join it where no address is given."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # sockets below it bear no long name
+        Path(folder, "ray").mkdir()
+        Path(folder, "ray/ray_current_cluster").write_text("127.0.0.1:1")
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        yield
+
+
+@pytest.mark.usefixtures("dead_cluster")
 def test_ray_gives_the_same_run_and_survives_a_killed_actor(inputs: tuple[str, str], tmp_path: Path) -> None:
     killed: list[int] = []
     finished = threading.Event()
