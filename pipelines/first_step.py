@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +24,7 @@ from pipelines.schedules import NoiseLevel
 from pipelines.text_stream import TextStream
 
 Array = NDArray[np.float32]
+EXPECTED = 3  # calls whose prompts are encoded before they are made; more and the oldest is forgotten
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ class FirstStepScorer:
         self.guidance_scale, self.extra_evaluation = guidance_scale, extra_evaluation
         self.batches, self.texts_at_once = AdaptiveBatches(batch_size), batch_size
         self.ahead = 0 if model.device.type == "cpu" else 2  # batches of prompts; a processor has no time to spare
+        self._thread = ThreadPoolExecutor(1, "encode")  # started with the first batch that is encoded ahead
+        self._expected: collections.deque[TextStream] = collections.deque(maxlen=EXPECTED)
         self.evaluations = 0  # of the denoiser so far: one latent through it once
         self.noises = model.noise_bank(num_noises, seed)[first_noise:].to(model.device, model.dtype)
         self.null_maps = None if null_maps is None else null_maps.to(model.device)
@@ -117,7 +123,7 @@ class FirstStepScorer:
         Returns:
             the scores, in the captions' order.
         """
-        with self._texts(captions) as texts:
+        with contextlib.closing(self._texts(captions)) as texts:
             found = self._in_batches(captions, lambda part: self._score(texts, part), on_batch)
             num_tokens, truncated = texts.facts()
         means = {name: (value.mean(1) if value.shape[1] > 1 else value[:, 0]).numpy() for name, value in found.items()}
@@ -143,11 +149,23 @@ class FirstStepScorer:
             output = self._predict(latents, self.level, texts.take(prompt))
             return {"energy": self._facts(output, self.uncond[noise], latents, self.level).energy}
 
-        with self._texts(captions) as texts:
+        with contextlib.closing(self._texts(captions)) as texts:
             return self._in_batches(captions, energy, on_batch)["energy"]
 
+    def expect(self, captions: list[str]) -> None:
+        """Begin to encode captions that a later call will be given, from any thread: it starts at once then."""
+        if self.ahead and captions:
+            self._expected.append(self._encoded(captions))
+
     def _texts(self, captions: list[str]) -> TextStream:
-        return TextStream(self.model, captions, self.texts_at_once, self.ahead)
+        for texts in list(self._expected):
+            if texts.captions == captions:
+                self._expected.remove(texts)
+                return texts
+        return self._encoded(captions)
+
+    def _encoded(self, captions: list[str]) -> TextStream:
+        return TextStream(self.model, captions, self.texts_at_once, self.ahead, self._thread)
 
     def _in_batches(
         self,

@@ -21,25 +21,33 @@ class TextStream:
 
     Args:
         model: whose `encode`. captions: N. at_once: captions of a batch; fewer where memory runs out.
-        ahead: batches encoded ahead, in a thread; 0 encodes each when it is asked for.
+        ahead: batches encoded ahead, from now on; 0 encodes each when it is asked for.
+        thread: of one worker, which encodes ahead; streams share it, since a tokenizer serves one thread.
     """
 
-    def __init__(self, model: DiffusionModel, captions: list[str], at_once: int, ahead: int = 0) -> None:
+    def __init__(
+        self,
+        model: DiffusionModel,
+        captions: list[str],
+        at_once: int,
+        ahead: int = 0,
+        thread: ThreadPoolExecutor | None = None,
+    ) -> None:
         self.model, self.captions, self.ahead = model, captions, ahead
         self._parts = collections.deque(slice(at, at + at_once) for at in range(0, len(captions), at_once))
-        self._pool = ThreadPoolExecutor(1, "encode") if ahead else None
+        self._thread = thread
         self._coming: collections.deque[tuple[slice, Future[Embeddings]]] = collections.deque()
         self._first = self._end = 0  # captions whose embeddings are held: [first, end)
         self._held: list[Embeddings] = []
         self._facts: list[tuple[Tensor, Tensor]] = []
-
-    def __enter__(self) -> TextStream:
         self._look_ahead()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._pool:
-            self._pool.shutdown(cancel_futures=True)
+    def close(self) -> None:
+        """Give up what was encoded ahead."""
+        for _, future in self._coming:
+            future.cancel()
+        self._coming.clear()
+        self._parts.clear()
 
     def take(self, rows: Tensor) -> Embeddings:
         """The embeddings of some captions, [B] indices; those before the first of them are given up."""
@@ -58,9 +66,9 @@ class TextStream:
         return torch.cat(tokens), torch.cat(truncated)
 
     def _look_ahead(self) -> None:
-        while self._pool and self._parts and len(self._coming) < self.ahead:
+        while self._thread and self._parts and len(self._coming) < self.ahead:
             part = self._parts.popleft()
-            self._coming.append((part, self._pool.submit(self._encode, part)))
+            self._coming.append((part, self._thread.submit(self._encode, part)))
 
     def _encode_next(self) -> None:
         if self._coming:
@@ -68,7 +76,8 @@ class TextStream:
             try:
                 found = future.result()
             except torch.OutOfMemoryError:  # beside the denoiser; it waits now
-                found = self._encode(part)
+                assert self._thread is not None
+                found = self._thread.submit(self._encode, part).result()
         else:
             found = self._encode(self._parts.popleft())
         self._held.append(found)

@@ -59,6 +59,11 @@ class ShardRows:
         """Places of the captions to score."""
         return np.flatnonzero(~self.empty & (self.duplicate_of < 0))
 
+    @functools.cached_property
+    def captions(self) -> list[str]:
+        """The captions to score."""
+        return list(self.table["caption"].take(pa.array(self.own)).to_pylist())
+
 
 class ScanJob:
     """Scan of one run with its model loaded.
@@ -81,12 +86,13 @@ class ScanJob:
 
     def read(self, shard: int) -> ShardRows:
         table = read_shard(self.run.plan, shard, self.run.folder)
-        return ShardRows(table, self.run.plan.duplicates(shard), is_empty(table["caption"]))
+        rows = ShardRows(table, self.run.plan.duplicates(shard), is_empty(table["caption"]))
+        self.scorer.expect(rows.captions)
+        return rows
 
     def compute(self, shard: int, rows: ShardRows, on_rows: Callable[[int], None]) -> tuple[ShardRows, Scored]:
-        captions = rows.table["caption"].take(pa.array(rows.own)).to_pylist()
-        scored = score_captions(self.scorer, captions, on_rows)
-        check_failures(list(scored.errors.values()), len(captions), self.max_error_rate, "captions")
+        scored = score_captions(self.scorer, rows.captions, on_rows)
+        check_failures(list(scored.errors.values()), len(rows.captions), self.max_error_rate, "captions")
         return rows, scored
 
     def write(self, shard: int, found: tuple[ShardRows, Scored], took: Took) -> Commit:

@@ -14,7 +14,7 @@ from audit.engines.failures import together_or_alone
 from audit.run.run import Fingerprint
 
 if TYPE_CHECKING:
-    from pipelines import DiffusionModel, MaskSource, TrajectorySampler
+    from pipelines import DiffusionModel, FirstStepScorer, MaskSource, TrajectorySampler
     from pipelines.null_maps import NullMaps
 
 Columns = dict[str, NDArray[Any]]
@@ -22,9 +22,14 @@ REQUIRED = ("magnitude", "ld", "ld_energy", "excess")  # a row in which one of t
 
 
 class Scorer(Protocol):
-    """N captions to columns of length N; raises on a batch that cannot be scored."""
+    """N captions to columns of length N; raises on a batch that cannot be scored.
+
+    `expect` may be told before, by any thread, what it will be called with.
+    """
 
     def __call__(self, captions: list[str], on_batch: Callable[[int], None]) -> Columns: ...
+
+    def expect(self, captions: list[str]) -> None: ...
 
 
 @dataclass
@@ -107,16 +112,27 @@ def open_scorer(
     }
     try:
         if source.step == "final":
-            sampler = TrajectorySampler(model, source, batch_size=max(1, batch_size // 2), **shared)
-            return lambda captions, on_batch: final_mask_columns(sampler, captions, on_batch)
-        first = FirstStepScorer(
-            model, source, batch_size=batch_size, extra_evaluation=fingerprint.extra_evaluation, **shared
+            return FinalMask(TrajectorySampler(model, source, batch_size=max(1, batch_size // 2), **shared))
+        return FirstMask(
+            FirstStepScorer(
+                model, source, batch_size=batch_size, extra_evaluation=fingerprint.extra_evaluation, **shared
+            )
         )
     except ValueError as error:
         raise AuditError(str(error)) from error
 
-    def score(captions: list[str], on_batch: Callable[[int], None]) -> Columns:
-        found = first(captions, on_batch)
+
+@dataclass
+class FirstMask:
+    """Scores of the first step alone."""
+
+    scorer: FirstStepScorer
+
+    def expect(self, captions: list[str]) -> None:
+        self.scorer.expect(captions)
+
+    def __call__(self, captions: list[str], on_batch: Callable[[int], None]) -> Columns:
+        found = self.scorer(captions, on_batch)
         columns = {
             **found.scores,
             "ld_std": found.ld_std,
@@ -127,7 +143,18 @@ def open_scorer(
         }
         return {name: values for name, values in columns.items() if values is not None}
 
-    return score
+
+@dataclass
+class FinalMask:
+    """Scores of whole trajectories."""
+
+    sampler: TrajectorySampler
+
+    def expect(self, captions: list[str]) -> None:
+        """A trajectory takes so long that its prompts need not be ready before."""
+
+    def __call__(self, captions: list[str], on_batch: Callable[[int], None]) -> Columns:
+        return final_mask_columns(self.sampler, captions, on_batch)
 
 
 def final_mask_columns(sampler: TrajectorySampler, captions: list[str], on_batch: Callable[[int], None]) -> Columns:

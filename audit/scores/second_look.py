@@ -111,7 +111,9 @@ class SecondLookJob:
         self.scorer = open_scorer(run.fingerprint, model, batch_size, maps, range(self.first, self.count))
 
     def read(self, shard: int) -> pa.Table:
-        return self.stage.rows(shard)
+        items = self.stage.rows(shard)
+        self.scorer.expect(items["caption"].to_pylist())
+        return items
 
     def compute(self, shard: int, items: pa.Table, on_rows: Callable[[int], None]) -> tuple[pa.Table, Scored]:
         scored = score_captions(self.scorer, items["caption"].to_pylist(), on_rows)
