@@ -8,7 +8,8 @@ streams.py     text files, Arrow streams, lists of captions and data sets, read 
 rows.py        Parquet and Arrow files, read by position
 values.py      columns of any type as captions
 carried.py     which other columns go along, and their one type over all files
-hashes.py      captions as 64-bit hashes, and equal ones found by them
+hashes.py      captions as 64-bit hashes
+repeats.py     equal ones, found on disk
 sample.py      which captions the null maps are made of
 plan.py        shards and duplicates, kept in the run folder; what was found, for people
 """

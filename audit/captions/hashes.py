@@ -1,4 +1,4 @@
-"""Captions as 64-bit hashes: all that planning keeps of them, and how it finds equal ones."""
+"""Captions as 64-bit hashes: all that planning keeps of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from audit.captions.rows import Rows
 from audit.captions.streams import reading
 from audit.captions.values import caption_text, is_empty
 
-_CHUNK = 1 << 18  # rows looked at together; bounds every temporary array of planning
+LONG = 1 << 18  # rows whose planning is shown on its way
 
 
 def captions_digest(captions: pa.Array) -> int:
@@ -34,19 +34,15 @@ def caption_hashes(captions: pa.Array) -> np.ndarray:
     return hashes
 
 
-def hash_captions(files: list[CaptionFile], taken: list[int], staging: Folder) -> tuple[np.ndarray, int]:
-    """xxh3 of every caption, uint64 [rows], 0 for an empty one; and how many are empty."""
-    hashes = np.zeros(sum(taken), np.uint64)
-    empty = at = 0
-    bar = Progress(len(hashes), "captions", "planning") if len(hashes) > _CHUNK else None
-    with bar or nullcontext():
+def hash_captions(files: list[CaptionFile], taken: list[int], staging: Folder) -> Iterator[tuple[int, np.ndarray]]:
+    """xxh3 of every caption, 0 for an empty one, in blocks: number of the first row, and uint64 [rows of the block]."""
+    at, rows = 0, sum(taken)
+    with Progress(rows, "captions", "planning") if rows > LONG else nullcontext() as bar:
         for captions in _all_captions(files, taken, staging):
-            found = hashes[at : at + len(captions)] = caption_hashes(captions)
-            empty += int((found == 0).sum())
+            yield at, caption_hashes(captions)
             at += len(captions)
             if bar:
                 bar.add(len(captions))
-    return hashes, empty
 
 
 def _all_captions(files: list[CaptionFile], taken: list[int], staging: Folder) -> Iterator[pa.Array]:
@@ -64,26 +60,3 @@ def _all_captions(files: list[CaptionFile], taken: list[int], staging: Folder) -
                     break
         if left:
             raise AuditError(f"{file.path}: damaged: it has {rows - left} rows where {rows} were announced")
-
-
-def resolve_first(hashes: np.ndarray) -> None:
-    """Overwrite every hash by the index of the first row that has it (its own index where it is 0), in place.
-
-    The hashes are grouped by their top bits. An index has none of these set, so once group 0 is done what has been
-    overwritten cannot be taken for a hash of a later group, and no second array of this size is needed.
-    """
-    bits = min(max(len(hashes) // _CHUNK, 1).bit_length(), 8)
-    shift = np.uint64(64 - bits)
-    for group in range(1 << bits):
-        parts = [at + np.flatnonzero(block >> shift == group) for at, block in blocks(hashes)]
-        rows = np.concatenate(parts) if parts else np.zeros(0, np.int64)
-        values = hashes[rows]
-        if group == 0:
-            hashes[rows[values == 0]] = rows[values == 0]
-            rows, values = rows[values != 0], values[values != 0]
-        _, first, inverse = np.unique(values, return_index=True, return_inverse=True)
-        hashes[rows] = rows[first][inverse]
-
-
-def blocks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    return ((at, array[at : at + _CHUNK]) for at in range(0, len(array), _CHUNK))

@@ -1,6 +1,6 @@
 """The plan of a run: its files, its shards, and which captions repeat an earlier one.
 
-Planning reads every caption once and keeps 64 bits of each; nothing else it holds grows with the rows.
+Planning reads every caption once and keeps 64 bits of each, on a disk; nothing that it holds grows with the rows.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from audit.base.text import reasons
 from audit.captions.carried import carried_schema
 from audit.captions.files import CaptionFile, Described, describe
 from audit.captions.find import Found, find_captions
-from audit.captions.hashes import blocks, hash_captions, resolve_first
+from audit.captions.hashes import hash_captions
+from audit.captions.repeats import Repeats
 from audit.captions.rows import BATCH_ROWS, find_column
-from audit.captions.sample import lowest_hashes
+from audit.captions.sample import LowestHashes
 from audit.captions.streams import stream
 from audit.captions.text_lines import PLAIN, TextFormat
 
@@ -88,7 +89,7 @@ class CaptionPlan:
         num_rows, num_unique, num_empty: rows in all; distinct captions; rows null, empty or only whitespace.
         facts: what was found and left out; of a plan that was loaded, nothing: run.json has it.
         rows_per_shard: never `auto`; of a plan that was loaded 0: run.json has it.
-        sample: rows that the null maps are made of, as row_id, by the hash of their captions (`lowest_hashes`).
+        sample: rows that the null maps are made of, as row_id, by the hash of their captions (`LowestHashes`).
     """
 
     files: list[CaptionFile]
@@ -100,7 +101,7 @@ class CaptionPlan:
     facts: PlanFacts = field(default_factory=PlanFacts)
     rows_per_shard: int = 0
     sample: list[int] = field(default_factory=list)
-    _first: np.ndarray | None = field(default=None, repr=False)  # uint64 [num_rows], until the plan is saved
+    _repeats: Repeats | None = field(default=None, repr=False)  # of a plan that was made, not loaded
     _folder: Folder | None = field(default=None, repr=False)
     _staged: dict[str, Seal] = field(default_factory=dict, repr=False)
 
@@ -117,8 +118,8 @@ class CaptionPlan:
 
         The first occurrence itself and empty captions have -1.
         """
-        if self._first is not None:
-            return self._duplicates_of(shard)
+        if self._repeats is not None:
+            return self._duplicates_of(shard, self._repeats)
         assert self._folder is not None
         again = f"be-audit verify {self._folder.url} --repair makes it again"
         with damaged(self._folder.path("duplicates.arrow"), again):
@@ -140,10 +141,12 @@ class CaptionPlan:
         of = np.searchsorted(self._starts, rows, side="right") - 1
         return (of << 32) | (rows - self._starts[of])
 
-    def _duplicates_of(self, shard: int) -> np.ndarray:
-        start, stop = self._starts[shard], self._starts[shard + 1]
-        first = self._first[start:stop].astype(np.int64)  # type: ignore[index]
-        return np.where(first == np.arange(start, stop), -1, self.row_ids(first))
+    def _duplicates_of(self, shard: int, repeats: Repeats) -> np.ndarray:
+        start, stop = int(self._starts[shard]), int(self._starts[shard + 1])
+        found = np.full(stop - start, -1, np.int64)
+        rows, first = repeats.between(start, stop)
+        found[rows - start] = self.row_ids(first)
+        return found
 
     def save(self, folder: Folder) -> dict[str, Seal]:
         """Write `duplicates.arrow` (batch i holds shard i's duplicates) and then `plan.arrow` into a run folder.
@@ -304,11 +307,16 @@ def plan_captions(
             f"shards of {per_shard:,} rows, so that there are at most some {MOST_SHARDS:,}; how long one lasts was "
             "not known: `scan --dry-run` says it, --rows-per-shard sets it",
         ]
-    first, empty = hash_captions(files, taken, staging)
-    shards = _shards(files, taken, per_shard, first)
-    sample = lowest_hashes(blocks(first))
-    resolve_first(first)
-    distinct = sum(int((block == np.arange(at, at + len(block))).sum()) for at, block in blocks(first)) - empty
+    shards = _shards(files, taken, per_shard)
+    digests, repeats, lowest, empty = _Digests(shards), Repeats(sum(taken)), LowestHashes(), 0
+    for at, hashes in hash_captions(files, taken, staging):
+        digests.add(hashes)
+        repeats.add(at, hashes)
+        lowest.add(at, hashes)
+        empty += int((hashes == 0).sum())
+    repeats.resolve()
+    shards = digests.set(shards)
+    distinct = sum(taken) - empty - repeats.count
     facts = PlanFacts(
         files=len(files),
         caption_columns={each.file.caption_col: each.why for each in reversed(described) if each.file.rows},
@@ -316,8 +324,10 @@ def plan_captions(
         left_out=dict(found.left_out),
         notes=notes,
     )
-    plan = CaptionPlan(files, shards, keep, sum(taken), distinct, empty, facts, per_shard, _first=first, _staged=sealed)
-    plan.sample = plan.row_ids(sample).tolist()
+    plan = CaptionPlan(
+        files, shards, keep, sum(taken), distinct, empty, facts, per_shard, _repeats=repeats, _staged=sealed
+    )
+    plan.sample = plan.row_ids(lowest.rows).tolist()
     return plan
 
 
@@ -356,16 +366,39 @@ def _stage(
     return replace(file, rows=rows, staged=name)
 
 
-def _shards(files: list[CaptionFile], taken: list[int], rows_per_shard: int, hashes: np.ndarray) -> pa.Table:
+def _shards(files: list[CaptionFile], taken: list[int], rows_per_shard: int) -> pa.Table:
     starts = [np.arange(0, rows, rows_per_shard, dtype=np.int64) for rows in taken]
     index = np.repeat(np.arange(len(files)), [len(part) for part in starts])
     start = np.concatenate(starts)
     count = np.minimum(np.asarray(taken)[index] - start, rows_per_shard)
     paths = pa.array([file.path for file in files], pa.string()).take(pa.array(index))
-    ends = np.cumsum(count)
-    digests = [
-        xxhash.xxh3_64_intdigest(hashes[end - rows : end].tobytes()) for end, rows in zip(ends, count, strict=True)
-    ]
-    columns = [np.arange(len(index)), paths, index, start, count, pa.array(digests, pa.uint64())]
-    unsaved = pa.array(np.zeros(len(index), np.uint64))  # the duplicates are known when the plan is saved
-    return pa.table([*columns, unsaved], names=SHARDS.names).cast(SHARDS)
+    unknown = pa.array(np.zeros(len(index), np.uint64))  # digests: known once the rows are read, and the plan is saved
+    columns = [np.arange(len(index)), paths, index, start, count, unknown, unknown]
+    return pa.table(columns, names=SHARDS.names).cast(SHARDS)
+
+
+class _Digests:
+    """xxh3 of the hashes of every shard's rows, as they come."""
+
+    def __init__(self, shards: pa.Table) -> None:
+        self._left: list[int] = shards["row_count"].to_pylist()[::-1]
+        self._digests: list[int] = []
+        self._running = xxhash.xxh3_64()
+
+    def add(self, hashes: np.ndarray) -> None:
+        """Hashes of the next rows, uint64."""
+        at = 0
+        while at < len(hashes):
+            taken = min(self._left[-1], len(hashes) - at)
+            self._running.update(hashes[at : at + taken].tobytes())
+            at += taken
+            self._left[-1] -= taken
+            if not self._left[-1]:
+                self._left.pop()
+                self._digests.append(self._running.intdigest())
+                self._running.reset()
+
+    def set(self, shards: pa.Table) -> pa.Table:
+        """The shards with their digests."""
+        place = SHARDS.get_field_index("captions_xxh3")
+        return shards.set_column(place, SHARDS.field(place), [pa.array(self._digests, pa.uint64())])

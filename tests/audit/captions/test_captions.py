@@ -129,17 +129,17 @@ def test_duplicates_are_what_a_dict_finds(parts: Path, tmp_path: Path, rows_per_
     assert plan.num_unique == len(seen)
 
 
-@pytest.mark.slow
-def test_duplicates_over_many_groups_of_hashes(tmp_path: Path) -> None:
-    numbers = np.random.default_rng(3).integers(0, 250_000, 600_000)
+def test_duplicates_over_many_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("audit.captions.repeats.PART_ROWS", 2000)
+    numbers = np.random.default_rng(3).integers(0, 25_000, 60_000)
     pq.write_table(pa.table({"text": numbers.astype("U")}), tmp_path / "many.parquet")
-    plan = make_plan([tmp_path / "many.parquet"], tmp_path, rows_per_shard=50_000)
+    plan = make_plan([tmp_path / "many.parquet"], tmp_path, rows_per_shard=5000)
     _, first, inverse = np.unique(numbers, return_index=True, return_inverse=True)
     expected = first[inverse]
     for shard in range(len(plan)):
-        rows = np.arange(shard * 50_000, (shard + 1) * 50_000)
+        rows = np.arange(shard * 5000, (shard + 1) * 5000)
         of = plan.duplicates(shard)
-        found = np.where(of < 0, rows, (of >> 32) * 50_000 + (of & 0xFFFFFFFF))
+        found = np.where(of < 0, rows, (of >> 32) * 5000 + (of & 0xFFFFFFFF))
         assert np.array_equal(found, expected[rows])
     assert plan.num_unique == len(first)
 

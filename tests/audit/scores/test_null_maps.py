@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import xxhash
 
-from audit.captions.sample import lowest_hashes
+from audit.captions.sample import LowestHashes
 from audit.run.read import read_scores
 from audit.run.run import Run
 from audit.run.stage import NULL_MAPS, Stage
@@ -89,10 +89,14 @@ def test_workers_and_machines_read_the_same_maps(config: ScanConfig, tmp_path: P
 def test_the_sample_is_the_lowest_hashes_of_distinct_captions() -> None:
     hashes = np.array([xxhash.xxh3_64_intdigest(text.encode()) for text in some_captions(100)], np.uint64)
     rows = np.concatenate([[0], hashes, hashes[:50], [0]]).astype(np.uint64)
-    blocks = [(at, rows[at : at + 30]) for at in range(0, len(rows), 30)]
-    assert lowest_hashes(blocks, 10).tolist() == (1 + np.argsort(hashes)[:10]).tolist()
-    assert lowest_hashes(blocks, 1000).tolist() == (1 + np.argsort(hashes)).tolist()
-    assert lowest_hashes([(0, np.zeros(3, np.uint64))], 10).tolist() == []
+    for count, expected in ((10, 1 + np.argsort(hashes)[:10]), (1000, 1 + np.argsort(hashes))):
+        lowest = LowestHashes(count)
+        for at in range(0, len(rows), 30):
+            lowest.add(at, rows[at : at + 30])
+        assert lowest.rows.tolist() == expected.tolist()
+    none = LowestHashes(10)
+    none.add(0, np.zeros(3, np.uint64))
+    assert none.rows.tolist() == []
 
 
 def test_few_captions_are_said(config: ScanConfig) -> None:
