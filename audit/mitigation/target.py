@@ -7,10 +7,9 @@ import pyarrow.compute as pc
 
 from audit.base.errors import AuditError
 from audit.mitigation.config import MASK_LOSS, MovingConfig
-from audit.run.read import dataset, read_rows, read_scores
+from audit.run.read import dataset, read_distinct, read_rows
 from audit.run.run import Run
 from audit.run.schema import TRAJECTORY_COLUMNS
-from audit.run.select import distinct
 from audit.run.stage import TRAJECTORIES, Stage
 from audit.scores.model import load_run_model
 from audit.scores.trajectories import open_sampler
@@ -44,8 +43,7 @@ def clean_target(run: Run, trajectories: Stage, config: MovingConfig, mask: str)
     # 2. what the scan scored: the same loss under another name
     scanned = MASK_LOSS.get(run.fingerprint.mask)  # a model without attention masks has none
     same = {"magnitude": "magnitude", "ld_energy": "ld_energy", scanned: "ld"}.get(column)
-    columns = ["row_id", "status", "duplicate_of", *([same] if same else [])]
-    scores = distinct(read_scores(run, columns, first_look=True))  # an image has one noise
+    scores = read_distinct(run, ["row_id", *([same] if same else [])], first_look=True)  # an image has one noise
     suspects = trajectories.items["row_id"].combine_chunks()
     scores = scores.filter(pc.invert(pc.is_in(scores["row_id"], suspects)))
     if not scores.num_rows:

@@ -22,7 +22,7 @@ from audit.run.schema import (
     SCORE_MASKS,
     VERDICTS,
 )
-from audit.run.select import check_score, ranked, rows_of, unlooked
+from audit.run.select import check_score, distinct, ranked, rows_of, unlooked
 from audit.run.stage import CONFIRM, TRAJECTORIES, Stage
 from audit.statistics.multiple import q_values
 from audit.verdicts.candidates import ConfirmConfig
@@ -122,7 +122,7 @@ def find_flagged(
     """
     verdicts = read_verdicts(run)
     scores = read_scores(run, ["row_id", "status", "duplicate_of", check_score(by), "num_noises"])
-    first = ranked(scores, by)
+    first = ranked(distinct(scores), by)
     values = first[by].to_numpy()
     valid = int(np.isfinite(values).sum())  # nulls come last
     if not valid and first.num_rows:

@@ -115,14 +115,34 @@ def read_scores(
     Raises:
         AuditError: nothing is committed yet.
     """
-    found = dataset(run)
-    if found is None:
-        raise AuditError(f"{run.url}: no shard is done yet: go on with `be-audit scan`")
+    found = _scanned(run)
     if columns is None:
         columns = [name for name in found.schema.names if masks or name not in SCORE_MASKS]
     needed = {*columns, "row_id", "duplicate_of"}  # by which rows are resolved; nothing else is read
     table = take_rows(run, found, [name for name in found.schema.names if name in needed])
     return resolve_duplicates(_add_later(run, table, first_look)).select(list(columns))
+
+
+def read_distinct(run: Run, columns: Sequence[str], first_look: bool = False) -> pa.Table:
+    """The rows that were scored themselves, ok and no duplicate, in row order; no other is ever in memory.
+
+    Args:
+        run: the run. columns: names to keep. first_look: leave out what a second look found.
+
+    Raises:
+        AuditError: nothing is committed yet.
+    """
+    found = _scanned(run)
+    own = (pc.field("status") == "ok") & pc.field("duplicate_of").is_null()
+    needed = [name for name in found.schema.names if name in {*columns, "row_id"}]
+    return _add_later(run, take_rows(run, found, needed, own), first_look).select(list(columns))
+
+
+def _scanned(run: Run) -> pads.Dataset:
+    found = dataset(run)
+    if found is None:
+        raise AuditError(f"{run.url}: no shard is done yet: go on with `be-audit scan`")
+    return found
 
 
 def resolve_duplicates(table: pa.Table) -> pa.Table:

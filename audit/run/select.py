@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from audit.base.errors import AuditError
-from audit.run.read import read_rows, read_scores
+from audit.run.read import read_distinct, read_rows
 from audit.run.run import Run
 from audit.run.schema import SCORES
 
@@ -26,10 +26,9 @@ def distinct(scores: pa.Table) -> pa.Table:
     return scores.filter(pc.and_(pc.equal(scores["status"], "ok"), pc.is_null(scores["duplicate_of"])))
 
 
-def ranked(scores: pa.Table, by: str) -> pa.Table:
-    """Distinct scored captions, best first: row_id and the score; ties by row, those without a score last."""
-    table = distinct(scores).select(["row_id", by])
-    return table.sort_by([(by, "descending"), ("row_id", "ascending")])
+def ranked(rows: pa.Table, by: str) -> pa.Table:
+    """Distinct rows, best first: row_id and the score; ties by row, those without a score last."""
+    return rows.select(["row_id", by]).sort_by([(by, "descending"), ("row_id", "ascending")])
 
 
 def rows_of(fraction: float, count: int) -> int:
@@ -37,7 +36,7 @@ def rows_of(fraction: float, count: int) -> int:
     return math.ceil(round(fraction * count, 9))
 
 
-def best_rows(
+def best_scores(
     run: Run,
     by: str,
     top_k: int | None = None,
@@ -46,7 +45,7 @@ def best_rows(
     num_noises: int | None = None,
     first_look: bool = False,
 ) -> pa.Table:
-    """The best-scored distinct captions of a run, best first: row_id, caption, score, rank.
+    """The best-scored distinct captions of a run, best first: row_id and the column `by`.
 
     Args:
         run: the run.
@@ -59,8 +58,7 @@ def best_rows(
     Raises:
         AuditError: a column the run does not have values in.
     """
-    columns = ["row_id", "status", "duplicate_of", check_score(by)]
-    scores = read_scores(run, [*columns, "num_noises"], first_look=first_look)
+    scores = read_distinct(run, ["row_id", check_score(by), "num_noises"], first_look=first_look)
     if num_noises is not None:
         scores = scores.filter(pc.equal(scores["num_noises"], num_noises))
     table = ranked(scores, by)
@@ -73,13 +71,25 @@ def best_rows(
         count = min(count, top_k)
     if threshold is not None:
         count = min(count, pc.sum(pc.greater(table[by], threshold)).as_py() or 0)
-    table = table.slice(0, count)
+    return table.slice(0, count)
+
+
+def best_rows(
+    run: Run,
+    by: str,
+    top_k: int | None = None,
+    fraction: float | None = None,
+    threshold: float | None = None,
+    num_noises: int | None = None,
+) -> pa.Table:
+    """The same with their captions: row_id, caption, score, rank. Raises AuditError as `best_scores`."""
+    table = best_scores(run, by, top_k, fraction, threshold, num_noises)
     return pa.table(
         {
             "row_id": table["row_id"],
             "caption": read_rows(run, table["row_id"].to_numpy(), ["caption"])["caption"],
             "score": table[by].cast(pa.float32()),
-            "rank": pa.array(np.arange(count), pa.int32()),
+            "rank": pa.array(np.arange(table.num_rows), pa.int32()),
         }
     )
 
@@ -93,7 +103,7 @@ def unlooked(run: Run, by: str, threshold: float, num_noises: int | None) -> int
     """
     if num_noises is None:
         return 0
-    scores = distinct(read_scores(run, ["row_id", "status", "duplicate_of", check_score(by), "num_noises"]))
+    scores = read_distinct(run, ["row_id", check_score(by), "num_noises"])
     looked = pc.equal(scores["num_noises"], num_noises)
     values = scores[by].filter(looked).drop_null()
     return scores.num_rows - len(values) if len(values) and pc.all(pc.greater(values, threshold)).as_py() else 0

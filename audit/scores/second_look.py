@@ -19,7 +19,7 @@ from audit.engines.retries import Outcome
 from audit.run.read import read_rows
 from audit.run.run import Run
 from audit.run.schema import LOOKED_AT, SECOND_LOOK_COLUMNS
-from audit.run.select import best_rows
+from audit.run.select import best_scores
 from audit.run.stage import SECOND_LOOK, SECOND_NULL_MAPS, Stage, run_stage
 from audit.scores.model import load_run_model
 from audit.scores.null_maps import make_null_maps, read_null_maps
@@ -64,8 +64,7 @@ def begin_second_look(
     fingerprint = SecondLookFingerprint(fraction, by, num_noises, maps.facts.digest)
     if begun is not None and not begun.differs(fingerprint) and not begun.problems():
         return begun
-    chosen = best_rows(run, by, fraction=fraction, first_look=True).sort_by("row_id")
-    ids = chosen["row_id"].to_numpy()
+    ids = np.sort(best_scores(run, by, fraction=fraction, first_look=True)["row_id"].to_numpy())
     items = read_rows(run, ids, ["row_id", "caption", *LOOKED_AT], first_look=True)
     items = items.append_column("shard", pa.array(ids >> 32, pa.int32()))
     return Stage.begin(run, SECOND_LOOK, fingerprint, items, replace=replace)

@@ -16,10 +16,10 @@ from audit.base.storage import Folder
 from audit.captions import is_empty, plan_captions, read_shard
 from audit.engines.config import EngineFlags
 from audit.index.build import DEFAULT_INDEX
-from audit.run.read import read_rows, read_scores
+from audit.run.read import read_distinct, read_rows
 from audit.run.run import DEFAULT_RUN, Run
 from audit.run.schema import DEFAULT_SCORE, MASK_DETECTORS, MASKS, SCORES, WINDOWS
-from audit.run.select import best_rows, distinct, unlooked, unlooked_line, with_images
+from audit.run.select import best_rows, unlooked, unlooked_line, with_images
 from audit.scores.calibrate import load_thresholds
 from audit.scores.config import DEVICE_HELP
 from audit.statistics.null import sample_needed
@@ -143,7 +143,7 @@ def _clean_captions(run: Run, chosen: pa.Table, config: ConfirmConfig) -> pa.Tab
         where, known = f"--clean {config.clean}", _captions_of(config.clean)
         count = len(known)
     else:
-        where, scored = run.url, distinct(read_scores(run, ["row_id", "status", "duplicate_of"]))["row_id"]
+        where, scored = run.url, read_distinct(run, ["row_id"])["row_id"]
         others = scored.filter(pc.invert(pc.is_in(scored, chosen["row_id"].combine_chunks())))
         count = len(others)
     taken = count if config.null_captions is None else min(count, config.null_captions)

@@ -14,7 +14,7 @@ from audit.reports.sql import connect
 from audit.run.read import read_rows, read_scores
 from audit.run.run import Run
 from audit.run.schema import DETECTORS
-from audit.run.select import best_rows
+from audit.run.select import best_rows, best_scores
 from audit.run.stage import SECOND_LOOK, Stage
 from audit.scores.calibrate import load_thresholds
 from audit.scores.scan import ScanConfig, scan
@@ -203,5 +203,5 @@ def test_refine_and_confirm_choose_by_the_second_look(config: ScanConfig) -> Non
     chosen = best_rows(run, "ld_energy", top_k=5)
     stored = read_rows(run, chosen["row_id"].to_numpy(), ["ld_energy", "num_noises"])
     assert chosen["score"].equals(stored["ld_energy"])
-    first = best_rows(run, "ld_energy", top_k=5, first_look=True)
-    assert not first["score"].equals(chosen["score"])
+    first = best_scores(run, "ld_energy", top_k=5, first_look=True)
+    assert not first["ld_energy"].equals(chosen["score"])
