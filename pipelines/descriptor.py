@@ -61,15 +61,29 @@ class Descriptor:
             image = image.resize(size, Image.Resampling.BILINEAR)
         return np.asarray(image.convert("RGB"))
 
-    def embed(self, prepared: Sequence[np.ndarray]) -> Tensor:
-        """Vectors [B, dim], float32 on the CPU, of pictures from `prepare`; equal sizes share a batch."""
+    def embed(
+        self,
+        prepared: Sequence[np.ndarray],
+        batch_size: int | None = None,
+        on_batch: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Vectors [N, dim], float32 on the CPU, of pictures from `prepare`; equal sizes share batches.
+
+        Args:
+            prepared: the more of them, the fuller the batches of mixed sizes. batch_size: of one; None for any.
+            on_batch: called with the pictures of each batch when it is done; may raise to stop.
+        """
         vectors = torch.empty(len(prepared), self.dim)
         groups = defaultdict(list)
         for position, picture in enumerate(prepared):
             groups[picture.shape].append(position)
-        for positions in groups.values():
-            batch = torch.from_numpy(np.stack([prepared[i] for i in positions]))
-            vectors[positions] = F.normalize(self._run(batch).float().cpu(), dim=1)
+        for group in groups.values():
+            for at in range(0, len(group), batch_size or len(group)):
+                positions = group[at : at + batch_size] if batch_size else group
+                batch = torch.from_numpy(np.stack([prepared[i] for i in positions]))
+                vectors[positions] = F.normalize(self._run(batch).float().cpu(), dim=1)
+                if on_batch:
+                    on_batch(len(positions))
         return vectors
 
     def __call__(self, pictures: Sequence[Picture] | Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from audit.base.stopping import Stop
 from audit.base.storage import Folder
 from audit.index import ann
 from audit.index.descriptors import find_descriptor, open_descriptor
-from audit.index.embed import LEFT_OUT, described, embed_part
+from audit.index.embed import LEFT_OUT, embed_part
 from audit.index.facts import (
     FACTS,
     FAISS,
@@ -129,10 +129,8 @@ def build_index(config: IndexConfig, stop: Stop | None = None) -> IndexSummary:
         with ThreadPoolExecutor(8) as pool, _progress(work, done) as progress:
             for number, (source, part) in enumerate(work):
                 if number not in done:
-                    left = Counter[str]()
-                    batches = described(source, part, descriptor, config.batch_size, pool, left)
                     done[number] = embed_part(
-                        number, source, part, batches, descriptor.dim, ledger, stop, progress, left
+                        number, source, part, descriptor, config.batch_size, pool, ledger, stop, progress
                     )
         info = _finish(folder, ledger, done, descriptor, weights, config, left_out)
     return IndexSummary(config.output, info.rows, info.ok, info.errors, info.error_examples, len(work), resumed, info)

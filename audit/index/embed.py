@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from pipelines.descriptor import Descriptor
 
 LEFT_OUT = "left out: "  # before a reason, in the counts of a commit
-_BATCH_BYTES = 32 << 20  # encoded pictures that wait for their turn in one batch
+LOOK_AHEAD = 8  # batches whose pictures are looked at together: equal sizes among them share a batch
+_WINDOW_BYTES = 32 << 20  # encoded pictures that wait for their turn together
 ALL_FAILED = 10  # from this many rows on, a part without one readable picture is a wrong folder, not bad luck
 
 
@@ -37,31 +38,36 @@ def embed_part(
     number: int,
     source: Source,
     part: Slice,
-    batches: Iterator[tuple[list[Item], np.ndarray]],
-    dim: int,
+    descriptor: Descriptor,
+    batch_size: int,
+    pool: ThreadPoolExecutor,
     ledger: Ledger,
     stop: Stop,
     progress: Progress,
-    left: Counter[str],
 ) -> Commit:
-    """Gather a part's vectors and commit its table.
+    """Describe a part's pictures and commit its table.
 
     Args:
-        batches: what `described` yields.
-        dim: length of a vector.
-        left: reason -> how often; filled by `described`.
+        batch_size: pictures described at once. pool: of threads that decode.
     Raises:
         AuditError: a part of ten rows and more without one readable picture.
         Drained: a stop was asked for.
     """
     start = time.perf_counter()
     items: list[Item] = []
-    vectors: list[np.ndarray] = [np.empty((0, dim), np.float32)]
-    for batch, found in batches:
+    vectors: list[np.ndarray] = [np.empty((0, descriptor.dim), np.float32)]
+    left, done = Counter[str](), 0
+
+    def on_batch(pictures: int) -> None:
+        nonlocal done
         stop.check()
-        items.extend(batch)
+        done += pictures
+        progress.add(pictures if progress.unit == "pictures" else 0)
+
+    for window, found in described(source, part, descriptor, batch_size, pool, left, on_batch):
+        items.extend(window)
         vectors.append(found)
-        progress.add(len(batch) if progress.unit == "pictures" else 0)
+        on_batch(len(items) - done)  # those that have no picture
     progress.add(1 if progress.unit == "parts" else 0)
     embeddings = np.concatenate(vectors)
     for position in np.flatnonzero(~np.isfinite(embeddings).all(axis=1)):
@@ -71,7 +77,7 @@ def embed_part(
     if len(errors) == len(items) >= ALL_FAILED:
         where = part.file or source.kind
         raise AuditError(f"part {number} ({where}): not one picture could be read; the first: {errors[0].error}")
-    table = _table(number, source.kind, items, embeddings, dim)
+    table = _table(number, source.kind, items, embeddings, descriptor.dim)
     counts = {"ok": len(items) - len(errors), "error": len(errors)}
     counts |= {LEFT_OUT + reason: count for reason, count in left.items() if count}
     seconds = {"part": time.perf_counter() - start}
@@ -85,6 +91,7 @@ def described(
     batch_size: int,
     pool: ThreadPoolExecutor,
     left: Counter[str],
+    on_batch: Callable[[int], None],
 ) -> Iterator[tuple[list[Item], np.ndarray]]:
     """A part's rows with their vectors, float32 [rows, dim], NaN where there is none; `left` counts what is no row."""
     given = source.vectors(part)
@@ -92,12 +99,13 @@ def described(
         items = list(source.items(part))
         yield items, _checked(given, items, descriptor, source)
         return
-    for batch, prepared in _prepared(_rows(source.items(part), left), descriptor, batch_size, pool):
+    for window, prepared in _prepared(_rows(source.items(part), left), descriptor, LOOK_AHEAD * batch_size, pool):
         pictures = [picture for picture in prepared if picture is not None]
-        vectors = np.full((len(batch), descriptor.dim), np.nan, np.float32)
+        vectors = np.full((len(window), descriptor.dim), np.nan, np.float32)
         if pictures:
-            vectors[[picture is not None for picture in prepared]] = descriptor.embed(pictures).numpy()
-        yield batch, vectors
+            found = descriptor.embed(pictures, batch_size, on_batch)
+            vectors[[picture is not None for picture in prepared]] = found.numpy()
+        yield window, vectors
 
 
 def _rows(items: Iterator[Item], left: Counter[str]) -> Iterator[Item]:
@@ -109,9 +117,9 @@ def _rows(items: Iterator[Item], left: Counter[str]) -> Iterator[Item]:
 
 
 def _prepared(
-    items: Iterator[Item], descriptor: Descriptor, batch_size: int, pool: ThreadPoolExecutor
+    items: Iterator[Item], descriptor: Descriptor, most: int, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[list[Item], list[np.ndarray | None]]]:
-    """Batches decoded and resized by threads, one batch ahead of the network."""
+    """Windows of at most so many pictures decoded and resized by threads, one window ahead of the network."""
 
     def prepare(item: Item) -> np.ndarray | None:
         try:
@@ -126,8 +134,8 @@ def _prepared(
             item.data = None
 
     ahead: tuple[list[Item], list[Future[np.ndarray | None]]] | None = None
-    for batch in _batches(items, batch_size):
-        submitted = (batch, [pool.submit(prepare, item) for item in batch])
+    for window in _windows(items, most):
+        submitted = (window, [pool.submit(prepare, item) for item in window])
         if ahead:
             yield ahead[0], [future.result() for future in ahead[1]]
         ahead = submitted
@@ -135,18 +143,18 @@ def _prepared(
         yield ahead[0], [future.result() for future in ahead[1]]
 
 
-def _batches(items: Iterator[Item], batch_size: int) -> Iterator[list[Item]]:
-    """Items in batches: of `batch_size`, or fewer where their encoded pictures are large."""
-    batch: list[Item] = []
+def _windows(items: Iterator[Item], most: int) -> Iterator[list[Item]]:
+    """Items, so many at a time, or fewer where their encoded pictures are large."""
+    window: list[Item] = []
     held = 0
     for item in items:
-        batch.append(item)
+        window.append(item)
         held += len(item.data or b"")
-        if len(batch) == batch_size or held > _BATCH_BYTES:
-            yield batch
-            batch, held = [], 0
-    if batch:
-        yield batch
+        if len(window) == most or held > _WINDOW_BYTES:
+            yield window
+            window, held = [], 0
+    if window:
+        yield window
 
 
 def _checked(given: np.ndarray, items: list[Item], descriptor: Descriptor, source: Source) -> np.ndarray:

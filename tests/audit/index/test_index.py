@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from audit import testbed
 from audit.base.errors import AuditError, Drained
 from audit.base.stopping import Stop
 from audit.index import Index, IndexConfig, ann, build_index, find_descriptor, index_info, search_image, verify_index
+from pipelines.descriptor import Descriptor
 
 TYPES = {"Flat": 1.0, "IVF32,SQ8": 0.97, "IVF32_HNSW8,PQ16x4": 0.9, "HNSW16": 0.97, "PCA128,Flat": 0.97, "SQfp16": 1.0}
 
@@ -282,3 +286,30 @@ def test_a_mistyped_type_is_said_before_any_picture_is_read(tmp_path: Path) -> N
             IndexConfig(images=(str(testbed.PICTURES),), output=str(tmp_path / "ix"), sscd="testbed", type="Foo")
         )
     assert not (tmp_path / "ix").exists()
+
+
+def test_mixed_sizes_fill_batches_and_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of three shapes in turn, 16 of each: every batch of eight would be cut into three."""
+    rng = np.random.default_rng(0)
+    sizes = [(64, 64), (96, 64), (64, 80)] * 16
+    (tmp_path / "pictures").mkdir()
+    for number, (width, height) in enumerate(sizes):
+        pixels = rng.integers(0, 255, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"pictures/{number:02d}.png")
+    (tmp_path / "pictures/20.png").write_bytes(b"no picture")
+    embed, batches = Descriptor.embed, []
+
+    def counted(self: Descriptor, prepared: list[np.ndarray], batch_size: int, on_batch: Callable[[int], None]) -> Any:
+        return embed(self, prepared, batch_size, lambda count: (batches.append(count), on_batch(count)))
+
+    monkeypatch.setattr(Descriptor, "embed", counted)
+    options = {"preprocessing": "small-edge-64", "batch_size": 8}
+    build(tmp_path / "pictures", tmp_path / "index", **options)
+    assert sorted(batches) == [7, 8, 8, 8, 8, 8]
+    batches.clear()
+    monkeypatch.setattr("audit.index.embed.LOOK_AHEAD", 1)
+    build(tmp_path / "pictures", tmp_path / "plain", **options)
+    assert len(batches) == 18
+    found, plain = (np.load(tmp_path / name / "vectors.npy").astype(np.float32) for name in ("index", "plain"))
+    np.testing.assert_allclose(found, plain, atol=1e-3)
+    assert np.array_equal(np.load(tmp_path / "index/ids.npy"), np.load(tmp_path / "plain/ids.npy"))
