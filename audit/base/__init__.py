@@ -11,6 +11,7 @@ committed.py    a commit, and many of them as columns
 checkpoint.py   a cache of many commits in one file
 identity.py     which columns name a picture or a caption
 ours.py         which files a run, an index or a report wrote
+devices.py      which devices a command works on
 progress.py     a bar on a terminal, lines elsewhere
 stopping.py     SIGTERM and Ctrl-C
 log.py          what every worker does, as JSON lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 
 from tqdm import tqdm
@@ -11,7 +12,7 @@ LINE_SECONDS = 10.0
 
 
 class Progress:
-    """Counts finished units of a job on stderr.
+    """Counts finished units of a job on stderr, from any thread.
 
     Args:
         total: units in all.
@@ -24,6 +25,7 @@ class Progress:
         self.total, self.unit, self.title, self.initial, self.done = total, unit, title, initial, initial
         self.started = self.last_line = time.monotonic()
         self.said = initial  # units in the last line
+        self._counting = threading.Lock()
         terminal = sys.stderr.isatty()
         self.bar = (
             tqdm(total=total, initial=initial, unit=f" {unit}", desc=title, dynamic_ncols=True) if terminal else None
@@ -40,11 +42,12 @@ class Progress:
 
     def add(self, units: int) -> None:
         """Count units as done (negative takes some back when a shard is tried again)."""
-        self.done += units
-        if self.bar is not None:
-            self.bar.update(units)
-        elif time.monotonic() - self.last_line > LINE_SECONDS:
-            self._line()
+        with self._counting:
+            self.done += units
+            if self.bar is not None:
+                self.bar.update(units)
+            elif time.monotonic() - self.last_line > LINE_SECONDS:
+                self._line()
 
     def note(self, text: str) -> None:
         """A line of its own, above the bar."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Protocol
 
+from audit.base.devices import find_devices
 from audit.base.errors import AuditError
 from audit.base.progress import Progress
 from audit.base.stopping import Stop
@@ -62,16 +63,3 @@ def run_shards(
         stop,
         config.batch_timeout,
     )
-
-
-def find_devices(device: str, workers: int) -> list[str]:
-    """One device a worker: every CUDA device for `auto` and `cuda`, else the device named, `workers` times.
-
-    A single entry means: in this process.
-    """
-    import torch
-
-    if device in ("auto", "cuda") and torch.cuda.device_count() > 1:
-        count = torch.cuda.device_count()
-        return [f"cuda:{number % count}" for number in range(workers or count)]
-    return [device] * max(workers, 1)

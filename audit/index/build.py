@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,8 @@ import pyarrow as pa
 
 from audit.base.claims import CLAIMS, held
 from audit.base.commits import Commit, Ledger, shard_name
-from audit.base.errors import AuditError
+from audit.base.devices import find_devices
+from audit.base.errors import AuditError, Drained
 from audit.base.facts import to_json
 from audit.base.fingerprint import diff_lines, digest, file_sha256
 from audit.base.options import option
@@ -65,6 +68,7 @@ class IndexConfig:
     rows_per_part: int = option(10_000, "Pictures a part; all that a kill can lose.", min=1)
     batch_size: int = option(32, "Pictures described at once.", min=1)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
+    workers: int = option(0, "Parts described beside each other; 0 is one a GPU.", min=0, max=1024)
     seed: int = option(0, "Seed of the training and recall samples.")
     image_col: str | None = option(None, "Column of pictures or embeddings; found by itself.")
     url_col: str | None = option(None, "Column of URLs; found by itself.")
@@ -112,7 +116,8 @@ def build_index(config: IndexConfig, stop: Stop | None = None) -> IndexSummary:
     columns = Columns(config.image_col, config.url_col, config.caption_col, config.key_col)
     sources, left_out = find_sources(config.images, columns)
     weights = find_descriptor(config.sscd)
-    descriptor = open_descriptor(weights, config.device, config.preprocessing)
+    devices = find_devices(config.device, config.workers)
+    descriptor = open_descriptor(weights, devices[0], config.preprocessing)
     if config.type != "auto":
         ann.make(config.type, descriptor.dim)  # a mistyped one is said before any picture is read
     identity = _identity(sources, descriptor, config)
@@ -126,14 +131,55 @@ def build_index(config: IndexConfig, stop: Stop | None = None) -> IndexSummary:
         folder.sweep()
         done = dict(ledger.done(range(len(work))))
         resumed = len(done)
-        with ThreadPoolExecutor(8) as pool, _progress(work, done) as progress:
-            for number, (source, part) in enumerate(work):
-                if number not in done:
-                    done[number] = embed_part(
-                        number, source, part, descriptor, config.batch_size, pool, ledger, stop, progress
-                    )
+        missing = [(number, *each) for number, each in enumerate(work) if number not in done]
+        others = [open_descriptor(weights, device, config.preprocessing) for device in devices[1 : len(missing)]]
+        with ThreadPoolExecutor(8 * (1 + len(others)), "decode") as pool, _progress(work, done) as progress:
+
+            def embed(
+                descriptor: Descriptor, number: int, source: Source, part: Slice, check: Callable[[], None]
+            ) -> None:
+                done[number] = embed_part(
+                    number, source, part, descriptor, config.batch_size, pool, ledger, check, progress
+                )
+
+            _beside(missing, [descriptor, *others], embed, stop)
         info = _finish(folder, ledger, done, descriptor, weights, config, left_out)
     return IndexSummary(config.output, info.rows, info.ok, info.errors, info.error_examples, len(work), resumed, info)
+
+
+def _beside(
+    missing: list[tuple[int, Source, Slice]], descriptors: list[Descriptor], embed: Callable[..., None], stop: Stop
+) -> None:
+    """Every descriptor, one a device, takes the next part in a thread of its own; what fails in one ends all.
+
+    Raises:
+        AuditError: as `embed`. Drained: a stop was asked for.
+    """
+    todo, taking, failed = iter(missing), threading.Lock(), threading.Event()
+
+    def check() -> None:
+        stop.check()
+        if failed.is_set():
+            raise Drained
+
+    def serve(descriptor: Descriptor) -> None:
+        try:
+            while True:
+                check()
+                with taking:
+                    part = next(todo, None)
+                if part is None:
+                    return
+                embed(descriptor, *part, check)
+        except BaseException:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(len(descriptors), "describe") as threads:
+        served = [threads.submit(serve, descriptor) for descriptor in descriptors]
+    errors = [error for each in served if (error := each.exception()) is not None]
+    for error in sorted(errors, key=lambda error: isinstance(error, Drained)):
+        raise error
 
 
 def _identity(sources: list[Source], descriptor: Descriptor, config: IndexConfig) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import pyarrow as pa
 from audit.base.commits import Commit, Ledger
 from audit.base.errors import AuditError
 from audit.base.progress import Progress
-from audit.base.stopping import Stop
 from audit.index.items import Item, Slice, Source, decode
 from audit.index.sources import read_bytes
 
@@ -42,16 +41,15 @@ def embed_part(
     batch_size: int,
     pool: ThreadPoolExecutor,
     ledger: Ledger,
-    stop: Stop,
+    check: Callable[[], None],
     progress: Progress,
 ) -> Commit:
     """Describe a part's pictures and commit its table.
 
     Args:
-        batch_size: pictures described at once. pool: of threads that decode.
+        batch_size: pictures described at once. pool: of threads that decode. check: called often; raises to stop.
     Raises:
         AuditError: a part of ten rows and more without one readable picture.
-        Drained: a stop was asked for.
     """
     start = time.perf_counter()
     items: list[Item] = []
@@ -60,7 +58,7 @@ def embed_part(
 
     def on_batch(pictures: int) -> None:
         nonlocal done
-        stop.check()
+        check()
         done += pictures
         progress.add(pictures if progress.unit == "pictures" else 0)
 

@@ -12,12 +12,12 @@ import pyarrow as pa
 import pytest
 
 from audit.base.commits import Commit, Ledger
+from audit.base.devices import find_devices
 from audit.base.errors import AuditError, Broken, Drained, StorageError
 from audit.base.progress import Progress
 from audit.base.stopping import Stop
 from audit.base.storage import Folder
 from audit.engines.job import Took
-from audit.engines.launch import find_devices
 from audit.engines.local import run_here, run_processes
 from audit.engines.retries import RETIRE, Outcome, Retries
 

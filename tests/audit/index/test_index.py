@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -268,6 +270,33 @@ def test_a_stop_drops_the_part_in_hand(pictures: Path, tmp_path: Path) -> None:
         build_index(config, stop)
     assert not (tmp_path / "i" / "parts").exists()
     assert build_index(config).resumed == 0 and len(Index.open(config.output)) == 30
+
+
+def test_parts_beside_each_other_change_nothing(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A descriptor a worker; what is wrong in one ends all of them, with its own line, and is gone on with."""
+    plain = build(pictures, tmp_path / "plain", rows_per_part=4)
+    embed, threads = Descriptor.embed, {}
+
+    def counted(self: Descriptor, *arguments: Any) -> Any:
+        threads.setdefault(threading.current_thread().name, set()).add(id(self))
+        if broken and sum(map(len, threads.values())) == 3:
+            raise AuditError("the second device is gone")
+        time.sleep(0.05)
+        return embed(self, *arguments)
+
+    broken = True
+    monkeypatch.setattr(Descriptor, "embed", counted)
+    options = {"rows_per_part": 4, "workers": 3}
+    with pytest.raises(AuditError, match=r"^the second device is gone$"):
+        build(pictures, tmp_path / "i", **options)
+    broken = False
+    threads.clear()
+    index = build(pictures, tmp_path / "i", **options)
+    assert len(threads) == 3 and len(set.union(*threads.values())) == 3, "every worker has a descriptor of its own"
+    assert np.array_equal(index.ids(), plain.ids())
+    np.testing.assert_array_equal(index.vectors(index.ids()), plain.vectors(plain.ids()))
 
 
 def test_facts_for_readers_of_the_folder(pictures: Path, tmp_path: Path) -> None:
