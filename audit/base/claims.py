@@ -21,8 +21,9 @@ from typing import Any
 from audit.base.errors import AuditError, StorageError
 from audit.base.facts import read_facts, to_json
 from audit.base.fingerprint import refuse_other
+from audit.base.publish import CREATE_LOCK, lives_here, this_host
 from audit.base.stopping import Stop
-from audit.base.storage import CREATE_LOCK, Folder, join, lives_here, this_host
+from audit.base.storage import Folder, join
 
 CLAIMS = "_claims"
 BEAT, STALE = 5.0, 60.0  # seconds

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fnmatch
 import inspect
 import json
 import os
 import re
-import shutil
-import socket
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -23,19 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from audit.base.errors import AuditError, StorageError
-
-
-def this_host() -> str:
-    """Where a process number means something: the host, and its container, which may share the host's name."""
-    try:
-        return f"{socket.gethostname()}-{os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:
-        return socket.gethostname()
-
-
-def lives_here(host: str, pid: int) -> bool | None:
-    """Whether a process that wrote down `this_host()` and its number lives; None where another host knows."""
-    return _alive(pid) if host == this_host() else None
+from audit.base.publish import publish, sweep
 
 
 def join(*parts: str) -> str:
@@ -264,7 +247,7 @@ class Folder:
             StorageError: the folder cannot be written.
         """
         if self.local:
-            self._publish(name, data, os.replace)
+            publish(self.path(name), data)
         else:
             self._upload(name, data)
 
@@ -279,7 +262,7 @@ class Folder:
         """
         try:
             if self.local:
-                self._publish(name, data, _link)
+                publish(self.path(name), data, new=True)
             else:
                 self._upload(name, data, mode="create")
         except FileExistsError:
@@ -289,7 +272,7 @@ class Folder:
     def put(self, name: str, source: str | os.PathLike[str]) -> None:
         """Publish a large local file under `name`, as `write` does with bytes; `source` is left in place."""
         if self.local:
-            self._publish(name, Path(source), os.replace)
+            publish(self.path(name), Path(source))
             return
         with _asking(self.path(name), "written"):
             self.fs.put_file(os.fspath(source), self.path(name))
@@ -299,12 +282,7 @@ class Folder:
         """Remove temporary files that dead processes of this host left behind."""
         if not self.local or not self.exists():
             return
-        host = this_host()
-        for place, _, names in os.walk(self.root):  # which bears with folders that go meanwhile
-            for name in fnmatch.filter(names, f".*.{host}.*.tmp"):
-                pid = name.rsplit(".", 3)[-3]
-                if pid.isdigit() and not _alive(int(pid)):
-                    Path(place, name).unlink(missing_ok=True)
+        sweep(self.root)
 
     def _upload(self, name: str, data: bytes, **mode: str) -> None:
         target = self.path(name)
@@ -317,33 +295,6 @@ class Folder:
                 raise FileExistsError(target) from error
             raise StorageError(f"{target}: cannot be written: {_first_line(error)}") from error
         self.fs.invalidate_cache()
-
-    def _publish(self, name: str, data: bytes | Path, publish: Callable[[str, str], None]) -> None:
-        """Write a temporary sibling whole, then give it its name."""
-        target = self.path(name)
-        path = Path(target)
-        temporary = str(path.with_name(f".{path.name}.{this_host()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"))
-        try:
-            with _create(temporary) as file:
-                if isinstance(data, Path):
-                    with data.open("rb") as reader:
-                        shutil.copyfileobj(reader, file, 1 << 24)
-                else:
-                    file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            publish(temporary, target)
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-        except BaseException as error:
-            with contextlib.suppress(OSError):  # it may lie below what is no folder
-                os.unlink(temporary)
-            if not isinstance(error, OSError) or isinstance(error, FileExistsError):
-                raise
-            raise StorageError(f"{target}: cannot be written: {error.strerror or error}") from error
 
 
 def _scan_folder(path: str) -> Iterator[Entry]:
@@ -367,46 +318,6 @@ def _entry_of(info: dict[str, Any]) -> Entry:
     return Entry(info["name"].rstrip("/").rsplit("/", 1)[-1], int(info.get("size") or 0), stamp)
 
 
-def _create(path: str, tries: int = 10) -> IO[bytes]:
-    """Open a new file; its folder is made, again where another process has just removed it (a claim's last holder)."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        return open(path, "wb")
-    except (FileExistsError, FileNotFoundError) as error:
-        folder = os.path.dirname(path)
-        if os.path.lexists(folder) and not os.path.isdir(folder):
-            raise NotADirectoryError(errno.ENOTDIR, "a file is where a folder should be") from error
-        if tries == 1:
-            raise
-        return _create(path, tries - 1)
-
-
-CREATE_LOCK = ".create.lock"
-"""Beside what is created where there are no hard links."""
-_NO_HARD_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK}
-
-
-def _link(temporary: str, target: str) -> None:
-    """Give a file its name unless the name is taken; where a file system has no hard links, under a lock instead."""
-    try:
-        os.link(temporary, target)
-    except OSError as error:
-        if error.errno not in _NO_HARD_LINKS:
-            raise
-    else:
-        os.unlink(temporary)
-        return
-    from filelock import FileLock  # takes a while to import, and is hardly ever needed
-
-    try:
-        with FileLock(os.path.join(os.path.dirname(target), CREATE_LOCK)):
-            if os.path.lexists(target):
-                raise FileExistsError(errno.EEXIST, "is there", target)
-            os.replace(temporary, target)
-    except NotImplementedError as error:  # of filelock 3, all there is for Python 3.10; 4 makes a soft lock by itself
-        raise OSError(errno.ENOSYS, "the file system has neither hard links nor file locks") from error
-
-
 def _is_refused_condition(error: BaseException) -> bool:
     """Whether a store has refused a conditional put because the key is there (412; 409 while another is under way)."""
     text = f"{type(error).__name__} {error} {error.__cause__}"
@@ -417,13 +328,3 @@ def check_kept(folder: Folder) -> None:
     """Raise AuditError for a place that is forgotten when the command ends."""
     if isinstance(folder.fs, MemoryFileSystem):
         raise AuditError(f"{folder.url}: is forgotten when the command ends: name a folder or a store that keeps it")
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -34,6 +34,35 @@ def caption_hashes(captions: pa.Array) -> np.ndarray:
     return hashes
 
 
+class ShardDigests:
+    """`captions_digest` of every shard, as the hashes of their rows come.
+
+    Args:
+        rows: of every shard, at least 1 each.
+
+    Attributes:
+        found: the digests of the shards that are whole.
+    """
+
+    def __init__(self, rows: list[int]) -> None:
+        self.found: list[int] = []
+        self._left = rows[::-1]
+        self._running = xxhash.xxh3_64()
+
+    def add(self, hashes: np.ndarray) -> None:
+        """Hashes of the next rows, uint64."""
+        at = 0
+        while at < len(hashes):
+            taken = min(self._left[-1], len(hashes) - at)
+            self._running.update(hashes[at : at + taken].tobytes())
+            at += taken
+            self._left[-1] -= taken
+            if not self._left[-1]:
+                self._left.pop()
+                self.found.append(self._running.intdigest())
+                self._running.reset()
+
+
 def hash_captions(files: list[CaptionFile], taken: list[int], staging: Folder) -> Iterator[tuple[int, np.ndarray]]:
     """xxh3 of every caption, 0 for an empty one, in blocks: number of the first row, and uint64 [rows of the block]."""
     at, rows = 0, sum(taken)

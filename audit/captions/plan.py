@@ -27,7 +27,7 @@ from audit.base.text import reasons
 from audit.captions.carried import carried_schema
 from audit.captions.files import CaptionFile, Described, describe
 from audit.captions.find import Found, find_captions
-from audit.captions.hashes import hash_captions
+from audit.captions.hashes import ShardDigests, hash_captions
 from audit.captions.repeats import Repeats
 from audit.captions.rows import BATCH_ROWS, find_column
 from audit.captions.sample import LowestHashes
@@ -308,14 +308,20 @@ def plan_captions(
             "not known: `scan --dry-run` says it, --rows-per-shard sets it",
         ]
     shards = _shards(files, taken, per_shard)
-    digests, repeats, lowest, empty = _Digests(shards), Repeats(sum(taken)), LowestHashes(), 0
+    digests, repeats, lowest, empty = (
+        ShardDigests(shards["row_count"].to_pylist()),
+        Repeats(sum(taken)),
+        LowestHashes(),
+        0,
+    )
     for at, hashes in hash_captions(files, taken, staging):
         digests.add(hashes)
         repeats.add(at, hashes)
         lowest.add(at, hashes)
         empty += int((hashes == 0).sum())
     repeats.resolve()
-    shards = digests.set(shards)
+    place = SHARDS.get_field_index("captions_xxh3")
+    shards = shards.set_column(place, SHARDS.field(place), [pa.array(digests.found, pa.uint64())])
     distinct = sum(taken) - empty - repeats.count
     facts = PlanFacts(
         files=len(files),
@@ -375,30 +381,3 @@ def _shards(files: list[CaptionFile], taken: list[int], rows_per_shard: int) -> 
     unknown = pa.array(np.zeros(len(index), np.uint64))  # digests: known once the rows are read, and the plan is saved
     columns = [np.arange(len(index)), paths, index, start, count, unknown, unknown]
     return pa.table(columns, names=SHARDS.names).cast(SHARDS)
-
-
-class _Digests:
-    """xxh3 of the hashes of every shard's rows, as they come."""
-
-    def __init__(self, shards: pa.Table) -> None:
-        self._left: list[int] = shards["row_count"].to_pylist()[::-1]
-        self._digests: list[int] = []
-        self._running = xxhash.xxh3_64()
-
-    def add(self, hashes: np.ndarray) -> None:
-        """Hashes of the next rows, uint64."""
-        at = 0
-        while at < len(hashes):
-            taken = min(self._left[-1], len(hashes) - at)
-            self._running.update(hashes[at : at + taken].tobytes())
-            at += taken
-            self._left[-1] -= taken
-            if not self._left[-1]:
-                self._left.pop()
-                self._digests.append(self._running.intdigest())
-                self._running.reset()
-
-    def set(self, shards: pa.Table) -> pa.Table:
-        """The shards with their digests."""
-        place = SHARDS.get_field_index("captions_xxh3")
-        return shards.set_column(place, SHARDS.field(place), [pa.array(self._digests, pa.uint64())])

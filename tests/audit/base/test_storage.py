@@ -22,7 +22,8 @@ import s3fs
 
 from audit.base.commits import Ledger
 from audit.base.errors import AuditError, Damaged
-from audit.base.storage import Folder, join, this_host
+from audit.base.publish import this_host
+from audit.base.storage import Folder, join
 from audit.run.read import read_scores, read_stage
 from audit.run.run import Run
 from audit.run.stage import SCAN, Stage

@@ -18,7 +18,8 @@ from audit.base.claims import ClaimFacts
 from audit.base.errors import AuditError
 from audit.base.facts import to_json
 from audit.base.fingerprint import diff_lines, digest
-from audit.base.storage import Folder, this_host
+from audit.base.publish import this_host
+from audit.base.storage import Folder
 from audit.run.read import read_scores
 from audit.run.run import Run
 from audit.run.stage import REFINE, SCAN, Stage
