@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from audit.base.errors import AuditError
 from audit.base.identity import source_columns
 from audit.reports.groups import group_captions
-from audit.run.read import dataset, read_rows, read_scores
+from audit.run.read import count_rows, dataset, read_distinct, read_repeats, read_rows
 from audit.run.run import Run
 from audit.run.schema import (
     CONFIRMED_COLUMNS,
@@ -22,7 +22,7 @@ from audit.run.schema import (
     SCORE_MASKS,
     VERDICTS,
 )
-from audit.run.select import check_score, distinct, ranked, rows_of, unlooked
+from audit.run.select import check_score, ranked, rows_of, unlooked
 from audit.run.stage import CONFIRM, TRAJECTORIES, Stage
 from audit.statistics.multiple import q_values
 from audit.verdicts.candidates import ConfirmConfig
@@ -121,8 +121,8 @@ def find_flagged(
         AuditError: nothing committed yet, or no values in that column.
     """
     verdicts = read_verdicts(run)
-    scores = read_scores(run, ["row_id", "status", "duplicate_of", check_score(by), "num_noises"])
-    first = ranked(distinct(scores), by)
+    scores = read_distinct(run, ["row_id", check_score(by), "num_noises"])
+    first = ranked(scores, by)
     values = first[by].to_numpy()
     valid = int(np.isfinite(values).sum())  # nulls come last
     if not valid and first.num_rows:
@@ -142,14 +142,11 @@ def find_flagged(
     if begun is not None:
         suspects = begun.items.filter(pc.invert(begun.items["clean"]))
         chosen |= np.isin(ids, suspects["row_id"].to_numpy())
-    same = pc.coalesce(scores["duplicate_of"], scores["row_id"]).to_numpy()
-    table = _flagged_table(run, read_rows(run, ids[chosen]), same, by, verdicts)
-    counts = dict.fromkeys(("ok", "error", "empty", "pending"), 0)
-    counts |= {each["values"]: each["counts"] for each in pc.value_counts(scores["status"]).to_pylist()}
-    counts |= {"rows": scores.num_rows, "duplicates": int(pc.sum(pc.is_valid(scores["duplicate_of"])).as_py() or 0)}
-    counts["distinct"] = first.num_rows
-    deny = deny_list(run, scores["row_id"].to_numpy(), same, table, verdicts is not None)
-    candidates = url_list(run, scores["row_id"].to_numpy(), same, table)
+    repeats = read_repeats(run, ids[chosen])
+    table = _flagged_table(run, read_rows(run, ids[chosen]), repeats, by, verdicts)
+    counts = {**count_rows(run), "distinct": first.num_rows}
+    deny = deny_list(run, repeats, table, verdicts is not None)
+    candidates = url_list(run, repeats, table)
     beyond = 0 if threshold is None else unlooked(run, by, threshold, num_noises)
     return Flagged(table, deny, values[:valid], by, threshold, above, taken, counts, candidates, beyond)
 
@@ -179,9 +176,9 @@ def default_score(run: Run) -> str:
     return stage.config(ConfirmConfig).by if stage else DEFAULT_SCORE
 
 
-def _flagged_table(run: Run, rows: pa.Table, same: np.ndarray, by: str, verdicts: pa.Table | None) -> pa.Table:
+def _flagged_table(run: Run, rows: pa.Table, repeats: pa.Table, by: str, verdicts: pa.Table | None) -> pa.Table:
     """Rows of scores/ (best first) as the flagged table."""
-    ids, times = np.unique(same, return_counts=True)
+    ids, times = np.unique(repeats["first"].to_numpy(), return_counts=True)
     wanted = rows["row_id"].to_numpy()
     arrays: dict[str, pa.ChunkedArray | pa.Array] = {name: rows[name] for name in ("row_id", "caption", *_OF_SCORES)}
     arrays |= _input_places(run, wanted)
@@ -225,11 +222,11 @@ def _input_places(run: Run, row_ids: np.ndarray) -> dict[str, pa.Array]:
     }
 
 
-def deny_list(run: Run, row_ids: np.ndarray, same: np.ndarray, flagged: pa.Table, confirmed: bool) -> pa.Table:
+def deny_list(run: Run, repeats: pa.Table, flagged: pa.Table, confirmed: bool) -> pa.Table:
     """What to drop: every row with a reproduced caption, and every training picture that was reproduced.
 
     Args:
-        row_ids: of all rows. same: of each the row_id of its caption's first occurrence. flagged: the flagged table.
+        repeats: rows with flagged captions (`read_repeats`). flagged: the flagged table.
         confirmed: there are verdicts; only global and local ones count then, else every flagged caption does.
     """
     if confirmed:
@@ -237,7 +234,7 @@ def deny_list(run: Run, row_ids: np.ndarray, same: np.ndarray, flagged: pa.Table
     ids = flagged["row_id"].combine_chunks()
     carried = source_columns(list(run.plan.keep_schema.names))
     wanted = ["row_id", "duplicate_of", "caption", *(name for name in carried if name)]
-    rows = read_rows(run, row_ids[np.isin(same, ids.to_numpy())], wanted)
+    rows = read_rows(run, _rows_like(repeats, ids), wanted)
     first = pc.coalesce(rows["duplicate_of"], rows["row_id"]).combine_chunks()
     url, key = carried
     none = pa.nulls(rows.num_rows, pa.string())
@@ -260,7 +257,13 @@ def deny_list(run: Run, row_ids: np.ndarray, same: np.ndarray, flagged: pa.Table
     return pa.concat_tables(tables)
 
 
-def url_list(run: Run, row_ids: np.ndarray, same: np.ndarray, flagged: pa.Table) -> pa.Table:
+def _rows_like(repeats: pa.Table, first: pa.Array) -> np.ndarray:
+    """row_ids of the rows with the captions of some first occurrences."""
+    found: np.ndarray = repeats.filter(pc.is_in(repeats["first"], first))["row_id"].to_numpy()
+    return found
+
+
+def url_list(run: Run, repeats: pa.Table, flagged: pa.Table) -> pa.Table:
     """Every URL that came with a flagged caption, repeats included, once each: what img2dataset downloads.
 
     Arguments as of `deny_list`.
@@ -270,7 +273,7 @@ def url_list(run: Run, row_ids: np.ndarray, same: np.ndarray, flagged: pa.Table)
     if url is None:
         return schema.empty_table()
     wanted = ["row_id", "caption", url, *([key] if key else [])]
-    rows = read_rows(run, row_ids[np.isin(same, flagged["row_id"].to_numpy())], wanted).sort_by("row_id")
+    rows = read_rows(run, _rows_like(repeats, flagged["row_id"].combine_chunks()), wanted)
     rows = rows.filter(pc.greater(pc.binary_length(rows[url].cast(pa.string())), 0))
     _, first = np.unique(rows[url].cast(pa.string()).to_numpy(), return_index=True)
     rows = rows.take(pa.array(np.sort(first)))

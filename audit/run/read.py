@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -136,6 +137,39 @@ def read_distinct(run: Run, columns: Sequence[str], first_look: bool = False) ->
     own = (pc.field("status") == "ok") & pc.field("duplicate_of").is_null()
     needed = [name for name in found.schema.names if name in {*columns, "row_id"}]
     return _add_later(run, take_rows(run, found, needed, own), first_look).select(list(columns))
+
+
+def read_repeats(run: Run, row_ids: NDArray[np.int64]) -> pa.Table:
+    """Every row with the caption of some first occurrences, these included: row_id and `first`, theirs; in row order.
+
+    Args:
+        run: the run. row_ids: of first occurrences.
+    """
+    ids = pa.array(row_ids, pa.int64())
+    like = pc.field("row_id").isin(ids) | pc.field("duplicate_of").isin(ids)
+    found = take_rows(run, _scanned(run), ["row_id", "duplicate_of"], like)
+    first = pc.coalesce(found["duplicate_of"], found["row_id"])
+    return pa.table({"row_id": found["row_id"], "first": first}).sort_by("row_id")
+
+
+def count_rows(run: Run) -> dict[str, int]:
+    """Rows of the committed shards by status, duplicates resolved (ok, error, empty, pending), then `rows` and
+    `duplicates`: a pass over two columns that holds none of them.
+    """
+    found, counts = _scanned(run), Counter(dict.fromkeys(("ok", "error", "empty", "pending", "rows", "duplicates"), 0))
+    failed = take_rows(run, found, ["row_id"], pc.field("status") == "error")["row_id"].combine_chunks()
+    stage = Stage.find(run, SCAN)
+    done = pa.array(sorted(stage.ledger.whole(stage.shards)) if stage else [], pa.int64())
+    with damaged(run.url):
+        for batch in found.to_batches(columns=["status", "duplicate_of"]):
+            of = batch["duplicate_of"].drop_null()
+            own = batch["status"].filter(pc.is_null(batch["duplicate_of"]))
+            counts.update({each["values"]: each["counts"] for each in pc.value_counts(own).to_pylist()})
+            pending = len(of) - (pc.sum(pc.is_in(pc.shift_right(of, pa.scalar(32, of.type)), done)).as_py() or 0)
+            error = pc.sum(pc.is_in(of, failed)).as_py() or 0
+            counts.update(ok=len(of) - pending - error, error=error, pending=pending)
+            counts.update(rows=batch.num_rows, duplicates=len(of))
+    return dict(counts)
 
 
 def _scanned(run: Run) -> pads.Dataset:

@@ -21,11 +21,6 @@ def check_score(by: str) -> str:
     return by
 
 
-def distinct(scores: pa.Table) -> pa.Table:
-    """Of rows of `read_scores`, those that were scored themselves: ok, and no duplicate."""
-    return scores.filter(pc.and_(pc.equal(scores["status"], "ok"), pc.is_null(scores["duplicate_of"])))
-
-
 def ranked(rows: pa.Table, by: str) -> pa.Table:
     """Distinct rows, best first: row_id and the score; ties by row, those without a score last."""
     return rows.select(["row_id", by]).sort_by([(by, "descending"), ("row_id", "ascending")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import duckdb
@@ -13,13 +14,23 @@ import pytest
 
 from audit.base.errors import AuditError, Damaged
 from audit.reports.sql import run_query
-from audit.run.read import dataset, read_rows, read_scores, read_stage, resolve_duplicates
+from audit.run.read import (
+    count_rows,
+    dataset,
+    read_distinct,
+    read_repeats,
+    read_rows,
+    read_scores,
+    read_stage,
+    resolve_duplicates,
+)
 from audit.run.run import Run
 from audit.run.schema import SCORE_COLUMNS, SCORE_MASKS, tensor_values
 from audit.run.select import best_rows
 from audit.run.stage import REFINE, SCAN, Stage
 from audit.scores.scan import ScanConfig, scan
 from tests.command import be_audit
+from tests.fabricate import make_run
 
 
 def scores(rows: list[dict[str, object]]) -> pa.Table:
@@ -64,6 +75,33 @@ def test_a_first_occurrence_that_is_not_done_leaves_pending() -> None:
 def test_no_duplicates_and_no_rows() -> None:
     assert resolve_duplicates(scores(ROWS[:1])).to_pylist() == scores(ROWS[:1]).to_pylist()
     assert resolve_duplicates(scores([])).num_rows == 0
+
+
+def test_counts_and_repeats_are_those_of_the_whole_table(tmp_path: Path) -> None:
+    """Without ever holding it: duplicates of failed captions, of shards that are not done, and empty ones."""
+    captions = ["a", "b", None, "a", "c", "b", " ", "d", "c", "d", "a", "e"]
+    run = make_run(tmp_path, captions, failed=[1], rows_per_shard=4)
+    for without in (None, 1, 0):  # d and c are in shard 1; a and b in 0
+        if without is not None:
+            Stage.open(run, SCAN).ledger.drop(without)
+        table = read_scores(run, ["row_id", "status", "duplicate_of"])
+        counts = count_rows(run)
+        expected = Counter(table["status"].to_pylist())
+        assert {name: counts[name] for name in ("ok", "error", "empty", "pending")} == {
+            name: expected[name] for name in ("ok", "error", "empty", "pending")
+        }
+        assert (
+            counts["rows"] == table.num_rows
+            and counts["duplicates"] == table.num_rows - table["duplicate_of"].null_count
+        )
+        same = pa.compute.coalesce(table["duplicate_of"], table["row_id"]).to_pylist()
+        for chosen in ([0], [0, 1 << 32], []):
+            found = read_repeats(run, np.array(chosen, np.int64))
+            pairs = [pair for pair in zip(table["row_id"].to_pylist(), same, strict=True) if pair[1] in chosen]
+            assert list(zip(found["row_id"].to_pylist(), found["first"].to_pylist(), strict=True)) == pairs
+        own = table.filter(pa.compute.is_null(table["duplicate_of"]))
+        own = own.filter(pa.compute.equal(own["status"], "ok"))
+        assert read_distinct(run, ["row_id"])["row_id"].equals(own["row_id"])
 
 
 @pytest.fixture(scope="module")
