@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     import pipelines.formulas
-    from pipelines.null_maps import NullMaps
+    from pipelines.null_maps import NullMaps, Residual
 
-Need = Literal["mask", "token_attention", "low", "sigma_max", "null"]
+Need = Literal["mask", "token_attention", "low", "sigma_max", "null", "residual"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,11 @@ class FirstStep:
     sigma_max: float | None = 1.0
     anisotropy_weights: tuple[float, float] = (1.0, 2.0)
     null: NullMaps | None = None
+
+    @property
+    def residual(self) -> Residual | None:
+        """What other captions' differences have in common under the row's noise, and what is usual of the rest."""
+        return None if self.null is None else self.null.residual
 
     @classmethod
     def of(
@@ -198,6 +203,19 @@ def excess(first: FirstStep) -> Tensor:
     assert first.null is not None
     null = first.null
     return pipelines.formulas.excess(pipelines.formulas.log_energy(first.energy), null.median, null.spread)
+
+
+@detector(
+    "the same of what the noise difference does not share with the run's calmer captions: without their mean and their "
+    "first 16 principal components",
+    "ours",
+    ("residual",),
+)
+def excess_pca(first: FirstStep) -> Tensor:
+    """`excess` of what is left of the noise difference, [B]: a small copy shows that the common part covers."""
+    assert first.residual is not None
+    energy, null = first.residual.energy(first.difference), first.residual.null
+    return pipelines.formulas.excess(pipelines.formulas.log_energy(energy), null.median, null.spread)
 
 
 @detector("sigma_max^2 mean(eps_cfg^2), first step", "Webster 2023", ("sigma_max",))

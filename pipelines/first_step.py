@@ -138,19 +138,19 @@ class FirstStepScorer:
         )
 
     @torch.inference_mode()
-    def energies(self, captions: list[str], on_batch: Callable[[int], None] | None = None) -> Tensor:
-        """First-step energy maps alone, [N, K, H, W], float32 on the CPU; arguments as of a call."""
+    def differences(self, captions: list[str], on_batch: Callable[[int], None] | None = None) -> Tensor:
+        """Noise differences of the first step alone, [N, K, C, H, W], float32 on the CPU; arguments as of a call."""
         count = len(self.noises)
 
-        def energy(part: slice) -> dict[str, Tensor]:
+        def difference(part: slice) -> dict[str, Tensor]:
             pair = torch.arange(part.start, part.stop)
             prompt, noise = pair // count, pair % count
             latents = self.noises[noise]
             output = self._predict(latents, self.level, texts.take(prompt))
-            return {"energy": self._facts(output, self.uncond[noise], latents, self.level).energy}
+            return {"difference": self._facts(output, self.uncond[noise], latents, self.level).difference}
 
         with contextlib.closing(self._texts(captions)) as texts:
-            return self._in_batches(captions, energy, on_batch)["energy"]
+            return self._in_batches(captions, difference, on_batch)["difference"]
 
     def expect(self, captions: list[str]) -> None:
         """Begin to encode captions that a later call will be given, from any thread: it starts at once then."""

@@ -160,6 +160,51 @@ def excess(log_energies: Tensor, median: Tensor, spread: Tensor) -> Tensor:
     return ((log_energies.float() - median) / spread).amax((-3, -2, -1))
 
 
+COMPONENTS, CALM, ROWS_A_COMPONENT = 16, 0.8, 8
+"""Principal components that `common_parts` takes at most; the share of a sample, those with the least energy, that they
+are of; and captions that one component rests on at least."""
+
+
+def common_parts(differences: Tensor, components: int = COMPONENTS, share: float = CALM) -> Tensor:
+    """What the noise differences of other captions have in common: their mean and first principal components; ours.
+
+    They are of the four fifths with the least energy: a copied caption has more than others, and a component of its own
+    would hide it and all that are copied like it.
+
+    Args:
+        differences: of a sample of N captions and one noise, [N, C, H, W].
+        components: at most. share: of the sample, those with the least energy.
+    Returns:
+        the mean, then orthonormal components, zeros where there are fewer, [1 + components, C, H, W], float32.
+    """
+    flat = differences.double().flatten(1)
+    energy = flat.square().sum(1)
+    calm = flat[energy.argsort(stable=True)[: max(1, round(share * len(flat)))]]
+    mean = calm.mean(0)
+    centred = calm - mean
+    values, vectors = torch.linalg.eigh(centred @ centred.T)  # as many as captions: far fewer than cells
+    parts = flat.new_zeros(1 + components, flat.shape[1])
+    parts[0] = mean
+    count = min(components, len(calm) // ROWS_A_COMPONENT)
+    for place, at in enumerate(reversed(range(len(calm) - count, len(calm))), start=1):
+        if values[at] > 1e-9 * values[-1]:
+            parts[place] = vectors[:, at] @ centred / values[at].sqrt()
+    return parts.float().unflatten(1, differences.shape[1:])
+
+
+def less_common(difference: Tensor, parts: Tensor) -> Tensor:
+    """What is left of noise differences without their mean and components.
+
+    Args:
+        difference: [B, C, H, W]. parts: of `common_parts`, under the same noise, [1 + R, C, H, W].
+    Returns:
+        [B, C, H, W], float32.
+    """
+    components = parts[1:].flatten(1)
+    centred = (difference.float() - parts[0]).flatten(1)
+    return (centred - (centred @ components.T) @ components).view(difference.shape)
+
+
 def score_difference_map(energy: Tensor, noise: float) -> Tensor:
     """E_T / sigma_T^2 of the last step (Kim & Lee 2026): the difference of the scores -eps / sigma, squared.
 

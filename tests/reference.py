@@ -187,11 +187,11 @@ class Reference:
         facts = {"num_tokens": prompt.num_tokens, "truncated": prompt.truncated}
         return {**means, "ld_std": np.std(found["ld"]), **facts}
 
-    def energy(self, caption: str, x: Tensor, steps: int = 50) -> Any:
-        """The squared noise difference of one caption and noise, summed over channels, [H, W]."""
+    def difference(self, caption: str, x: Tensor, steps: int = 50) -> Any:
+        """The noise difference of one caption and noise, [C, H, W]."""
         t = self.timesteps(steps)[0]
         outputs = [self.noise(self.output(x, t, self.encode(text)), x, t) for text in (caption, "")]
-        return (outputs[0] - outputs[1]).square().sum(0).numpy()
+        return (outputs[0] - outputs[1]).numpy()
 
     def step(self, x: Tensor, output: Tensor, t: int, steps: int) -> Tensor:
         """DDIM, eta 0: x_{t-1} = sqrt(a') x_0 + sqrt(1 - a') eps; below the last timestep a' is alpha_bar[0]."""
@@ -255,6 +255,18 @@ def excess(energies: Any, sample: Any) -> list[float]:
                 for at, each in enumerate(energies[window]):
                     found[at] = max(found[at], (math.log(each.mean()) - median) / max(upper - median, 1e-3))
     return found
+
+
+def less_common(differences: Any, sample: Any) -> Any:
+    """Noise differences [N, C, H, W] without the mean and the first 16 principal components (one for every eight) of
+    those four fifths of a sample [M, C, H, W] whose energy is least.
+    """
+    flat = sample.reshape(len(sample), -1).astype(np.float64)
+    calm = flat[np.argsort((flat**2).sum(1), kind="stable")[: round(0.8 * len(flat))]]
+    mean = calm.mean(0)
+    parts = np.linalg.svd(calm - mean, full_matrices=False)[2][: min(16, len(calm) // 8)]
+    left = differences.reshape(len(differences), -1) - mean
+    return (left - left @ parts.T @ parts).reshape(differences.shape)
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

@@ -48,7 +48,7 @@ MASK_DETECTORS = tuple(name for name, found in _DETECTORS.items() if {"mask", "t
 """Those that take an attention a model may not have."""
 DEFAULT_SCORE = "ld_energy"
 """What candidates are picked by: on local copies of the testbed no worse than magnitude (docs/tables.md)."""
-RUN_DETECTORS = tuple(name for name, found in _DETECTORS.items() if "null" in found.needs)
+RUN_DETECTORS = tuple(name for name, found in _DETECTORS.items() if {"null", "residual"} & set(found.needs))
 """Those measured against the run's own captions: no trajectory and no single prompt has them."""
 WINDOWS = ("ld_first", "ld_10", "ld_all", "magnitude_10", "magnitude_all")
 """Score columns that take a trajectory."""
@@ -69,6 +69,7 @@ NULL_MAP_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "caption": (pa.string(), "the caption"),
     "error": (pa.string(), "why it could not be scored; it is left out of the null maps"),
     "energy": (pa.null(), "energy map of the first step under the shard's noise, float32 [H, W]"),
+    "residual": (pa.null(), "energy that is left without what the calmer captions have in common, float32 [H, W]"),
 }
 """Columns of null_maps/, in order: one row a sampled caption, one shard a noise."""
 
@@ -103,7 +104,7 @@ TRAJECTORY_COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     **{
         name: (F32, f"as in scores: {found.text}")
         for name, found in _DETECTORS.items()
-        if not {"low", "null"} & set(found.needs) and name not in ("magnitude", "ld")
+        if not {"low", "null", "residual"} & set(found.needs) and name not in ("magnitude", "ld")
     },
 }
 """Columns of trajectories/ and refined/, in order: one row a generated image."""

@@ -17,6 +17,7 @@ from audit.run.schema import RUN_DETECTORS
 from audit.run.stage import NULL_MAPS, SCAN, STAGES, Stage
 
 RESTORE_PLAN = "audit.scores.scan:restore_plan"
+OPTIONAL = ("ld", "excess_pca")  # of a model without an attention to read; of a run begun before there was it
 
 
 @dataclass
@@ -156,8 +157,8 @@ def _check_rows(run: Run, shard: int) -> str | None:
     scored = pc.and_(pc.equal(table["status"], "ok"), pc.is_null(table["duplicate_of"]))
     values = table.filter(scored)
     for name in ("magnitude", "ld", "ld_energy", *(RUN_DETECTORS if run.plan.sample else ())):
-        if name == "ld" and values[name].null_count == values.num_rows:
-            continue  # a model without an attention to read
+        if name in OPTIONAL and (name not in table.schema.names or values[name].null_count == values.num_rows):
+            continue
         if values[name].null_count or not np.isfinite(values[name].to_numpy()).all():
             return f"a scored row has no finite {name}"
     return _check_origins(run, captions, duplicate_of)

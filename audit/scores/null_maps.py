@@ -7,6 +7,7 @@ One process makes the maps, under a claim, and commits them a shard a noise; eve
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -31,8 +32,13 @@ from audit.run.stage import NULL_MAPS, SECOND_NULL_MAPS, Stage, StageKind, run_s
 from audit.scores.model import load_run_model
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pipelines import DiffusionModel
     from pipelines.null_maps import NullMaps
+
+PARTS = b"common_parts"
+"""Key of a null map file's schema metadata: `formulas.common_parts` as an .npy file, float32 [17, C, H, W]."""
 
 
 @dataclass(frozen=True)
@@ -130,17 +136,28 @@ def read_null_maps(run: Run, *kinds: StageKind) -> NullMaps | None:
     """
     import torch
 
-    from pipelines.null_maps import NullMaps
+    from pipelines.null_maps import NullMaps, Residual
 
-    energies = []
+    energies, residuals, parts = [], [], []
     for stage in (Stage.find(run, kind) for kind in kinds):
         if stage is None:
             return None
         for shard in stage.shards:
-            table = stage.table(shard, ["energy", "error"])
-            good = table.filter(pc.is_null(table["error"]))["energy"]
-            energies.append(torch.from_numpy(tensor_values(good).copy()))
-    return NullMaps.of(energies)
+            table = stage.table(shard)
+            table = table.filter(pc.is_null(table["error"]))
+            energies.append(_maps(table["energy"]))
+            if PARTS in (table.schema.metadata or {}):
+                parts.append(torch.from_numpy(np.load(io.BytesIO(table.schema.metadata[PARTS]))))
+                residuals.append(_maps(table["residual"]))
+    if len(parts) < len(energies):  # made before there was excess_pca
+        return NullMaps.of(energies)
+    return NullMaps.of(energies, Residual(torch.stack(parts), NullMaps.of(residuals)))
+
+
+def _maps(column: pa.ChunkedArray) -> Tensor:
+    import torch
+
+    return torch.from_numpy(tensor_values(column).copy())
 
 
 def open_job(spec: JobSpec) -> NullMapsJob:
@@ -158,7 +175,7 @@ def _open(spec: JobSpec, kind: StageKind) -> NullMapsJob:
     return NullMapsJob(Stage.open(run, kind), load_run_model(run, spec.device), spec.batch_size)
 
 
-Energies = list["np.ndarray | str"]  # [H, W] of each caption, or why it has none
+Differences = list["np.ndarray | str"]  # [C, H, W] of each caption, or why it has none
 
 
 class NullMapsJob:
@@ -176,7 +193,7 @@ class NullMapsJob:
     def read(self, shard: int) -> pa.Table:
         return self.stage.rows(shard)
 
-    def compute(self, shard: int, items: pa.Table, on_rows: Callable[[int], None]) -> tuple[pa.Table, Energies]:
+    def compute(self, shard: int, items: pa.Table, on_rows: Callable[[int], None]) -> tuple[pa.Table, Differences]:
         from pipelines import FirstStepScorer
 
         made = self.stage.run.fingerprint
@@ -192,38 +209,47 @@ class NullMapsJob:
         captions = items["caption"].to_pylist()
 
         def compute(rows: Sequence[int]) -> list[np.ndarray]:
-            return list(scorer.energies([captions[row] for row in rows], on_rows)[:, 0].numpy())
+            return list(scorer.differences([captions[row] for row in rows], on_rows)[:, 0].numpy())
 
         found = together_or_alone(range(len(captions)), compute)
-        energies: Energies = [
-            each if isinstance(each, str) or np.isfinite(each).all() else "the energy map is not finite"
+        differences: Differences = [
+            each if isinstance(each, str) or np.isfinite(each).all() else "the noise difference is not finite"
             for each in found
         ]
-        errors = [each for each in energies if isinstance(each, str)]
+        errors = [each for each in differences if isinstance(each, str)]
         if len(errors) == len(captions):
             raise ShardFailed(f"none of {len(captions)} captions could be scored, the first: {errors[0]}")
-        return items, energies
+        return items, differences
 
-    def write(self, shard: int, found: tuple[pa.Table, Energies], took: Took) -> Commit:
-        items, energies = found
-        errors = sum(isinstance(each, str) for each in energies)
-        counts = {"ok": len(energies) - errors, "error": errors}
-        return self.ledger.commit(shard, _table(items, energies), counts, took.seconds())
+    def write(self, shard: int, found: tuple[pa.Table, Differences], took: Took) -> Commit:
+        items, differences = found
+        errors = sum(isinstance(each, str) for each in differences)
+        counts = {"ok": len(differences) - errors, "error": errors}
+        return self.ledger.commit(shard, _table(items, differences), counts, took.seconds())
 
 
-def _table(items: pa.Table, energies: Energies) -> pa.Table:
-    """Rows of null_maps/: of each caption its energy map, or why there is none."""
-    good = np.array([row for row, each in enumerate(energies) if not isinstance(each, str)], np.int64)
-    maps = np.stack([each for each in energies if not isinstance(each, str)])
-    kind = pa.fixed_shape_tensor(pa.float32(), maps.shape[1:])
+def _table(items: pa.Table, differences: Differences) -> pa.Table:
+    """Rows of null_maps/: of each caption its maps, or why there are none; what they have in common beside (PARTS)."""
+    import torch
+
+    from pipelines import formulas
+
+    good = np.array([row for row, each in enumerate(differences) if not isinstance(each, str)], np.int64)
+    found = torch.from_numpy(np.stack([each for each in differences if not isinstance(each, str)]))
+    parts = formulas.common_parts(found)
+    maps = {"energy": formulas.energy_map(found), "residual": formulas.energy_map(formulas.less_common(found, parts))}
+    kind = pa.fixed_shape_tensor(pa.float32(), found.shape[2:])
     arrays = {
         "row_id": items["row_id"],
         "caption": items["caption"],
-        "error": pa.array([each if isinstance(each, str) else None for each in energies], pa.string()),
-        "energy": tensor_array(maps, kind, good, len(energies)),
+        "error": pa.array([each if isinstance(each, str) else None for each in differences], pa.string()),
+        **{name: tensor_array(each.numpy(), kind, good, len(differences)) for name, each in maps.items()},
     }
     fields = [
-        pa.field(name, kind if name == "energy" else plain, metadata={"description": text})
+        pa.field(name, kind if name in maps else plain, metadata={"description": text})
         for name, (plain, text) in NULL_MAP_COLUMNS.items()
     ]
-    return pa.table([arrays[field.name] for field in fields], schema=pa.schema(fields))
+    sink = io.BytesIO()
+    np.save(sink, parts.numpy())
+    schema = pa.schema(fields, metadata={PARTS: sink.getvalue()})
+    return pa.table([arrays[field.name] for field in fields], schema=schema)

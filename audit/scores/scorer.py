@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from pipelines.null_maps import NullMaps
 
 Columns = dict[str, NDArray[Any]]
-REQUIRED = ("magnitude", "ld", "ld_energy", "excess")  # a row in which one of these is not finite was not scored
+REQUIRED = ("magnitude", "ld", "ld_energy", "excess", "excess_pca")
+"""A row in which one of these is not finite was not scored."""
 
 
 class Scorer(Protocol):
@@ -92,7 +93,7 @@ def open_scorer(
 
     Args:
         fingerprint: of a run. model: loaded. batch_size: latents at a time.
-        null_maps: of the noises used; without them there is no `excess`.
+        null_maps: of the noises used; without them there is no `excess` nor `excess_pca`.
         noises: of the bank; those of the fingerprint by default.
 
     Raises:

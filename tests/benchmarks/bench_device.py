@@ -71,14 +71,14 @@ class Device(pipelines.FirstStepScorer):
         self.answers: dict[str, Tensor] = {}
         super().__init__(model, *arguments, **named)
         self.ahead = self.look_ahead
-        names = ("magnitude", "ld", "ld_energy", "webster", "attention_entropy", "cosine", "excess")
+        names = ("magnitude", "ld", "ld_energy", "webster", "attention_entropy", "cosine", "excess", "excess_pca")
         self.answers = {name: torch.linspace(1, 2, self.batches.batch_size) for name in names}
         maps = torch.rand(self.batches.batch_size, SIDE, SIDE)
         self.answers |= {"mask": maps, "energy_mask": maps}
         model.pipeline.text_encoder = NoEncoder(model.pipeline.text_encoder)
 
-    def energies(self, captions: list[str], on_batch: Callable[[int], None] | None = None) -> Tensor:
-        return torch.rand(len(captions), len(self.noises), SIDE, SIDE)
+    def differences(self, captions: list[str], on_batch: Callable[[int], None] | None = None) -> Tensor:
+        return torch.rand(len(captions), len(self.noises), 4, SIDE, SIDE)
 
     def _unconditional(self, level: Any) -> Tensor:
         return torch.zeros_like(self.noises)

@@ -38,7 +38,7 @@ def main() -> None:
             found = {}
             for dtype in ("float32", "float16", "bfloat16"):
                 model = load(find_model(str(folder)), "cpu", dtype)
-                maps = NullMaps.of([FirstStepScorer(model).energies(captions[:SAMPLE])[:, 0]])
+                maps = NullMaps.of_differences([FirstStepScorer(model).differences(captions[:SAMPLE])[:, 0]])
                 found[dtype] = FirstStepScorer(model, null_maps=maps)(captions).scores
             for score, exact in found["float32"].items():
                 for dtype in ("float16", "bfloat16"):

@@ -1,4 +1,4 @@
-"""Captions of the testbed in two halves, and their first-step energy maps over many noises, a file a noise."""
+"""Captions of the testbed in two halves, and their first-step noise differences over many noises, a file a noise."""
 
 from __future__ import annotations
 
@@ -44,11 +44,17 @@ def halves(per_template: int, num_unseen: int, seed: int = 0) -> pd.DataFrame:
     return chosen
 
 
-@torch.inference_mode()
 def energy_maps(captions: list[str], noises: int, work: Path, steps: int = 50) -> np.ndarray:
     """E_T of every caption from the first noises of the bank of seed 1000, [noises, N, H, W], float32."""
+    maps = difference_maps(captions, noises, work, steps)
+    return np.stack([formulas.energy_map(torch.from_numpy(each)).numpy() for each in maps])
+
+
+@torch.inference_mode()
+def difference_maps(captions: list[str], noises: int, work: Path, steps: int = 50) -> np.ndarray:
+    """Noise differences of the first step, [noises, N, C, H, W], float32; arguments as of `energy_maps`."""
     folder = find_model(str(testbed.PIPELINE))
-    key = [folder.weights_sha256(), BANK_SEED, steps, *captions]
+    key = ["difference", folder.weights_sha256(), BANK_SEED, steps, *captions]
     work = work / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     work.mkdir(parents=True, exist_ok=True)
     files = [work / f"noise-{number:05d}.npy" for number in range(noises)]
@@ -56,7 +62,7 @@ def energy_maps(captions: list[str], noises: int, work: Path, steps: int = 50) -
         model = load(folder, "cpu", "float32")
         level, unit, empty = model.levels(steps)[0], model.unit(steps), model.encode_empty()
         prompts = model.encode(captions)
-        with Progress(noises, "noises", "energy maps") as progress:
+        with Progress(noises, "noises", "noise differences") as progress:
             for file, noise in zip(files, model.noise_bank(noises, BANK_SEED).split(1), strict=True):
                 if not file.exists():
                     uncond = model.predict(noise, level, empty)
@@ -64,7 +70,7 @@ def energy_maps(captions: list[str], noises: int, work: Path, steps: int = 50) -
                     for rows in torch.arange(len(captions)).split(CHUNK):
                         latents = noise.expand(len(rows), -1, -1, -1)
                         output = model.predict(latents, level, prompts.take(rows))
-                        parts.append(formulas.energy_map(model.difference(output, uncond, level, unit)))
+                        parts.append(model.difference(output, uncond, level, unit))
                     temporary = file.with_suffix(".tmp.npy")
                     np.save(temporary, torch.cat(parts).numpy())
                     temporary.rename(file)

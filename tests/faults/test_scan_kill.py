@@ -182,7 +182,7 @@ def test_a_second_look_is_stopped_and_goes_on(
     assert be_audit(*arguments, run, "--second-look", 0.9, "--workers", 2).code == 0
     found, expected = (read_scores(Run.open(str(folder))) for folder in (run, looked_again))
     assert found["num_noises"].equals(expected["num_noises"]) and found["num_noises"].to_pylist().count(4) >= 121
-    for name in ("magnitude", "ld", "ld_energy", "excess"):
+    for name in ("magnitude", "ld", "ld_energy", "excess", "excess_pca"):
         np.testing.assert_allclose(found[name].to_numpy(), expected[name].to_numpy(), rtol=1e-4)
     assert verify_run(str(run), deep=True).whole
     first = read_scores(Run.open(str(run)), ["magnitude"], first_look=True)["magnitude"].to_numpy()

@@ -10,7 +10,7 @@ import torch
 
 import pipelines
 from pipelines.detectors import DETECTORS, FirstStep, detector, scores
-from pipelines.null_maps import NullMaps
+from pipelines.null_maps import NullMaps, Residual
 
 # d is 2 in one channel of the left half of an 8 x 8 grid: E is 4 there and 0 elsewhere
 DIFFERENCE = torch.zeros(1, 4, 8, 8)
@@ -25,7 +25,9 @@ def whole() -> FirstStep:
     low = FirstStep.of(DIFFERENCE, UNCOND)
     tokens = torch.full((1, 4), 0.25)
     sample = torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1).expand(3, 8, 8)  # the same in every cell
-    null = NullMaps.of([sample])
+    # nothing in common, and of what is left the same is usual as of the whole
+    residual = Residual(torch.zeros(1, 17, 4, 8, 8), NullMaps.of([sample]))
+    null = NullMaps.of([sample], residual).take(torch.tensor([0]))
     return FirstStep.of(DIFFERENCE, UNCOND, LEFT, tokens, low, guidance_scale=2.0, sigma_max=3.0, null=null)
 
 
@@ -38,6 +40,7 @@ def test_values_by_hand() -> None:
     assert found["ld_energy"] == pytest.approx(math.sqrt(energy) / (8 * (12 + 8 / 3 + 4 / 3) / 64))
     # 4 on the left, smoothed or not; the sample's median is 2, its 84 % quantile 68 % of the way from 2 to 4, in logs
     assert found["excess"] == pytest.approx(math.log(4 / 2) / (0.68 * math.log(2)))
+    assert found["excess_pca"] == pytest.approx(found["excess"])
     # eps_cfg is 1 + 2 * 2 and 1 in two channels on the left, 1 and 1 on the right
     assert found["webster"] == pytest.approx(9 * (32 * (25 + 1) + 32 * 2) / 256)
     assert found["attention_entropy"] == pytest.approx(math.log(4))
@@ -67,10 +70,42 @@ def test_the_window_that_stands_out_most_decides() -> None:
         assert value.item() == pytest.approx(logs.amax().item())
 
 
+def test_a_small_copy_that_the_common_part_covers() -> None:
+    """Captions share one direction, in every strength; a copied one has little of it and a few cells of its own."""
+    draw = torch.Generator().manual_seed(0)
+    shared = torch.randn(4, 8, 8, generator=draw)
+    strength = torch.linspace(0.5, 3, 50)[:, None, None, None]
+    sample = strength * shared + 0.05 * torch.randn(50, 4, 8, 8, generator=draw)
+    copied = 0.6 * shared + 0.05 * torch.randn(4, 8, 8, generator=draw)
+    copied[:, 2:4, 2:4] += 0.5
+    null = NullMaps.of_differences([sample, sample])
+    rows = torch.cat([sample, copied[None]])
+    found = scores(FirstStep.of(rows, null=null.take(torch.arange(51) % 2)))
+    assert found["excess"].argmax() != 50 and found["magnitude"].argmax() != 50
+    assert found["excess_pca"].argmax() == 50 and found["excess_pca"][50] > 3 * found["excess_pca"][:50].max()
+
+
+def test_what_is_copied_in_the_sample_is_no_common_part() -> None:
+    """A fifth of the sample is copied, with more energy than the others: no component is theirs."""
+    draw = torch.Generator().manual_seed(0)
+    sample, copy = torch.randn(100, 4, 8, 8, generator=draw), torch.zeros(4, 8, 8)
+    copy[:, 2:4, 2:4] = 20
+    sample[::5] += copy
+    parts = pipelines.formulas.common_parts(sample)
+    left = pipelines.formulas.less_common(sample, parts)
+    assert parts[11:].abs().max() == 0 < parts[10].abs().max()  # one for every eight of the eighty
+    flat = parts[1:11].flatten(1)
+    torch.testing.assert_close(flat @ flat.T, torch.eye(10), atol=1e-5, rtol=0)
+    assert left[::5, :, 2:4, 2:4].mean() > 0.8 * 20
+
+
 def test_a_sample_without_spread_gives_numbers() -> None:
     for sample in (torch.zeros(4, 8, 8), torch.ones(1, 8, 8)):
         found = scores(FirstStep.of(DIFFERENCE, null=NullMaps.of([sample])))["excess"]
         assert math.isfinite(float(found[0]))
+    for differences in (torch.zeros(20, 4, 8, 8), torch.ones(1, 4, 8, 8), DIFFERENCE.expand(30, -1, -1, -1)):
+        null = NullMaps.of_differences([differences]).take(torch.tensor([0]))
+        assert math.isfinite(float(scores(FirstStep.of(DIFFERENCE, null=null))["excess_pca"][0]))
 
 
 def test_a_name_that_is_taken_is_refused() -> None:

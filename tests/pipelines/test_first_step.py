@@ -129,7 +129,7 @@ def test_encoding_ahead_changes_nothing(open_model: Callable[[str], DiffusionMod
             return super().encode(captions)
 
     scorer = FirstStepScorer(model.again(Tight), num_noises=2, batch_size=4)
-    plain, energies = scorer(captions), scorer.energies(captions)
+    plain, differences = scorer(captions), scorer.differences(captions)
     assert all(threads)
     threads.clear()
     scorer.ahead = 2
@@ -142,7 +142,7 @@ def test_encoding_ahead_changes_nothing(open_model: Callable[[str], DiffusionMod
         assert threads.count(True) == 0 and threads.count(False) >= 7
         for name in ("magnitude", "ld", "ld_energy", "mask", "energy_mask", "num_tokens"):
             np.testing.assert_array_equal(values(found, name), values(plain, name))
-    np.testing.assert_array_equal(scorer.energies(captions), energies)
+    np.testing.assert_array_equal(scorer.differences(captions), differences)
     threads.clear()
     assert len(scorer(captions[3:]).scores["magnitude"]) == len(captions) - 3
     assert threads.count(False) <= 6, "what was encoded before was encoded again"

@@ -57,7 +57,7 @@ def scores(run: Run) -> pd.DataFrame:
     raw = raw.set_index("row_id", drop=False)
     looks = sorted(Path(run.url, "second_look").rglob("*.arrow"))
     later = pd.concat(pa.ipc.open_file(pa.memory_map(str(file))).read_all().to_pandas() for file in looks)
-    names = ["num_noises", "magnitude", "ld", "ld_energy", "excess"]
+    names = ["num_noises", "magnitude", "ld", "ld_energy", "excess", "excess_pca"]
     assert len(later) > 10
     raw.loc[later["row_id"], names] = later[names].to_numpy()
     frame = raw.loc[raw["duplicate_of"].fillna(raw["row_id"]).astype("int64")].set_index(raw.index)

@@ -17,11 +17,12 @@ import xxhash
 from audit.captions.sample import LowestHashes
 from audit.run.read import read_scores
 from audit.run.run import Run
-from audit.run.stage import NULL_MAPS, Stage
+from audit.run.stage import NULL_MAPS, SCAN, Stage
+from audit.run.verify import verify_run
 from audit.scores.scan import ScanConfig, scan
 from tests.command import be_audit, start
 from tests.conftest import some_captions
-from tests.reference import Reference, excess
+from tests.reference import Reference, excess, less_common
 
 pytestmark = pytest.mark.slow  # whole scans, a dozen
 
@@ -35,9 +36,25 @@ def config(captions_file: Path, sd1: str, tmp_path_factory: pytest.TempPathFacto
     return made
 
 
-def by_caption(output: str | Path) -> dict[str, float]:
-    table = read_scores(Run.open(str(output)), ["caption", "status", "excess"]).to_pylist()
-    return {row["caption"]: row["excess"] for row in table if row["status"] == "ok"}
+def by_caption(output: str | Path, score: str = "excess") -> dict[str, float]:
+    table = read_scores(Run.open(str(output)), ["caption", "status", score]).to_pylist()
+    return {row["caption"]: row[score] for row in table if row["status"] == "ok"}
+
+
+def test_a_run_whose_null_maps_are_of_before_has_excess_alone(config: ScanConfig, tmp_path: Path) -> None:
+    shutil.copytree(config.output, tmp_path / "run")
+    stage = Stage.open(Run.open(str(tmp_path / "run")), NULL_MAPS)
+    for shard in stage.shards:
+        table = stage.table(shard).drop_columns(["residual"]).replace_schema_metadata(None)
+        stage.ledger.drop(shard)
+        stage.ledger.commit(shard, table, {"ok": table.num_rows, "error": 0}, {})
+    scanned = Stage.open(Run.open(str(tmp_path / "run")), SCAN)
+    for shard in scanned.shards:
+        scanned.ledger.drop(shard)
+    assert scan(replace(config, output=str(tmp_path / "run"))).exit_code == 0
+    assert_same(tmp_path / "run", by_caption(config.output), 1e-5)
+    assert set(by_caption(tmp_path / "run", "excess_pca").values()) == {None}
+    assert not verify_run(str(tmp_path / "run")).bad
 
 
 def assert_same(output: str | Path, expected: dict[str, float], within: float = 1e-6) -> None:
@@ -51,7 +68,12 @@ def test_it_is_the_formula_over_all_captions_and_the_mean_over_noises(config: Sc
     found, reference = by_caption(config.output), Reference(Path(sd1))
     captions = list(found)
     noises = reference.noises(2, 0)
-    energies = np.stack([[reference.energy(caption, noise) for caption in captions] for noise in noises])
+    differences = np.stack([[reference.difference(caption, noise) for caption in captions] for noise in noises])
+    energies = (differences**2).sum(2)
+    expected = np.mean([excess(of_noise, of_noise) for of_noise in energies], 0)
+    np.testing.assert_allclose([found[caption] for caption in captions], expected, rtol=2e-3, atol=2e-3)
+    found = by_caption(config.output, "excess_pca")
+    energies = np.stack([(less_common(each, each) ** 2).sum(1) for each in differences])
     expected = np.mean([excess(of_noise, of_noise) for of_noise in energies], 0)
     np.testing.assert_allclose([found[caption] for caption in captions], expected, rtol=2e-3, atol=2e-3)
 

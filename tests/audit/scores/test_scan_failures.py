@@ -43,7 +43,7 @@ def test_a_row_that_always_fails_is_a_row_with_an_error(
     reason = (
         "ValueError: cannot be scored"
         if kind == "raise"
-        else "scores are not finite: magnitude nan, ld nan, ld_energy nan, excess nan"
+        else "scores are not finite: magnitude nan, ld nan, ld_energy nan, excess nan, excess_pca nan"
     )
     for row in rows:
         assert (row["error"], row["ld"] is None) == ((reason, True) if row["status"] == "error" else (None, False))
