@@ -206,16 +206,15 @@ def excess(first: FirstStep) -> Tensor:
 
 
 @detector(
-    "the same of what the noise difference does not share with the run's calmer captions: without their mean and their "
-    "first 16 principal components",
+    "largest cell of the log energy map, smoothed by 3 x 3, above what is usual there, of what the noise difference "
+    "does not share with the run's calmer captions (less their mean and first 16 principal components)",
     "ours",
     ("residual",),
 )
 def excess_pca(first: FirstStep) -> Tensor:
-    """`excess` of what is left of the noise difference, [B]: a small copy shows that the common part covers."""
+    """How far what is left of the noise difference stands out, [B]: a small copy shows that the common part covers."""
     assert first.residual is not None
-    energy, null = first.residual.energy(first.difference), first.residual.null
-    return pipelines.formulas.excess(pipelines.formulas.log_energy(energy), null.median, null.spread)
+    return pipelines.formulas.peak(first.residual.energy(first.difference), first.residual.usual)
 
 
 @detector("sigma_max^2 mean(eps_cfg^2), first step", "Webster 2023", ("sigma_max",))

@@ -205,6 +205,21 @@ def less_common(difference: Tensor, parts: Tensor) -> Tensor:
     return (centred - (centred @ components.T) @ components).view(difference.shape)
 
 
+PEAK_WINDOWS = (3,)
+"""Window of `peak`."""
+
+
+def peak(energy: Tensor, usual: Tensor) -> Tensor:
+    """Largest cell of log_energy - usual; ours. Divided by no spread, which gave the calmest cells the most weight.
+
+    Args:
+        energy: [B, H, W]. usual: median of other captions' `log_energy` in PEAK_WINDOWS, [B, H, W] or [H, W].
+    Returns:
+        [B], float32: 1.1 is three times the usual energy.
+    """
+    return (log_energy(energy, PEAK_WINDOWS)[:, 0] - usual).amax((-2, -1))
+
+
 def score_difference_map(energy: Tensor, noise: float) -> Tensor:
     """E_T / sigma_T^2 of the last step (Kim & Lee 2026): the difference of the scores -eps / sigma, squared.
 

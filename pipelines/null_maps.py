@@ -15,7 +15,7 @@ from pipelines import formulas
 class NullMaps:
     """Median and upper spread of the log energy of a sample of captions, [K, windows, H, W], float32; a row a noise.
 
-    `residual` is the same of what the sample's differences do not have in common; None where that is not known.
+    `residual` is what the sample's differences have in common, and what is usual of the rest; None where not known.
     """
 
     median: Tensor
@@ -33,7 +33,7 @@ class NullMaps:
         """From the sample's first-step noise differences: K noises, [N, C, H, W] each."""
         parts = [formulas.common_parts(each) for each in differences]
         left = [formulas.less_common(each, part) for each, part in zip(differences, parts, strict=True)]
-        residual = Residual(torch.stack(parts), cls.of([formulas.energy_map(each) for each in left]))
+        residual = Residual.of(parts, [formulas.energy_map(each) for each in left])
         return cls.of([formulas.energy_map(each) for each in differences], residual)
 
     def take(self, noises: Tensor) -> NullMaps:
@@ -48,24 +48,31 @@ class NullMaps:
 
 @dataclass(frozen=True)
 class Residual:
-    """What a sample's noise differences have in common, and the null maps of what is left of them.
+    """What a sample's noise differences have in common, and what is usual of the energy that is left of them.
 
     Attributes:
-        parts: `formulas.common_parts` of every noise, [K, 1 + R, C, H, W], float32. null: of the energy that is left.
+        parts: `formulas.common_parts` of every noise, [K, 1 + R, C, H, W], float32.
+        usual: median of the log energy that is left, smoothed 3 x 3, [K, H, W], float32; once taken a row of it each.
         noises: of the rows it was taken for, [B], on the CPU; None before.
     """
 
     parts: Tensor
-    null: NullMaps
+    usual: Tensor
     noises: Tensor | None = None
+
+    @classmethod
+    def of(cls, parts: Sequence[Tensor], energies: Sequence[Tensor]) -> Residual:
+        """From the common parts of K noises, and the energy maps that are left of the sample, [N, H, W] each."""
+        logs = (formulas.log_energy(each, formulas.PEAK_WINDOWS)[:, 0] for each in energies)
+        return cls(torch.stack(list(parts)), torch.stack([formulas.null_maps(each)[0] for each in logs]))
 
     def take(self, noises: Tensor) -> Residual:
         """For rows of the noises named, [B]; the parts, large as they are, stay one a noise."""
-        return Residual(self.parts, self.null.take(noises), noises)
+        return Residual(self.parts, self.usual[noises.to(self.usual.device)], noises)
 
     def to(self, device: torch.device) -> Residual:
         """The same on a device."""
-        return Residual(self.parts.to(device), self.null.to(device), self.noises)
+        return Residual(self.parts.to(device), self.usual.to(device), self.noises)
 
     def energy(self, difference: Tensor) -> Tensor:
         """Energy that is left of the rows' noise differences [B, C, H, W]: [B, H, W], float32."""

@@ -151,7 +151,7 @@ def read_null_maps(run: Run, *kinds: StageKind) -> NullMaps | None:
                 residuals.append(_maps(table["residual"]))
     if len(parts) < len(energies):  # made before there was excess_pca
         return NullMaps.of(energies)
-    return NullMaps.of(energies, Residual(torch.stack(parts), NullMaps.of(residuals)))
+    return NullMaps.of(energies, Residual.of(parts, residuals))
 
 
 def _maps(column: pa.ChunkedArray) -> Tensor:

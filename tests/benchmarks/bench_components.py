@@ -51,7 +51,9 @@ def all_scores(differences: torch.Tensor, sample: NDArray[np.int64], counts: lis
             found[name] = []
             for each in differences:
                 parts = formulas.common_parts(each[sample], count, calm)
-                found[name].append(excess(formulas.energy_map(formulas.less_common(each, parts)), sample))
+                left = formulas.energy_map(formulas.less_common(each, parts))
+                usual = formulas.log_energy(left[sample], formulas.PEAK_WINDOWS)[:, 0].median(0).values
+                found[name].append(formulas.peak(left, usual).numpy())
     return {name: np.stack(values) for name, values in found.items()}
 
 

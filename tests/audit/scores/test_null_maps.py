@@ -22,7 +22,7 @@ from audit.run.verify import verify_run
 from audit.scores.scan import ScanConfig, scan
 from tests.command import be_audit, start
 from tests.conftest import some_captions
-from tests.reference import Reference, excess, less_common
+from tests.reference import Reference, excess, less_common, peak
 
 pytestmark = pytest.mark.slow  # whole scans, a dozen
 
@@ -74,7 +74,7 @@ def test_it_is_the_formula_over_all_captions_and_the_mean_over_noises(config: Sc
     np.testing.assert_allclose([found[caption] for caption in captions], expected, rtol=2e-3, atol=2e-3)
     found = by_caption(config.output, "excess_pca")
     energies = np.stack([(less_common(each, each) ** 2).sum(1) for each in differences])
-    expected = np.mean([excess(of_noise, of_noise) for of_noise in energies], 0)
+    expected = np.mean([peak(of_noise, of_noise) for of_noise in energies], 0)
     np.testing.assert_allclose([found[caption] for caption in captions], expected, rtol=2e-3, atol=2e-3)
 
 
