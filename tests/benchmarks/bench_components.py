@@ -57,6 +57,13 @@ def all_scores(differences: torch.Tensor, sample: NDArray[np.int64], counts: lis
     return {name: np.stack(values) for name, values in found.items()}
 
 
+def held(differences: torch.Tensor) -> float:
+    """Share of a sample's variance that its common parts hold."""
+    parts = formulas.common_parts(differences, share=1.0)
+    left = formulas.less_common(differences, parts).square().sum()
+    return float(1 - left / (differences - parts[0]).square().sum())
+
+
 def captions(unseen: int) -> pd.DataFrame:
     """Distinct captions of the testbed, and others it never saw; `own`: sampled by a scan of the testbed's table."""
     table = captions_table().drop_duplicates("TEXT")
@@ -88,7 +95,8 @@ def main() -> None:
     print(
         f"{len(local.positive)} copied local captions of {len(local.groups)} templates, {len(whole.positive)} copied "
         f"global ones, {clean.sum()} never seen, {args.noises} noises; of the run's own sample "
-        f"{copied[frame.own.to_numpy()].mean():.0%} is copied\n"
+        f"{copied[frame.own.to_numpy()].mean():.0%} is copied; {formulas.COMPONENTS} components hold "
+        f"{held(differences[0][samples['never seen']]):.0%} of the variance of the captions never seen, one noise\n"
     )
     kinds = [f"{kind}: {name}" for kind, name in SHOWN]
     print("| null maps of | noises | score | " + " | ".join(kinds) + " |\n|" + "---|" * (3 + len(kinds)))
