@@ -177,19 +177,19 @@ def common_parts(differences: Tensor, components: int = COMPONENTS, share: float
     Returns:
         the mean, then orthonormal components, zeros where there are fewer, [1 + components, C, H, W], float32.
     """
-    flat = differences.double().flatten(1)
-    energy = flat.square().sum(1)
+    flat = differences.float().flatten(1)
+    energy = torch.stack([each.double().square().sum() for each in flat])
     calm = flat[energy.argsort(stable=True)[: max(1, round(share * len(flat)))]]
-    mean = calm.mean(0)
-    centred = calm - mean
-    values, vectors = torch.linalg.eigh(centred @ centred.T)  # as many as captions: far fewer than cells
     parts = flat.new_zeros(1 + components, flat.shape[1])
-    parts[0] = mean
+    parts[0] = calm.mean(0)
+    calm -= parts[0]
+    gram = sum(cells.double() @ cells.double().T for cells in calm.split(1 << 14, 1))  # as many as captions: few
+    values, vectors = torch.linalg.eigh(torch.as_tensor(gram))
     count = min(components, len(calm) // ROWS_A_COMPONENT)
     for place, at in enumerate(reversed(range(len(calm) - count, len(calm))), start=1):
         if values[at] > 1e-9 * values[-1]:
-            parts[place] = vectors[:, at] @ centred / values[at].sqrt()
-    return parts.float().unflatten(1, differences.shape[1:])
+            parts[place] = (vectors[:, at] / values[at].sqrt()).float() @ calm
+    return parts.unflatten(1, differences.shape[1:])
 
 
 def less_common(difference: Tensor, parts: Tensor) -> Tensor:

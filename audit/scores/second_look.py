@@ -126,7 +126,11 @@ class SecondLookJob:
         arrays: dict[str, pa.Array] = {name: items[name] for name in ("row_id", "caption")}
         arrays["error"] = pa.array(errors, pa.string())
         arrays["num_noises"] = pa.array(np.full(items.num_rows, self.count), pa.int32(), mask=errors != None)  # noqa: E711
-        firsts = {name: items[name].to_numpy()[scored.rows].astype(np.float64) for name in LOOKED_AT[1:]}
+        firsts = {
+            name: items[name].to_numpy()[scored.rows].astype(np.float64)
+            for name in LOOKED_AT[1:]
+            if name in items.schema.names
+        }  # a score that is younger than the stage has none
         for name, values in means(firsts, scored.columns, self.first, self.count).items():
             column = np.full(items.num_rows, np.nan, np.float32)
             column[scored.rows] = values
@@ -134,7 +138,8 @@ class SecondLookJob:
         fields = [
             pa.field(name, kind, metadata={"description": text}) for name, (kind, text) in SECOND_LOOK_COLUMNS.items()
         ]
-        table = pa.table([arrays[field.name] for field in fields], schema=pa.schema(fields))
+        columns = [arrays.get(field.name, pa.nulls(items.num_rows, field.type)) for field in fields]
+        table = pa.table(columns, schema=pa.schema(fields))
         counts = {"ok": len(scored.rows), "error": len(scored.errors)}
         return self.ledger.commit(shard, table, counts, took.seconds())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from audit.engines.job import Took
 from audit.reports.sql import connect
 from audit.run.read import read_rows, read_scores
 from audit.run.run import Run
@@ -17,8 +19,9 @@ from audit.run.schema import DETECTORS
 from audit.run.select import best_rows, best_scores
 from audit.run.stage import SECOND_LOOK, Stage
 from audit.scores.calibrate import load_thresholds
+from audit.scores.model import load_run_model
 from audit.scores.scan import ScanConfig, scan
-from audit.scores.second_look import means
+from audit.scores.second_look import SecondLookJob, means
 from tests.audit.conftest import Watched
 from tests.command import be_audit
 
@@ -117,6 +120,21 @@ def test_a_row_that_fails_keeps_its_first_scores_and_is_said(
     rows = read_scores(Run.open(str(output))).to_pylist()
     assert [row["num_noises"] for row in rows] == [4, 4, 1, 4, 1, 4]
     assert all(row["status"] == "ok" and row["ld_energy"] > 0 for row in rows)
+
+
+def test_a_score_that_is_younger_than_the_stage_is_null(config: ScanConfig, tmp_path: Path) -> None:
+    shutil.copytree(config.output, tmp_path / "run")
+    run = Run.open(str(tmp_path / "run"))
+    stage = Stage.open(run, SECOND_LOOK)
+    shard, job = stage.shards[0], SecondLookJob(stage, load_run_model(run, "cpu"), 32, 0.0)
+    before = stage.table(shard)
+    stage.ledger.drop(shard)
+    items = job.read(shard).drop_columns(["excess_pca"])
+    job.write(shard, job.compute(shard, items, lambda _: None), Took("score"))
+    after = stage.table(shard)
+    assert after["excess_pca"].null_count == after.num_rows > before["excess_pca"].null_count
+    assert after.schema == before.schema and after["row_id"].equals(before["row_id"])
+    np.testing.assert_allclose(after["excess"].to_numpy(), before["excess"].to_numpy(), rtol=1e-4, atol=1e-5)
 
 
 def test_evaluations(config: ScanConfig, tmp_path: Path, watched: type[Watched]) -> None:
