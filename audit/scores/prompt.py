@@ -44,8 +44,7 @@ def score(config: ScoreConfig) -> dict[str, float]:
     """
     import torch
 
-    from pipelines import FirstStepScorer, MaskSource, Trajectories, TrajectorySampler
-    from pipelines.formulas import energy_map
+    from pipelines import FirstStepScorer, MaskSource, Trajectories, TrajectorySampler, formulas
 
     if not config.prompt.strip():
         raise AuditError("--prompt: is empty; give the caption to score")
@@ -67,7 +66,7 @@ def score(config: ScoreConfig) -> dict[str, float]:
         raise AuditError(f"--mask-layers: {error}") from error
     found = scorer([config.prompt])
     scores = {name: float(values[0]) for name, values in found.scores.items()}
-    panels = {"energy map,\nfirst step": energy_map(scorer.differences([config.prompt])[0]).mean(0).numpy()}
+    panels = {"energy map,\nfirst step": formulas.energy_map(scorer.differences([config.prompt])[0]).mean(0).numpy()}
     if found.mask is not None and found.ld_std is not None:
         scores["ld_std"] = float(found.ld_std[0])
         panels = {"EOS attention,\nfirst step": found.mask[0], **panels}
