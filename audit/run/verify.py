@@ -17,7 +17,7 @@ from audit.run.schema import RUN_DETECTORS
 from audit.run.stage import NULL_MAPS, SCAN, STAGES, Stage
 
 RESTORE_PLAN = "audit.scores.scan:restore_plan"
-OPTIONAL = ("ld", "excess_pca")  # of a model without an attention to read; of a run begun before there was it
+OPTIONAL = ("ld", "excess_pca")  # a model without an attention to read; null maps made before there was the score
 
 
 @dataclass
@@ -156,8 +156,9 @@ def _check_rows(run: Run, shard: int) -> str | None:
         return "duplicates are not as planned"
     scored = pc.and_(pc.equal(table["status"], "ok"), pc.is_null(table["duplicate_of"]))
     values = table.filter(scored)
-    for name in ("magnitude", "ld", "ld_energy", *(RUN_DETECTORS if run.plan.sample else ())):
-        if name in OPTIONAL and (name not in table.schema.names or values[name].null_count == values.num_rows):
+    known = [name for name in RUN_DETECTORS if run.plan.sample and name in table.schema.names]  # some may be younger
+    for name in ("magnitude", "ld", "ld_energy", *known):
+        if name in OPTIONAL and values[name].null_count == values.num_rows:
             continue
         if values[name].null_count or not np.isfinite(values[name].to_numpy()).all():
             return f"a scored row has no finite {name}"
