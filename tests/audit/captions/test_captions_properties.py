@@ -31,7 +31,7 @@ def column(texts: list[str | None], kind: Any) -> pa.Array:
     if kind == "dictionary":
         return pa.array(texts, pa.string()).dictionary_encode()
     if kind == "null where it can be":
-        return pa.nulls(len(texts)) if not any(texts) and None in texts else pa.array(texts, pa.string())
+        return pa.array(texts, pa.null() if {*texts} == {None} else pa.string())
     return pa.array(texts, kind)
 
 
