@@ -35,7 +35,8 @@ SLOW = ("processes", "sampling", "simulation", "browser", "faults", "benchmark")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What makes a test slow is its mark; `make quick` leaves out all of them.
 
-    Files with slow tests go first, those with the longest before all: none of them is left over when the rest is done.
+    Files with slow tests go first, those with the longest before all, then those that kill and wait: none of them is
+    left over when the rest is done.
     """
     length: dict[Path, float] = {}
     for item in items:
@@ -47,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("slow"):
             limit = item.get_closest_marker("timeout")
             length[item.path] = max(length.get(item.path, 0), limit.args[0] if limit else 300)
-    items.sort(key=lambda item: -length.get(item.path, 0))
+    items.sort(key=lambda item: (-length.get(item.path, 0), "faults" not in item.keywords))
 
 
 @pytest.fixture(scope="session")
