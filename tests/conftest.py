@@ -35,8 +35,8 @@ SLOW = ("processes", "sampling", "simulation", "browser", "faults", "benchmark")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What makes a test slow is its mark; `make quick` leaves out all of them.
 
-    Files with slow tests go first, those with the longest before all, then those that kill and wait: none of them is
-    left over when the rest is done.
+    Files with slow tests go first, those with the longest before all, then those that kill and wait, dealt to the test
+    processes in turn: none of them is left over when the rest is done.
     """
     length: dict[Path, float] = {}
     for item in items:
@@ -49,6 +49,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             limit = item.get_closest_marker("timeout")
             length[item.path] = max(length.get(item.path, 0), limit.args[0] if limit else 300)
     items.sort(key=lambda item: (-length.get(item.path, 0), "faults" not in item.keywords))
+    items[:] = _dealt(items, [*length], int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+def _dealt(items: list[pytest.Item], slow: list[Path], workers: int) -> list[pytest.Item]:
+    """The same tests so that each of `--dist worksteal`'s first shares, which are cut by count, has files of every
+    length: slow files in turn, then what is quick.
+    """
+    files = [path for path in dict.fromkeys(item.path for item in items) if path in slow]
+    turn = {path: place % workers for place, path in enumerate(files)}
+    shares = [[item for item in items if turn.get(item.path) == worker] for worker in range(workers)]
+    quick, found = [item for item in items if item.path not in turn], list[pytest.Item]()
+    for worker, share in enumerate(shares):
+        count = (len(items) - len(found)) // (workers - worker) - len(share)
+        found += share + quick[: max(count, 0)]
+        quick = quick[max(count, 0) :]
+    return found + quick
 
 
 @pytest.fixture(scope="session")
