@@ -210,7 +210,7 @@ PEAK_WINDOWS = (3,)
 
 
 def peak(energy: Tensor, usual: Tensor) -> Tensor:
-    """Largest cell of log_energy - usual; ours. Divided by no spread, which gave the calmest cells the most weight.
+    """Largest cell of log_energy - usual; ours. Not divided by a spread, as `excess` is.
 
     Args:
         energy: [B, H, W]. usual: median of other captions' `log_energy` in PEAK_WINDOWS, [B, H, W] or [H, W].
