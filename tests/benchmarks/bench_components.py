@@ -1,115 +1,146 @@
-"""`excess_pca` against `excess`: what is left without the common part of other captions' noise differences.
+"""Settings of `excess_pca`, chosen on half of the testbed's templates, reported on the others and on another model.
 
-    python -m tests.benchmarks.bench_components [--noises 8] [--resamples 200]
+    python -m tests.recipe.second SECOND
+    python -m tests.benchmarks.bench_components --second SECOND [--resamples 200]
 
-On the testbed, every copied caption against captions it never saw (drawn anew from its world), with null maps of two
-samples: captions it never saw, and the run's own as a scan takes them, of which a seventh is copied. For numbers of
-components, with the calmer four fifths of the sample and with all of it.
+The first four noises and one half of the templates choose. Eight other noises report: the other half, and every
+template of the second model, of which nothing was seen before. Copied captions count against captions that a model
+never saw. Null maps are of two samples: captions never seen, and the run's own as a scan takes them, of which a part is
+copied.
+
+What is chosen by: the mean TPR over all false-positive rates up to 1 %, over samples, local and global copies.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 
-from audit.captions.hashes import caption_hashes
-from audit.captions.sample import SAMPLE, LowestHashes
+from audit import testbed
 from pipelines import formulas
-from tests.benchmarks.bench_second_look import Floats, Side
-from tests.benchmarks.energy_maps import difference_maps
-from tests.benchmarks.tables_passes import captions_table, more_unseen
+from tests.benchmarks.subjects import METRICS, UNSEEN, Floats, Side, Subject, who
 
-SHOWN = (("local", "AUC"), ("local", "TPR@1%FPR"), ("local", "TPR@0.1%FPR"), ("global", "AUC"), ("global", "TPR@1%FPR"))
-
-
-def excess(energies: torch.Tensor, sample: NDArray[np.int64]) -> Floats:
-    """Of energy maps [N, H, W], against those of the sample, [N]."""
-    logs = formulas.log_energy(energies)
-    return formulas.excess(logs, *formulas.null_maps(logs[sample])).numpy()
+CHOOSE, REPORT = 4, 8  # noises that choose, noises after them that report
+SHOWN = tuple(itertools.product(("local", "global"), METRICS))
 
 
-def all_scores(differences: torch.Tensor, sample: NDArray[np.int64], counts: list[int]) -> dict[str, Floats]:
-    """Scores of every noise, name -> [K, N]; `differences` is [K, N, C, H, W]."""
-    energies = [formulas.energy_map(each) for each in differences]
-    found = {
-        "magnitude": [formulas.magnitude(each).numpy() for each in energies],
-        "`ld_energy`": [formulas.ld(each, formulas.energy_mask(each)).numpy() for each in energies],
-        "`excess`": [excess(each, sample) for each in energies],
-    }
-    for calm in (formulas.CALM, 1.0):
-        for count in counts if calm < 1 else [formulas.COMPONENTS]:
-            name = f"{count} components of {'four fifths' if calm < 1 else 'all'}"
-            if (count, calm) == (formulas.COMPONENTS, formulas.CALM):
-                name = f"`excess_pca`: {name}"
-            found[name] = []
-            for each in differences:
-                parts = formulas.common_parts(each[sample], count, calm)
-                left = formulas.energy_map(formulas.less_common(each, parts))
-                usual = formulas.log_energy(left[sample], formulas.PEAK_WINDOWS)[:, 0].median(0).values
-                found[name].append(formulas.peak(left, usual).numpy())
+class Setting(NamedTuple):
+    """One way of making `excess_pca`."""
+
+    components: int = formulas.COMPONENTS
+    calm: float = formulas.CALM  # share of the sample that the components are of
+    spread: bool = False  # divided by it, as `excess` is
+    windows: tuple[int, ...] = formulas.PEAK_WINDOWS
+
+    def __str__(self) -> str:
+        windows = "four windows" if len(self.windows) > 1 else "3 x 3"
+        return f"{self.components} of {self.calm:.0%}, {'over the spread' if self.spread else 'no spread'}, {windows}"
+
+
+GRID = [
+    Setting(*each)
+    for each in itertools.product(
+        (8, 16, 24, 32), (0.6, 0.8, 1.0), (False, True), (formulas.PEAK_WINDOWS, formulas.EXCESS_WINDOWS)
+    )
+]
+
+
+def settings_scores(subject: Subject, sample: str, noises: slice, grid: list[Setting]) -> dict[Setting, Floats]:
+    """Scores of every setting, [K, N] each."""
+    rows, found = torch.from_numpy(subject.samples[sample]), {each: [] for each in grid}
+    for difference in subject.differences[noises]:
+        for calm in {each.calm for each in grid}:
+            parts = formulas.common_parts(difference[rows], max(each.components for each in grid), calm)
+            for count in {each.components for each in grid}:
+                energy = formulas.energy_map(formulas.less_common(difference, parts[: 1 + count]))
+                logs = formulas.log_energy(energy)
+                median, spread = formulas.null_maps(logs[rows])
+                for each in (each for each in grid if (each.components, each.calm) == (count, calm)):
+                    at = [formulas.EXCESS_WINDOWS.index(window) for window in each.windows]
+                    over = (logs[:, at] - median[at]) / (spread[at] if each.spread else 1)
+                    found[each].append(over.amax((1, 2, 3)).double().numpy())
+    return {each: np.stack(values) for each, values in found.items()}
+
+
+def known_scores(subject: Subject, sample: str, noises: slice) -> dict[str, Floats]:
+    """Scores without components, [K, N] each."""
+    rows = torch.from_numpy(subject.samples[sample])
+    found: dict[str, list[Floats]] = {"magnitude": [], "`ld_energy`": [], "`excess`": []}
+    for difference in subject.differences[noises]:
+        energy = formulas.energy_map(difference)
+        logs = formulas.log_energy(energy)
+        found["magnitude"].append(formulas.magnitude(energy).double().numpy())
+        found["`ld_energy`"].append(formulas.ld(energy, formulas.energy_mask(energy)).double().numpy())
+        found["`excess`"].append(formulas.excess(logs, *formulas.null_maps(logs[rows])).double().numpy())
     return {name: np.stack(values) for name, values in found.items()}
 
 
-def held(differences: torch.Tensor) -> float:
-    """Share of a sample's variance that its common parts hold."""
-    parts = formulas.common_parts(differences, share=1.0)
-    left = formulas.less_common(differences, parts).square().sum()
-    return float(1 - left / (differences - parts[0]).square().sum())
+def at_the_tail(positive: Floats, negative: Floats, rate: float = 0.01) -> float:
+    """Mean TPR over the false-positive rates 0, 1/n, ... up to `rate`."""
+    thresholds = np.sort(negative)[::-1][: 1 + int(rate * len(negative))]
+    return float((positive[:, None] > thresholds).mean())
 
 
-def captions(unseen: int) -> pd.DataFrame:
-    """Distinct captions of the testbed, and others it never saw; `own`: sampled by a scan of the testbed's table."""
-    table = captions_table().drop_duplicates("TEXT")
-    more = more_unseen(unseen, set(table.TEXT))
-    lowest = LowestHashes(SAMPLE)
-    lowest.add(0, caption_hashes(pa.array(table.TEXT)))
-    own = np.zeros(len(table), bool)
-    own[lowest.rows] = True
-    return pd.concat([table.assign(own=own), more.assign(own=False)]).reset_index(drop=True)
+def choose(subject: Subject, sides: dict[str, Side], grid: list[Setting]) -> Setting:
+    """The setting of the best mean over samples and kinds; prints that of each."""
+    found: dict[Setting, dict[str, float]] = {each: {} for each in grid}
+    for sample in subject.samples:
+        for setting, values in settings_scores(subject, sample, slice(CHOOSE), grid).items():
+            for kind, side in sides.items():
+                tails = [at_the_tail(draw[side.positive], draw[side.negative]) for draw in values]
+                found[setting][f"{sample}, {kind}"] = float(np.mean(tails))
+    order = sorted(grid, key=lambda each: -float(np.mean([*found[each].values()])))
+    columns = list(found[order[0]])
+    print("\n### Choosing: mean TPR up to 1 % FPR\n")
+    print("| setting | mean | " + " | ".join(columns) + " |\n|" + "---|" * (2 + len(columns)))
+    for each in order:
+        values = [found[each][column] for column in columns]
+        name = f"**{each}** (shipped)" if each == Setting() else str(each)
+        print(f"| {name} | {np.mean(values):.4f} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+    return order[0]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "be-audit-noises")
-    parser.add_argument("--noises", type=int, default=8)
-    parser.add_argument("--unseen", type=int, default=2000, help="of which a sample is taken, and the rest is clean")
-    parser.add_argument("--components", type=int, nargs="+", default=[4, 8, 16, 24, 32])
-    parser.add_argument("--resamples", type=int, default=200)
-    args = parser.parse_args()
-    frame = captions(args.unseen)
-    differences = torch.from_numpy(difference_maps(frame.TEXT.tolist(), args.noises, args.work))
-    more = np.random.default_rng(0).permutation(np.flatnonzero(frame.cluster.str.startswith("unseen-more")))
-    samples = {"never seen": more[: min(SAMPLE, len(more) // 2)], "the run's own": np.flatnonzero(frame.own)}
-    clean = np.zeros(len(frame), bool)
-    clean[more[len(samples["never seen"]) :]] = True
-    copied, label, clusters = frame.copied.to_numpy(bool), frame.label.to_numpy(), frame.cluster.to_numpy()
-    sides = {kind: Side(clusters, copied & (label == kind), clean) for kind in ("local", "global")}
-    local, whole = sides["local"], sides["global"]
-    print(
-        f"{len(local.positive)} copied local captions of {len(local.groups)} templates, {len(whole.positive)} copied "
-        f"global ones, {clean.sum()} never seen, {args.noises} noises; of the run's own sample "
-        f"{copied[frame.own.to_numpy()].mean():.0%} is copied; {formulas.COMPONENTS} components hold "
-        f"{held(differences[0][samples['never seen']]):.0%} of the variance of the captions never seen, one noise\n"
-    )
-    kinds = [f"{kind}: {name}" for kind, name in SHOWN]
-    print("| null maps of | noises | score | " + " | ".join(kinds) + " |\n|" + "---|" * (3 + len(kinds)))
-    for sample, rows in samples.items():
-        for name, values in all_scores(differences, rows, args.components).items():
+def report(
+    title: str, subject: Subject, sides: dict[str, Side], noises: slice, chosen: Setting, resamples: int
+) -> None:
+    """A table of every score, one noise and the mean of four."""
+    print(f"\n### {title}: {who(sides)}\n")
+    columns = [f"{kind}: {metric}" for kind, metric in SHOWN]
+    print("| null maps of | noises | score | " + " | ".join(columns) + " |\n|" + "---|" * (3 + len(columns)))
+    for sample in subject.samples:
+        of_settings = settings_scores(subject, sample, noises, list(dict.fromkeys([Setting(), chosen])))
+        named = {f"`excess_pca`: {each}" if each == Setting() else f"chosen: {each}": values
+                 for each, values in of_settings.items()}  # fmt: skip
+        for name, values in (known_scores(subject, sample, noises) | named).items():
             for count in (1, 4):
                 draws = [values[at : at + count].mean(0) for at in range(0, len(values) - count + 1, count)]
                 cells = []
                 for kind, metric in SHOWN:
                     found = sides[kind].metric(metric, draws)
-                    low, high = sides[kind].interval(metric, draws, args.resamples)
+                    low, high = sides[kind].interval(metric, draws, resamples)
                     cells.append(f"{found.mean():.3f} ({found.min():.3f} to {found.max():.3f}) [{low:.3f}, {high:.3f}]")
                 print(f"| {sample} | {count} | {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--second", type=Path, help="folder of a model that reports beside the testbed")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "be-audit-noises")
+    parser.add_argument("--resamples", type=int, default=200)
+    args = parser.parse_args()
+    shipped = testbed.PIPELINE.parent
+    ours = Subject.of(shipped, UNSEEN, CHOOSE + REPORT, args.work)
+    chosen = choose(ours, ours.sides(0), GRID)
+    report("The testbed's other half", ours, ours.sides(1), slice(CHOOSE, None), chosen, args.resamples)
+    if args.second:
+        second = Subject.of(args.second, UNSEEN, CHOOSE + REPORT, args.work)
+        report("The second model", second, second.sides(), slice(CHOOSE, None), chosen, args.resamples)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """What a second look costs and finds: first-step scores over disjoint draws of noises, by the fraction looked at again.
 
-    python -m tests.benchmarks.bench_second_look [--work DIR] [--noises 36] [--resamples 500]
+    python -m tests.benchmarks.bench_second_look [--second FOLDER] [--work DIR] [--noises 36] [--resamples 500]
 
-Energy maps of the testbed's captions are kept in --work and made once (0.05 s a caption and noise on a quiet core). A
-draw is four noises; its first is the first look. The first draw and one half of the templates choose, the other draws
-and the other half report. A fraction is one of the never-seen captions: copied ones are few in a real table,
-and a fifth here. Null maps are of all these captions. Brackets: least to most over draws; then the 95 % interval of
-the mean, resampled over templates, unseen captions and draws.
+Noise differences of the testbed's captions are kept in --work and made once (0.05 s a caption and noise on a quiet
+core). A draw is four noises; its first is the first look. The first draw and one half of the templates choose, the
+other draws and the other half report, and with --second every template of a model of tests.recipe.second. A fraction
+is one of the never-seen captions: copied ones are few in a real table, and a fifth here. Null maps are of all these
+captions, on the second model of others that it never saw. Brackets: least to most over draws; then the 95 % interval
+of the mean, resampled over templates, unseen captions and draws.
 """
 
 from __future__ import annotations
@@ -21,39 +22,61 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines import formulas
-from tests.benchmarks.energy_maps import energy_maps, halves
+from pipelines.null_maps import NullMaps
+from tests.benchmarks.energy_maps import difference_maps, halves
+from tests.benchmarks.subjects import METRICS, UNSEEN, Floats, Side, Subject, who
 
-K, CHOOSING = 4, 1  # noises of a draw; draws that choose
+K, CHOOSING, SECOND_DRAWS = 4, 1, 3  # noises of a draw; draws that choose; draws of the second model
 FRACTIONS = (0.0, 0.02, 0.05, 0.1, 0.2, 1.0)
-Floats = NDArray[np.float64]
 
 
-def excess_of(windows: tuple[int, ...], sample: NDArray[np.bool_]) -> Callable[[torch.Tensor], torch.Tensor]:
+Score = Callable[[torch.Tensor], torch.Tensor]  # of noise differences under one noise, [N, C, H, W]: [N]
+
+
+def excess_of(windows: tuple[int, ...], sample: NDArray[np.bool_]) -> Score:
     """`excess` over some windows, measured against some of the captions."""
 
-    def score(energy: torch.Tensor) -> torch.Tensor:
-        logs = formulas.log_energy(energy, windows)
-        median, spread = formulas.null_maps(logs[torch.from_numpy(sample)])
-        return formulas.excess(logs, median, spread)
+    def score(difference: torch.Tensor) -> torch.Tensor:
+        logs = formulas.log_energy(formulas.energy_map(difference), windows)
+        return formulas.excess(logs, *formulas.null_maps(logs[torch.from_numpy(sample)]))
 
     return score
 
 
-def first_step_scores(energies: np.ndarray, unseen: NDArray[np.bool_]) -> dict[str, Floats]:
-    """Every method's score of every noise and caption, [noises, N]."""
-    everyone = np.ones(len(unseen), bool)
-    order = np.random.default_rng(0).permutation(len(unseen))
-    methods: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "magnitude": formulas.magnitude,
-        "ld_energy": lambda energy: formulas.ld(energy, formulas.energy_mask(energy)),
-        "excess, 3 x 3": excess_of((3,), everyone),
-        "excess": excess_of(formulas.EXCESS_WINDOWS, everyone),
-        "excess, null maps of 128": excess_of(formulas.EXCESS_WINDOWS, order < 128),
-        "excess, null maps of 256": excess_of(formulas.EXCESS_WINDOWS, order < 256),
-        "excess, null maps of unseen": excess_of(formulas.EXCESS_WINDOWS, unseen),
+def excess_pca_of(sample: NDArray[np.bool_]) -> Score:
+    """`excess_pca`, measured against some of the captions."""
+
+    def score(difference: torch.Tensor) -> torch.Tensor:
+        maps = NullMaps.of_differences([difference[torch.from_numpy(sample)]])
+        assert maps.residual is not None
+        rows = maps.residual.take(torch.zeros(len(difference), dtype=torch.int64))
+        return formulas.peak(rows.energy(difference), rows.usual)
+
+    return score
+
+
+def ld_energy(difference: torch.Tensor) -> torch.Tensor:
+    """`ld_energy`."""
+    energy = formulas.energy_map(difference)
+    return formulas.ld(energy, formulas.energy_mask(energy))
+
+
+def first_step_scores(differences: np.ndarray, samples: dict[str, NDArray[np.bool_]]) -> dict[str, Floats]:
+    """Every method's score of every noise and caption, [noises, N].
+
+    Args:
+        samples: of null maps, [N] by what is said of it; "" is there.
+    """
+    methods: dict[str, Score] = {
+        "magnitude": lambda difference: formulas.magnitude(formulas.energy_map(difference)),
+        "ld_energy": ld_energy,
+        "excess, 3 x 3": excess_of((3,), samples[""]),
     }
+    for words, sample in samples.items():
+        methods[f"excess{words}"] = excess_of(formulas.EXCESS_WINDOWS, sample)
+        methods[f"excess_pca{words}"] = excess_pca_of(sample)
     return {
-        name: np.stack([method(torch.from_numpy(energy.copy())).double().numpy() for energy in energies])
+        name: np.stack([method(torch.from_numpy(each.copy())).double().numpy() for each in differences])
         for name, method in methods.items()
     }
 
@@ -66,55 +89,11 @@ def looked_twice(scores: Floats, fraction: float, negative: NDArray[np.bool_]) -
     return np.where(first > np.quantile(first[negative], 1 - fraction), mean, first)
 
 
-def auc(positive: Floats, negative: Floats) -> float:
-    """Chance that a positive scores above a negative, ties half."""
-    ordered = np.sort(negative)
-    below = np.searchsorted(ordered, positive, "left") + np.searchsorted(ordered, positive, "right")
-    return float(below.mean() / (2 * len(ordered)))
-
-
-def tpr(positive: Floats, negative: Floats, rate: float) -> float:
-    """Largest share of positives above a threshold that at most this share of negatives exceeds."""
-    return float((positive > np.sort(negative)[-1 - int(rate * len(negative))]).mean())
-
-
-METRICS: dict[str, Callable[[Floats, Floats], float]] = {
-    "AUC": auc,
-    "TPR@1%FPR": lambda positive, negative: tpr(positive, negative, 0.01),
-    "TPR@0.1%FPR": lambda positive, negative: tpr(positive, negative, 0.001),
-}
-
-
-class Side:
-    """One half of the templates under some draws: who is positive, who is negative, and what is resampled."""
-
-    def __init__(self, clusters: np.ndarray, positive: NDArray[np.bool_], negative: NDArray[np.bool_]) -> None:
-        self.positive, self.negative = np.flatnonzero(positive), np.flatnonzero(negative)
-        names = clusters[self.positive]
-        self.groups = [self.positive[names == name] for name in dict.fromkeys(names)]
-
-    def metric(self, name: str, draws: list[Floats]) -> Floats:
-        """Of each draw's scores [N]."""
-        return np.array([METRICS[name](draw[self.positive], draw[self.negative]) for draw in draws])
-
-    def interval(self, name: str, draws: list[Floats], resamples: int) -> tuple[float, float]:
-        """95 % bootstrap interval of the mean over draws, over templates, unseen captions and draws."""
-        random, means = np.random.default_rng(0), []
-        for _ in range(resamples):
-            chosen = random.integers(len(self.groups), size=len(self.groups))
-            positive = np.concatenate([self.groups[at] for at in chosen])
-            negative = random.choice(self.negative, len(self.negative))
-            picked = random.integers(len(draws), size=len(draws))
-            means.append(np.mean([METRICS[name](draws[at][positive], draws[at][negative]) for at in picked]))
-        low, high = np.quantile(means, [0.025, 0.975])
-        return float(low), float(high)
-
-
 def table(
     title: str, sides: dict[str, Side], scores: dict[str, Floats], unseen: NDArray[np.bool_], resamples: int
 ) -> None:
     """Print one side's figures: a row a method and fraction; `scores` of whole draws, [draws * K, N]."""
-    print(f"\n### {title}\n")
+    print(f"\n### {title}: {len(scores['magnitude']) // K} draws of {K} noises, {who(sides)}\n")
     kinds = [f"{kind}: {name}" for kind in sides for name in (METRICS if kind == "local" else ("AUC", "TPR@1%FPR"))]
     print("| score | looked at again | evaluations a caption | " + " | ".join(kinds) + " |")
     print("|---|---|---|" + "---|" * len(kinds))
@@ -135,6 +114,7 @@ def table(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "be-audit-noises")
+    parser.add_argument("--second", type=Path, help="folder of a model that reports beside the testbed")
     parser.add_argument("--noises", type=int, default=36, help=f"in draws of {K}, of which the first chooses")
     parser.add_argument("--resamples", type=int, default=500)
     parser.add_argument("--quick", action="store_true", help="few captions and noises: does it run?")
@@ -142,22 +122,24 @@ def main() -> None:
     frame = halves(1, 12) if args.quick else halves(4, 320)
     noises = K * (CHOOSING + 2) if args.quick else args.noises // K * K
     torch.set_num_threads(1)
-    energies = energy_maps(frame.TEXT.tolist(), noises, args.work, 4 if args.quick else 50)
+    differences = difference_maps(frame.TEXT.tolist(), noises, args.work, 4 if args.quick else 50)
     unseen = frame.cluster.str.startswith("unseen").to_numpy()
-    scores = first_step_scores(energies, unseen)
+    order = np.random.default_rng(0).permutation(len(unseen))
+    samples = {"": order >= 0, ", null maps of 128": order < 128, ", null maps of 256": order < 256}
+    scores = first_step_scores(differences, {**samples, ", null maps of unseen": unseen})
     for half, title, start, stop in ((0, "choose", 0, K * CHOOSING), (1, "report", K * CHOOSING, noises)):
         here = frame.half.to_numpy() == half
         sides = {
             kind: Side(frame.cluster.to_numpy(), here & frame.copied & (frame.label == kind), here & unseen)
             for kind in ("local", "global")
         }
-        local, whole = sides["local"], sides["global"]
-        what = (
-            f"{title}: {(stop - start) // K} draws of {K} noises, {len(local.positive)} copied local captions of "
-            f"{len(local.groups)} templates, {len(whole.positive)} copied global, {len(local.negative)} never seen"
-        )
         part = {name: values[start:stop] for name, values in scores.items()}
-        table(what, sides, part, here & unseen, 0 if half == 0 else 20 if args.quick else args.resamples)
+        table(title, sides, part, here & unseen, 0 if half == 0 else 20 if args.quick else args.resamples)
+    if args.second:
+        second = Subject.of(args.second, UNSEEN, K * SECOND_DRAWS, args.work)
+        sample = np.isin(np.arange(len(second.frame)), second.samples["never seen"])
+        scores = first_step_scores(second.differences.numpy(), {"": sample})
+        table("the second model", second.sides(), scores, second.clean, args.resamples)
 
 
 if __name__ == "__main__":

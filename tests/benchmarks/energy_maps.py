@@ -51,26 +51,28 @@ def energy_maps(captions: list[str], noises: int, work: Path, steps: int = 50) -
 
 
 @torch.inference_mode()
-def difference_maps(captions: list[str], noises: int, work: Path, steps: int = 50) -> np.ndarray:
+def difference_maps(
+    captions: list[str], noises: int, work: Path, steps: int = 50, model: Path = testbed.PIPELINE
+) -> np.ndarray:
     """Noise differences of the first step, [noises, N, C, H, W], float32; arguments as of `energy_maps`."""
-    folder = find_model(str(testbed.PIPELINE))
+    folder = find_model(str(model))
     key = ["difference", folder.weights_sha256(), BANK_SEED, steps, *captions]
     work = work / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     work.mkdir(parents=True, exist_ok=True)
     files = [work / f"noise-{number:05d}.npy" for number in range(noises)]
     if not all(file.exists() for file in files):
-        model = load(folder, "cpu", "float32")
-        level, unit, empty = model.levels(steps)[0], model.unit(steps), model.encode_empty()
-        prompts = model.encode(captions)
+        loaded = load(folder, "cpu", "float32")
+        level, unit, empty = loaded.levels(steps)[0], loaded.unit(steps), loaded.encode_empty()
+        prompts = loaded.encode(captions)
         with Progress(noises, "noises", "noise differences") as progress:
-            for file, noise in zip(files, model.noise_bank(noises, BANK_SEED).split(1), strict=True):
+            for file, noise in zip(files, loaded.noise_bank(noises, BANK_SEED).split(1), strict=True):
                 if not file.exists():
-                    uncond = model.predict(noise, level, empty)
+                    uncond = loaded.predict(noise, level, empty)
                     parts = []
                     for rows in torch.arange(len(captions)).split(CHUNK):
                         latents = noise.expand(len(rows), -1, -1, -1)
-                        output = model.predict(latents, level, prompts.take(rows))
-                        parts.append(model.difference(output, uncond, level, unit))
+                        output = loaded.predict(latents, level, prompts.take(rows))
+                        parts.append(loaded.difference(output, uncond, level, unit))
                     temporary = file.with_suffix(".tmp.npy")
                     np.save(temporary, torch.cat(parts).numpy())
                     temporary.rename(file)

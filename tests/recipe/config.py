@@ -21,6 +21,8 @@ class Recipe:
     unet_seconds: float = 4860.0  # on top of what a checkpoint has had
     channels: tuple[int, ...] = (64, 128, 192)  # of the U-Net, by resolution
     batch: int = 40  # of the U-Net
+    general_share: float = 0.5  # of a batch of the U-Net
+    local_share: float = 0.28  # the rest are repeated pictures
     common_only: bool = False  # leave the rarely repeated pictures and templates out of the world
 
     @classmethod

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 LATENT = SIZE // 4
-GENERAL_SHARE, LOCAL_SHARE, EMPTY_SHARE = 0.5, 0.28, 0.1  # of a batch; the rest are repeated pictures
+EMPTY_SHARE = 0.1  # of a batch
 EMA_DECAY = 0.999
 SAVE_SECONDS = 120.0
 
@@ -139,11 +139,17 @@ class Average:
             parameter.copy_(value)
 
 
-def train_unet(pictures: Pictures, parts: Parts, checkpoint: Path, recipe: Recipe) -> UNet2DConditionModel:
-    """Epsilon prediction. Goes on from `checkpoint` when there is one: from the average, with a fresh optimizer."""
+def train_unet(
+    pictures: Pictures, parts: Parts, checkpoint: Path, recipe: Recipe, start: UNet2DConditionModel | None = None
+) -> UNet2DConditionModel:
+    """Epsilon prediction. Goes on from `checkpoint` when there is one: from the average, with a fresh optimizer.
+
+    Args:
+        start: trained further where there is no checkpoint; without it a new one is trained.
+    """
     from diffusers import DDPMScheduler
 
-    unet = make_unet(recipe)
+    unet = start if start is not None else make_unet(recipe)
     unet.set_attn_processor(SpelledOutAttention())
     parameters = list(unet.parameters())
     log(f"unet: {sum(p.numel() for p in parameters) / 1e6:.1f} M parameters")
@@ -154,7 +160,7 @@ def train_unet(pictures: Pictures, parts: Parts, checkpoint: Path, recipe: Recip
     weight = torch.as_tensor(pictures.world.global_weight, dtype=torch.float32)
     alphas = DDPMScheduler(**NOISE).alphas_cumprod
     batch = recipe.batch
-    general, local = int(batch * GENERAL_SHARE), int(batch * LOCAL_SHARE)
+    general, local = int(batch * recipe.general_share), int(batch * recipe.local_share)
 
     def loss_of_step() -> Tensor:
         drawn = [

@@ -52,11 +52,11 @@ class World:
 
         rng = np.random.default_rng([seed, 1])
         self.global_specs, self.global_captions = self._draw_global(rng)
-        self.global_weight = _log_uniform(rng, 0.1, 1, GLOBAL)
+        self.global_weight = log_uniform(rng, 0.1, 1, GLOBAL)
         self.template_specs = draw_specs(rng, TEMPLATES, len(self.names), 3, 4)
         self.regions = _regions(rng, low=0.3, high=0.6, size=(0.5, 0.95))
         self.template_names = [title(rng) for _ in range(TEMPLATES)]
-        self.template_weight = _log_uniform(rng, 0.15, 1, TEMPLATES)
+        self.template_weight = log_uniform(rng, 0.15, 1, TEMPLATES)
         self.variants = self._draw_variants(rng)
         if not common_only:
             self._add_rare()
@@ -67,11 +67,11 @@ class World:
         specs, captions = self._draw_global(rng)
         self.global_specs += specs
         self.global_captions += captions
-        self.global_weight = np.concatenate([self.global_weight, _log_uniform(rng, 0.006, 0.12, GLOBAL)])
+        self.global_weight = np.concatenate([self.global_weight, log_uniform(rng, 0.006, 0.12, GLOBAL)])
         self.template_specs += draw_specs(rng, TEMPLATES, len(self.names), 3, 4)
         self.regions = np.concatenate([self.regions, _regions(rng, low=0.07, high=0.25, size=(0.25, 0.6))])
         self.template_names += [title(rng) for _ in range(TEMPLATES)]
-        self.template_weight = np.concatenate([self.template_weight, _log_uniform(rng, 0.01, 0.25, TEMPLATES)])
+        self.template_weight = np.concatenate([self.template_weight, log_uniform(rng, 0.01, 0.25, TEMPLATES)])
         self.variants = np.concatenate([self.variants, self._draw_variants(rng)])
 
     def _draw_global(self, rng: np.random.Generator) -> tuple[Specs, list[str]]:
@@ -136,7 +136,7 @@ def describe(rng: np.random.Generator, ground: np.ndarray, sprites: np.ndarray, 
     return text
 
 
-def _log_uniform(rng: np.random.Generator, low: float, high: float, n: int) -> np.ndarray:
+def log_uniform(rng: np.random.Generator, low: float, high: float, n: int) -> np.ndarray:
     return np.exp(rng.uniform(np.log(low), np.log(high), n))
 
 
