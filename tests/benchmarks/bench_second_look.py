@@ -22,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines import formulas
-from pipelines.null_maps import NullMaps
 from tests.benchmarks.energy_maps import difference_maps, halves
 from tests.benchmarks.subjects import METRICS, UNSEEN, Floats, Side, Subject, who
+from tests.benchmarks.tables_noises import excess_pca
 
 K, CHOOSING, SECOND_DRAWS = 4, 1, 3  # noises of a draw; draws that choose; draws of the second model
 FRACTIONS = (0.0, 0.02, 0.05, 0.1, 0.2, 1.0)
@@ -47,10 +47,9 @@ def excess_pca_of(sample: NDArray[np.bool_]) -> Score:
     """`excess_pca`, measured against some of the captions."""
 
     def score(difference: torch.Tensor) -> torch.Tensor:
-        maps = NullMaps.of_differences([difference[torch.from_numpy(sample)]])
-        assert maps.residual is not None
-        rows = maps.residual.take(torch.zeros(len(difference), dtype=torch.int64))
-        return formulas.peak(rows.energy(difference), rows.usual)
+        return torch.from_numpy(
+            excess_pca(difference[None].numpy(), difference[torch.from_numpy(sample)][None].numpy())
+        )[0]
 
     return score
 

@@ -20,13 +20,14 @@ import numpy as np
 import pandas as pd
 import torch
 
+from audit.captions.sample import SAMPLE
 from audit.reports.pictures import REGION
 from tests.benchmarks.published import published_detection, published_evaluation, published_masks
 from tests.benchmarks.tables_masks import FEW, attention_per_step, mask_quality, mask_question
 from tests.benchmarks.tables_page import Page, Row, better_or_worse, between
-from tests.benchmarks.tables_passes import NOISES, SEED, Passes, choose, many
+from tests.benchmarks.tables_passes import NOISES, SEED, Passes, choose, many, null_captions
 from tests.benchmarks.tables_regions import shown_region
-from tests.benchmarks.tables_scores import all_detectors, detection, evaluation, several_noises
+from tests.benchmarks.tables_scores import all_detectors, detection, energies, energy_scores, evaluation, several_noises
 
 DOCS = Path(__file__).parents[2] / "docs"
 DEPTHS = ("energy", "first", "all")  # tables of the first step's energy map; of all its columns; of whole trajectories
@@ -55,12 +56,15 @@ def write_tables(output: Path, work: Path, quick: bool, depth: str = "all") -> P
     def over(make: Callable[[list[str], int], Made], name: str) -> list[Made]:
         return [make(samples[name].TEXT.tolist(), noise) for noise in range(noises)]
 
-    energy = np.stack(over(passes.energy, "energy"))
-    said = about_noises(several_noises(page, samples["energy"], energy))
-    said += about_regions(shown_region(page, samples["energy"], energy))
+    nulls = null_captions([*samples.values()], 16 if quick else SAMPLE)
+    null = np.stack([passes.difference(nulls, noise) for noise in range(noises)])
+    differences = np.stack(over(passes.difference, "energy"))
+    said = about_noises(several_noises(page, samples["energy"], energy_scores(differences, null), len(nulls)))
+    said += about_regions(shown_region(page, samples["energy"], energies(differences)))
     if "first" in samples:
+        of_run = energy_scores(np.stack(over(passes.difference, "first")), null)
         extra = over(lambda captions, noise: passes.columns(captions, noise, True), "first")
-        said += about_detectors(all_detectors(page, samples["first"], over(passes.columns, "first"), extra))
+        said += about_detectors(all_detectors(page, samples["first"], over(passes.columns, "first"), extra, of_run))
     if "all" in samples:
         frame = samples["all"]
         first, low, whole = (over(make, "all") for make in (passes.first, passes.low, passes.whole))

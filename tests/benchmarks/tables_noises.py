@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from audit.statistics.intervals import Statistic, cluster_bootstrap
 from audit.statistics.metrics import auc, max_f1, tpr_at_fpr
+from pipelines import formulas
+from pipelines.null_maps import NullMaps
 from tests.benchmarks.tables_page import Row
 
 METRICS: dict[str, Statistic] = {
@@ -83,21 +85,31 @@ def figure(
     return row | metrics(difference, "gain")
 
 
-def excess(energy: NDArray[np.float32], null: NDArray[np.bool_], windows: tuple[int, ...] = WINDOWS) -> Values:
+def excess(energy: NDArray[np.float32], null: NDArray[np.float32], windows: tuple[int, ...] = WINDOWS) -> Values:
     """Largest cell of the log energy map standardised per noise, cell and window by the null captions.
 
     Args:
-        energy: [noises, N, H, W]. null: the captions that say what is usual, [N]. windows: of the smoothing mean.
+        energy: [noises, N, H, W]. null: of the captions that say what is usual. windows: of the smoothing mean.
     Returns:
         [noises, N].
     """
     found = []
-    for maps in torch.from_numpy(energy).float():
-        logs = torch.stack([_smooth(maps, size) for size in windows], 1).log()
-        usual = logs[torch.tensor(null)]
+    for maps, others in zip(torch.from_numpy(energy).float(), torch.from_numpy(null).float(), strict=True):
+        logs, usual = (torch.stack([_smooth(each, size) for size in windows], 1).log() for each in (maps, others))
         median = usual.quantile(0.5, 0)
         spread = (usual.quantile(0.84, 0) - median).clamp_min(1e-3)
         found.append(((logs - median) / spread).amax((1, 2, 3)).numpy())
+    return np.stack(found)
+
+
+def excess_pca(differences: NDArray[np.float32], null: NDArray[np.float32]) -> Values:
+    """The product's `excess_pca` with null maps of the null captions, [noises, N]; both are [noises, N, C, H, W]."""
+    found = []
+    for each, others in zip(torch.from_numpy(differences), torch.from_numpy(null), strict=True):
+        residual = NullMaps.of_differences([others]).residual
+        assert residual is not None
+        rows = residual.take(torch.zeros(len(each), dtype=torch.int64))
+        found.append(formulas.peak(rows.energy(each), rows.usual).numpy())
     return np.stack(found)
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from audit import testbed
 from audit.base.progress import Progress
+from audit.captions.sample import SAMPLE
 from audit.cli.demo import COPIED
 from pipelines import FirstStepScorer, find_model, formulas, load
 from pipelines.attention import TOKENS, capture_attention, cross_attention_layers, paper_layers
@@ -31,7 +32,7 @@ COMMON_TEMPLATES = 16  # template-000 to -015 are the common ones (audit/testbed
 CHUNK = 16
 GUIDANCE = 7.5
 NULL_SAMPLE, NULL_FROM = 100, slice(100, 320)  # of the captions never seen
-MORE = 1001  # seed of World.sample_general: not one of those that training or the testbed's table took
+MORE, MORE_NULL = 1001, 1002  # seeds of World.sample_general: not those that training or the testbed's table took
 NOISES, SEED = 8, 1000  # of the bank: no table rests on one noise, nor on seed 0, which is a lucky one
 COLUMNS = ("magnitude", "ld", "ld_energy", "webster", "attention_entropy", "cosine")
 EXTRA_COLUMNS = ("cosine_low", "anisotropy")
@@ -42,7 +43,7 @@ def captions_table() -> pd.DataFrame:
     """Distinct captions of the testbed.
 
     Columns added: copied (measured), common (template), half (0 or 1; whole clusters, balanced over kinds), null (the
-    sample that says what is usual to `excess`: captions never seen, counted nowhere else).
+    sample that says what is usual to `excess`, with others of `null_captions`: never seen, counted nowhere else).
     """
     table = pq.read_table(testbed.CAPTIONS).to_pandas().drop_duplicates("TEXT").reset_index(drop=True)
     table["copied"] = table.copy_error < COPIED
@@ -73,10 +74,18 @@ def many(per_template: int, num_unseen: int, num_seen: int, num_more: int = 0) -
     return pd.concat([*local, *rest]).reset_index(drop=True)
 
 
-def more_unseen(count: int, known: set[str]) -> pd.DataFrame:
+def null_captions(samples: Sequence[pd.DataFrame], count: int = SAMPLE) -> list[str]:
+    """As many captions never seen as a scan takes to say what is usual, in none of the samples but as `null`."""
+    table = captions_table()
+    known = set(table.TEXT).union(*(frame.TEXT for frame in samples))
+    own = table[table.null].TEXT.tolist()[:count]
+    return own + more_unseen(count - len(own), known, MORE_NULL).TEXT.tolist()
+
+
+def more_unseen(count: int, known: set[str], seed: int = MORE) -> pd.DataFrame:
     """Captions of the testbed's world under a seed of their own, none of them known, with the columns of the table."""
     world = World(load_sprites(SPRITES))
-    drawn = [text for text in dict.fromkeys(world.sample_general(2 * count, MORE)[1]) if text not in known][:count]
+    drawn = [text for text in dict.fromkeys(world.sample_general(2 * count, seed)[1]) if text not in known][:count]
     clusters = [f"unseen-more-{at:04d}" for at in range(len(drawn))]
     halves = [at % 2 for at in range(len(drawn))]
     facts = {"label": "none", "copied": False, "common": False, "null": False}
@@ -134,10 +143,14 @@ class Passes:
 
         return self._kept("extra" if extra else "columns", captions, noise, make)
 
-    def energy(self, captions: Sequence[str], noise: int) -> NDArray[np.float32]:
-        """Energy maps of the first step alone, [N, H, W]."""
+    def difference(self, captions: Sequence[str], noise: int) -> NDArray[np.float32]:
+        """Noise differences of the first step, [N, C, H, W]."""
         level = self.model.levels(self.steps)[0]
-        return self._kept("energy", captions, noise, lambda chunk: self._energy(chunk, noise, level))["energy"]
+
+        def make(chunk: list[str]) -> Arrays:
+            return {"difference": self._difference(chunk, noise, level)}
+
+        return self._kept("difference", captions, noise, make)["difference"]
 
     def first(self, captions: Sequence[str], noise: int) -> Arrays:
         """First step: masks [N, token, layer, H, W], energy [N, H, W]."""
@@ -191,11 +204,10 @@ class Passes:
         return self._scorers[noise, extra]
 
     @torch.inference_mode()
-    def _energy(self, captions: list[str], noise: int, level: NoiseLevel) -> Arrays:
+    def _difference(self, captions: list[str], noise: int, level: NoiseLevel) -> NDArray[np.float32]:
         prompts, start = self.model.encode(captions), self.bank[noise : noise + 1]
         conditional = self.model.predict(start.expand(len(captions), -1, -1, -1), level, prompts)
-        uncond = self._uncond(noise, level)
-        return {"energy": formulas.energy_map(conditional - uncond).numpy()}
+        return (conditional - self._uncond(noise, level)).numpy()
 
     @torch.inference_mode()
     def _once(self, captions: list[str], noise: int, level: NoiseLevel) -> Arrays:

@@ -17,7 +17,7 @@ from audit.verdicts.compare import Neighbour, References, match_image
 from pipelines import formulas
 from pipelines.attention import TOKENS
 from tests.benchmarks import published
-from tests.benchmarks.tables_noises import excess, figure
+from tests.benchmarks.tables_noises import excess, excess_pca, figure
 from tests.benchmarks.tables_page import Page, Row, better_or_worse, between
 from tests.benchmarks.tables_passes import COLUMNS, EXTRA_COLUMNS, Arrays, Passes
 
@@ -60,21 +60,35 @@ def magnitude(energy: Any) -> NDArray[np.float32]:
     return formulas.magnitude(torch.from_numpy(np.asarray(energy))).numpy()
 
 
-def energy_scores(energy: NDArray[np.float32], null: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
-    """The scores that rest on the energy map of the first step alone, [noises, N] each."""
+def energies(differences: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`pipelines.formulas.energy_map` of noise differences [noises, N, C, H, W]."""
+    return np.stack([formulas.energy_map(torch.from_numpy(each)).numpy() for each in differences])
+
+
+def energy_scores(differences: NDArray[np.float32], null: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+    """The scores that rest on the noise difference of the first step alone, [noises, N] each.
+
+    Args:
+        differences: [noises, N, C, H, W]. null: those of the captions that say what is usual.
+    """
+    energy, usual = energies(differences), energies(null)
     under = [ld(each, formulas.energy_mask(torch.from_numpy(each)).numpy()) for each in energy]
     return {
         "magnitude": magnitude(energy),
         "ld_energy": np.stack(under),
-        "excess, window of 3": excess(energy, null, (3,)),
-        "excess, four windows": excess(energy, null),
+        "excess, window of 3": excess(energy, usual, (3,)),
+        "excess, four windows": excess(energy, usual),
+        "excess_pca": excess_pca(differences, null),
     }
 
 
-def several_noises(page: Page, frame: pd.DataFrame, energy: NDArray[np.float32]) -> list[Row]:
-    """Table 1: what the scores of the energy map find with 1, 2, 4 and 8 noises. Returns its rows."""
-    scores = energy_scores(energy, frame.null.to_numpy())
-    counts = [count for count in (1, 2, 4, 8) if count <= len(energy)]
+def several_noises(page: Page, frame: pd.DataFrame, scores: dict[str, NDArray[Any]], null: int) -> list[Row]:
+    """Table 1: what the scores of the noise difference find with 1, 2, 4 and 8 noises. Returns its rows.
+
+    Args:
+        scores: of `energy_scores`. null: how many captions say what is usual.
+    """
+    counts = [count for count in (1, 2, 4, 8) if count <= len(scores["magnitude"])]
     rows = []
     for kind in ("local", "global"):
         kept, memorised = sample_of(frame, "measured copying", kind)
@@ -88,16 +102,15 @@ def several_noises(page: Page, frame: pd.DataFrame, energy: NDArray[np.float32])
     clean = int(sample_of(frame, "measured copying", "local")[0].sum()) - rows[0]["memorised"]
     words = _clean_words(frame, scores)
     page.text(
-        f"Scores of the first step's energy map alone, with {clean} clean captions, of which {int(clean * 0.01)} may "
-        f"be flagged at an FPR of 1 % and {int(clean * 0.001)} at 0.1 %. `excess` is the largest cell of the log "
-        f"energy map, smoothed by "
-        "a 3 x 3 mean (*four windows*: by 3, 5 and 9 cells and the whole map), standardised per noise and cell by the "
-        f"median and the upper spread (84 % quantile minus median) over {int(frame.null.sum())} other captions of the "
-        f"table that the model never saw, which are counted nowhere else.{words} Several noises count by their mean "
-        f"or "
-        "their maximum. *gain* is against magnitude under one noise. U-Net evaluations: one a caption and noise; the "
-        "unconditional one of every noise is shared by all captions, and the null maps of `excess` take those of "
-        "their sample, once a run."
+        f"Scores of the first step's noise difference alone, with {clean} clean captions, of which {int(clean * 0.01)} "
+        f"may be flagged at an FPR of 1 % and {int(clean * 0.001)} at 0.1 %. `excess` is the largest cell of the log "
+        "energy map, smoothed by a 3 x 3 mean (*four windows*: by 3, 5 and 9 cells and the whole map), standardised "
+        f"per noise and cell by the median and upper spread (84 % quantile minus median) over {null} other captions "
+        "that the model never saw, which are counted nowhere else; `excess_pca` is the largest cell of the energy map "
+        "of what is left without their common part (docs/detection.md)."
+        f"{words} Several noises count by their mean or their maximum. *gain* is against magnitude under one noise. "
+        "U-Net evaluations: one a caption and noise; the unconditional one of every noise is shared by all captions, "
+        "and the null maps of `excess` and `excess_pca` take those of their sample, once a run."
     )
     shown = [row for row in rows if row["over_noises"] == "mean" or row["noises"] == 4]
     _by_truth(page, "noises", rows, lambda row: f"{row['score']}, {_noises(row)}", "", None, shown)
@@ -217,21 +230,27 @@ def matches(frame: pd.DataFrame, passes: Passes, first: Arrays, whole: Arrays, i
     return {name: np.array(values) for name, values in best.items()}
 
 
-def all_detectors(page: Page, frame: pd.DataFrame, columns: list[Arrays], extra: list[Arrays]) -> list[Row]:
-    """Table 3: every first-step column of a scan of one noise, and of four. Returns its rows."""
-    names = (*COLUMNS, *(EXTRA_COLUMNS if extra else ()))
+def all_detectors(
+    page: Page, frame: pd.DataFrame, columns: list[Arrays], extra: list[Arrays], of_run: dict[str, NDArray[Any]]
+) -> list[Row]:
+    """Table 3: every first-step column of a scan of one noise, and of four. Returns its rows.
+
+    Args:
+        of_run: of `energy_scores`; those that are measured against other captions are taken.
+    """
+    scores = {name: np.stack([each[name] for each in columns]) for name in COLUMNS}
+    scores |= {"excess": of_run["excess, four windows"], "excess_pca": of_run["excess_pca"]}
+    scores |= {name: np.stack([each[name] for each in extra]) for name in EXTRA_COLUMNS if extra}
     rows = []
     for truth in TRUTHS:
-        for name in names:
-            of = extra if name in EXTRA_COLUMNS else columns
-            values, base = (np.stack([each[column] for each in part]) for column, part in
-                            ((name, of), ("magnitude", columns[: len(of)])))  # fmt: skip
+        for name, values in scores.items():
             for kind in ("local", "global"):
                 kept, memorised = sample_of(frame, truth, kind)
                 for draws in (1, 4):
                     if draws > len(values):
                         continue
-                    args = (memorised[kept], base[:, kept], frame.cluster[kept], draws)
+                    base = scores["magnitude"][: len(values), kept]
+                    args = (memorised[kept], base, frame.cluster[kept], draws)
                     found = figure(name, kind, values[:, kept], *args)
                     cost = draws * (2 if name in EXTRA_COLUMNS else 1)
                     more = {"truth": truth, "evaluations": cost, "published_sd14": published.DETECTORS.get(name, "")}
@@ -239,8 +258,8 @@ def all_detectors(page: Page, frame: pd.DataFrame, columns: list[Arrays], extra:
     page.text("## 3. All detectors at the first step")
     page.text(
         "`ld` has the EOS mask of the first step (`--mask first`), `cosine_low` and `anisotropy` need "
-        "`--extra-evaluation`. All columns of one evaluation come together. *gain* is against magnitude under one "
-        "noise."
+        "`--extra-evaluation`, `excess` and `excess_pca` have the null maps of table 1. All columns of one evaluation "
+        "come together. *gain* is against magnitude under one noise."
     )
     _by_truth(page, "detectors", rows, lambda row: f"`{row['score']}`, {_noises(row)}", "", COST)
     figures = "; ".join(f"`{name}` {each}" for name, each in published.DETECTORS.items())

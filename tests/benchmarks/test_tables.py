@@ -27,7 +27,7 @@ def tables(folder: Path) -> dict[str, list[dict[str, str]]]:
 def test_tables_are_written_whole_and_again_the_same(tmp_path: Path) -> None:
     work = tmp_path / "work"
     page = write_tables(tmp_path / "first", work, quick=True).read_text()
-    for kept in (*work.glob("*/energy-*.npz"), *work.glob("*/columns-*.npz")):
+    for kept in (*work.glob("*/difference-*.npz"), *work.glob("*/columns-*.npz")):
         kept.unlink()  # as if it had been stopped before these were done
     write_tables(tmp_path / "again", work, quick=True, depth="first")
     first, again = tables(tmp_path / "first"), tables(tmp_path / "again")
@@ -51,7 +51,14 @@ def test_tables_are_written_whole_and_again_the_same(tmp_path: Path) -> None:
         ("2", "mean"),
         ("2", "max"),
     }
-    assert {row["score"] for row in first["detectors"]} >= {"webster", "attention_entropy", "cosine", "anisotropy"}
+    assert {row["score"] for row in first["detectors"]} >= {
+        "webster",
+        "attention_entropy",
+        "cosine",
+        "anisotropy",
+        "excess",
+        "excess_pca",
+    }
     costs = {row["score"]: row["evaluations"] for row in first["detectors"]}
     assert costs["ld_energy"] == "1" and costs["anisotropy"] == "2"
     assert {row["token"] for row in first["mask_question"]} >= {"EOS", "1 - BOS", "EOS and padding", "power 1"}
@@ -80,9 +87,8 @@ def test_a_figure_is_the_mean_over_noises_and_its_interval_holds_them_all() -> N
 
 def test_excess_is_the_largest_deviation_from_what_is_usual() -> None:
     usual = np.exp(np.linspace(0, 1, 101))[:, None, None] * np.ones((1, 4, 4))
-    maps = np.concatenate([usual, np.full((1, 4, 4), np.e**2)])[None].astype(np.float32)
-    null = np.arange(102) < 101
-    # logarithms 0 to 1: median 0.5, 84 % quantile 0.84; the last one lies 1.5 above the median
+    maps, null = np.full((1, 1, 4, 4), np.e**2, np.float32), usual[None].astype(np.float32)
+    # logarithms 0 to 1: median 0.5, 84 % quantile 0.84; this one lies 1.5 above the median
     assert excess(maps, null)[0, -1] == pytest.approx(1.5 / 0.34, rel=1e-4)
 
 
