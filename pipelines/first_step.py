@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipelines import formulas
 from pipelines.attention import MaskSource
-from pipelines.batching import AdaptiveBatches, one_behind
+from pipelines.batching import AdaptiveBatches, BatchSize, one_behind
 from pipelines.detectors import FirstStep, scores
 from pipelines.model import DiffusionModel, Embeddings
 from pipelines.null_maps import NullMaps
@@ -63,7 +63,7 @@ class FirstStepScorer:
         num_noises: K. seed: of the noise bank.
         steps: sampling steps; the first of their levels is scored (t = 981 for 50 steps of Stable Diffusion 1).
         guidance_scale: enters `webster`, and models that are told it.
-        batch_size: latents in one call of the denoiser; halved for good when memory runs out.
+        batch_size: latents in one call of the denoiser, or `auto`; halved for good when memory runs out.
         extra_evaluation: also compute `cosine_low` and `anisotropy`, at one more evaluation a prompt and noise.
         first_noise: leave out the noises of the bank before this one.
         null_maps: of the noises that are used; without them there is no `excess`.
@@ -80,7 +80,7 @@ class FirstStepScorer:
         seed: int = 0,
         steps: int = 50,
         guidance_scale: float = 7.5,
-        batch_size: int = 32,
+        batch_size: BatchSize = 32,
         extra_evaluation: bool = False,
         first_noise: int = 0,
         null_maps: NullMaps | None = None,
@@ -91,7 +91,8 @@ class FirstStepScorer:
             raise ValueError(f"a mask of step {self.mask_source.step} is no attention of the first step")
         self.layers = model.check_layers(self.mask_source.layers)
         self.guidance_scale, self.extra_evaluation = guidance_scale, extra_evaluation
-        self.batches, self.texts_at_once = AdaptiveBatches(batch_size), batch_size
+        self.batches = AdaptiveBatches(batch_size)
+        self.texts_at_once = self.batches.batch_size
         self.ahead = 0 if model.device.type == "cpu" else 2  # batches of prompts; a processor has no time to spare
         self._thread = ThreadPoolExecutor(1, "encode")  # started with the first batch that is encoded ahead
         self._expected: collections.deque[TextStream] = collections.deque(maxlen=EXPECTED)
@@ -175,7 +176,7 @@ class FirstStepScorer:
     ) -> dict[str, Tensor]:
         """What `compute` gives for pairs (prompt, noise), prompt * K + noise: name -> [N, K, ...], on the CPU."""
         count, seen = len(self.noises), 0
-        batches = self.batches.run(len(captions) * count, lambda part: HostCopy(compute(part)))
+        batches = self.batches.run(len(captions) * count, lambda part: HostCopy(compute(part)), HostCopy.wait)
         whole: dict[str, Tensor] = {}
         for part, copy in one_behind(batches):
             for name, values in copy.wait().items():

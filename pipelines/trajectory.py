@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipelines import formulas
 from pipelines.attention import MaskSource
-from pipelines.batching import AdaptiveBatches
+from pipelines.batching import AdaptiveBatches, BatchSize
 from pipelines.detectors import FirstStep, scores
 from pipelines.first_step import token_attention
 from pipelines.model import DiffusionModel, Embeddings
@@ -114,7 +114,7 @@ class TrajectorySampler:
         seed: int = 0,
         steps: int = 50,
         guidance_scale: float = 7.5,
-        batch_size: int = 16,
+        batch_size: BatchSize = 16,
         first_noise: int = 0,
         null_maps: NullMaps | None = None,
     ) -> None:

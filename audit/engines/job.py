@@ -8,10 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from audit.base.commits import Commit, Ledger
 from audit.base.log import worker_log
+
+if TYPE_CHECKING:
+    from pipelines.batching import BatchSize
 
 
 class Job(Protocol):
@@ -63,13 +66,14 @@ class JobSpec:
     Attributes:
         opener: dotted name of a function of this JobSpec that gives the Job: `audit.scores.scan_shard:open_job`.
         run: path or URL of the run folder. device: torch device or `auto`.
-        batch_size: latents at a time. max_error_rate: a shard with a larger share of failed rows is not committed.
+        batch_size: latents at a time, or `auto`.
+        max_error_rate: a shard with a larger share of failed rows is not committed.
     """
 
     opener: str
     run: str
     device: str
-    batch_size: int
+    batch_size: BatchSize
     max_error_rate: float
 
     def open(self) -> Job:

@@ -70,7 +70,12 @@ class ScoreFlags:
         "auto", "auto is float16 on CUDA, else float32; bfloat16 moves scores by several per cent.", choices=DTYPES
     )
     device: str = option("auto", DEVICE_HELP)
-    batch_size: int = option(32, "Latents in one call of the denoiser; halved when memory runs out.", min=1)
+    batch_size: int | Literal["auto"] = option(
+        32,
+        "Latents in one call of the denoiser; halved when memory runs out; auto doubles 16 while that is faster.",
+        min=1,
+        word=AUTO,
+    )
     rows_per_shard: int | Literal["auto"] = option(
         AUTO,
         "Rows of a shard, what a kill can lose; auto is 1,024, or more where there would be over 20,000 shards.",

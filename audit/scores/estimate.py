@@ -11,7 +11,7 @@ import numpy as np
 
 from audit.base.storage import Folder
 from audit.base.text import duration, size
-from audit.captions import MOST_SECONDS, CaptionPlan, is_empty, read_shard, rows_in_time
+from audit.captions import AUTO, MOST_SECONDS, CaptionPlan, is_empty, read_shard, rows_in_time
 from audit.run.select import rows_of
 from audit.scores.model import load_model
 from audit.scores.scan import ScanConfig, check_config, fingerprint_of, plan_of
@@ -91,17 +91,17 @@ def estimate(config: ScanConfig, say: Callable[[str], None]) -> Estimate:
         plan = plan_of(config, staging)
         for line in plan.facts.lines(plan.num_rows, plan.num_unique, plan.num_empty):
             say(line)
-        batch = _first_captions(plan, staging, config.batch_size)
+        few = 32 if config.batch_size == AUTO else config.batch_size  # no search for the fastest: it may take long
+        batch = _first_captions(plan, staging, few)
     fingerprint = fingerprint_of(config, folder, plan.files, plan.rows_per_shard)
     model = load_model(folder, config.device, fingerprint.dtype)
     scorer = open_scorer(fingerprint, model, config.batch_size)
     rate = refine_seconds = 0.0
     if batch and config.refine:
         sampler = open_sampler(fingerprint, model, config.num_noises, config.batch_size)
-        few = batch[:4]
         started = time.monotonic()
-        sampler(few)
-        each = (time.monotonic() - started) / len(few)
+        sampler(batch[:4])
+        each = (time.monotonic() - started) / len(batch[:4])
         refine_seconds = each * rows_of(config.refine, plan.num_unique) * config.num_noises
     if batch:
         scorer(batch[:1], lambda _: None)  # warm up

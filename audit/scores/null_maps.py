@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipelines import DiffusionModel
+    from pipelines.batching import BatchSize
     from pipelines.null_maps import NullMaps
 
 PARTS = b"common_parts"
@@ -187,7 +188,7 @@ class NullMapsJob:
 
     computing = "score"
 
-    def __init__(self, stage: Stage, model: DiffusionModel, batch_size: int) -> None:
+    def __init__(self, stage: Stage, model: DiffusionModel, batch_size: BatchSize) -> None:
         self.stage, self.ledger, self.model, self.batch_size = stage, stage.ledger, model, batch_size
 
     def read(self, shard: int) -> pa.Table:

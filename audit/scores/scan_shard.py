@@ -25,6 +25,7 @@ from audit.scores.self_check import check_scorer
 
 if TYPE_CHECKING:
     from pipelines import DiffusionModel
+    from pipelines.batching import BatchSize
 
 
 def open_job(spec: JobSpec) -> ScanJob:
@@ -75,7 +76,7 @@ class ScanJob:
 
     computing = "score"
 
-    def __init__(self, run: Run, model: DiffusionModel, batch_size: int, max_error_rate: float) -> None:
+    def __init__(self, run: Run, model: DiffusionModel, batch_size: BatchSize, max_error_rate: float) -> None:
         self.run, self.stage, self.max_error_rate = run, Stage.open(run, SCAN), max_error_rate
         self.ledger, self.model = self.stage.ledger, model
         self.scorer = open_scorer(run.fingerprint, model, batch_size, read_null_maps(run, NULL_MAPS))

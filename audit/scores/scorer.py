@@ -15,6 +15,7 @@ from audit.run.run import Fingerprint
 
 if TYPE_CHECKING:
     from pipelines import DiffusionModel, FirstStepScorer, MaskSource, TrajectorySampler
+    from pipelines.batching import BatchSize
     from pipelines.null_maps import NullMaps
 
 Columns = dict[str, NDArray[Any]]
@@ -85,7 +86,7 @@ def mask_source(fingerprint: Fingerprint) -> MaskSource:
 def open_scorer(
     fingerprint: Fingerprint,
     model: DiffusionModel,
-    batch_size: int,
+    batch_size: BatchSize,
     null_maps: NullMaps | None = None,
     noises: range | None = None,
 ) -> Scorer:
@@ -100,6 +101,7 @@ def open_scorer(
         AuditError: settings the model cannot serve.
     """
     from pipelines import FirstStepScorer, TrajectorySampler
+    from pipelines.batching import half
 
     source = mask_source(fingerprint)
     noises = noises or range(fingerprint.num_noises)
@@ -113,7 +115,7 @@ def open_scorer(
     }
     try:
         if source.step == "final":
-            return FinalMask(TrajectorySampler(model, source, batch_size=max(1, batch_size // 2), **shared))
+            return FinalMask(TrajectorySampler(model, source, batch_size=half(batch_size), **shared))
         return FirstMask(
             FirstStepScorer(
                 model, source, batch_size=batch_size, extra_evaluation=fingerprint.extra_evaluation, **shared

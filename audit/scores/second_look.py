@@ -27,6 +27,7 @@ from audit.scores.scorer import Scored, open_scorer, score_captions
 
 if TYPE_CHECKING:
     from pipelines import DiffusionModel
+    from pipelines.batching import BatchSize
 
 SECOND_LOOK_NOISES = 4
 """Noises of a second look, the first ones included."""
@@ -102,7 +103,7 @@ class SecondLookJob:
 
     computing = "score"
 
-    def __init__(self, stage: Stage, model: DiffusionModel, batch_size: int, max_error_rate: float) -> None:
+    def __init__(self, stage: Stage, model: DiffusionModel, batch_size: BatchSize, max_error_rate: float) -> None:
         self.stage, self.ledger, self.max_error_rate = stage, stage.ledger, max_error_rate
         run, asked = stage.run, stage.fingerprint(SecondLookFingerprint)
         self.first, self.count = run.fingerprint.num_noises, asked.num_noises

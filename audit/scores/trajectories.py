@@ -24,6 +24,7 @@ from audit.scores.model import load_run_model
 
 if TYPE_CHECKING:
     from pipelines import DiffusionModel, Trajectories, TrajectorySampler
+    from pipelines.batching import BatchSize
 
 NOT_FINITE = "scores are not finite"
 Sampled = list["Trajectories | str"]  # of each row a single-row Trajectories, or why there is none
@@ -53,10 +54,11 @@ def _open(spec: JobSpec, kind: StageKind) -> TrajectoryJob:
 
 
 def open_sampler(
-    fingerprint: Fingerprint, model: DiffusionModel, num_images: int, batch_size: int
+    fingerprint: Fingerprint, model: DiffusionModel, num_images: int, batch_size: BatchSize
 ) -> TrajectorySampler:
     """The sampler of a run: its seed, steps, guidance and mask source, with at least `num_images` noises."""
     from pipelines import MaskSource, TrajectorySampler
+    from pipelines.batching import half
 
     try:
         return TrajectorySampler(
@@ -66,7 +68,7 @@ def open_sampler(
             seed=fingerprint.seed,
             steps=fingerprint.steps,
             guidance_scale=fingerprint.guidance_scale,
-            batch_size=max(1, batch_size // 2),
+            batch_size=half(batch_size),
         )
     except ValueError as error:
         raise AuditError(str(error)) from error
@@ -82,7 +84,7 @@ class TrajectoryJob:
 
     computing = "sample"
 
-    def __init__(self, stage: Stage, model: DiffusionModel, batch_size: int, max_error_rate: float) -> None:
+    def __init__(self, stage: Stage, model: DiffusionModel, batch_size: BatchSize, max_error_rate: float) -> None:
         self.stage, self.ledger, self.max_error_rate = stage, stage.ledger, max_error_rate
         num_images = read_facts(Images, stage.facts.fingerprint, stage.kind.name).num_images
         self.sampler = open_sampler(stage.run.fingerprint, model, num_images, batch_size)

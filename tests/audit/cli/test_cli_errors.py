@@ -171,8 +171,8 @@ CASES: dict[str, tuple[Callable[[Path, str], list[object]], str]] = {
     "broken run.json": (broken_run, "run.json: cannot be read: restore it or use another folder"),
     "newer run": (run_of_the_future, "a run of format 99, made by another version of be-audit; this one reads 3"),
     "unknown flag": (flag("--batchsize", 3), "No such option"),
-    "batch size 0": (flag("--batch-size", 0), "0 is not in the range 1<=x<="),
-    "batch size of letters": (flag("--batch-size", "many"), "'many' is not a valid integer"),
+    "batch size 0": (flag("--batch-size", 0), "0 is neither a whole number of at least 1 nor auto"),
+    "batch size of letters": (flag("--batch-size", "many"), "many is neither a whole number of at least 1 nor auto"),
     "unknown mask": (flag("--mask", "last"), "'last' is not one of 'first', 'final'"),
     "negative refinement": (flag("--refine", -0.1), "-0.1 is not in the range 0.0<=x<=1.0"),
     "extra evaluation of a trajectory": (

@@ -84,7 +84,7 @@ def test_stored_rows_are_the_reference(config: ScanConfig, captions_file: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"batch_size": 1}, {"batch_size": 7}, {"batch_size": 64}])
+@pytest.mark.parametrize("changes", [{"batch_size": 1}, {"batch_size": 7}, {"batch_size": 64}, {"batch_size": "auto"}])
 def test_batch_size_changes_nothing(config: ScanConfig, tmp_path: Path, changes: dict[str, Any]) -> None:
     scan(other := replace(config, output=str(tmp_path / "run"), **changes))
     assert_same(table(other), table(config))
