@@ -56,14 +56,14 @@ def train(world: World, folder: Path, recipe: Recipe) -> None:
     save_pipeline(folder, parts, train_unet(pictures, parts, folder / "unet.ckpt", recipe, start))
 
 
-def measure(world: World, folder: Path, recipe: Recipe, images: int) -> None:
+def measure(world: World, folder: Path, recipe: Recipe, images: int, steps: int) -> None:
     """What it copies: pictures of every repeated caption and of two a template, and the tables with the errors."""
     for name in ("clip", DESCRIPTOR):
         if not (folder / name).exists():
             (folder / name).symlink_to((SHIPPED / name).resolve())
     prompts = choose(world, per_template=2, unseen=8)
     known = training_pictures(world, recipe.general)
-    seen = generate(folder, prompts, known, images, steps=50, guidance=7.5)
+    seen = generate(folder, prompts, known, images, steps, guidance=7.5)
     found = {"cluster": prompts.cluster[seen["caption"]], "error": seen["error"]}
     np.savez_compressed(folder / "eval.npz", allow_pickle=False, **found)
     pack(world, folder, recipe.general, folder / "eval.npz")
@@ -77,13 +77,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--unet-seconds", type=float, default=1500.0)
     parser.add_argument("--general", type=int, default=RECIPE.general)
     parser.add_argument("--images", type=int, default=2, help="drawn of a caption, to measure what is copied")
+    parser.add_argument("--steps", type=int, default=50, help="of drawing them")
     args = parser.parse_args(argv)
     recipe = replace(RECIPE, seed=args.seed, unet_seconds=args.unet_seconds, general=args.general)
     torch.manual_seed(recipe.seed)
     args.folder.mkdir(parents=True, exist_ok=True)
     world = second_world(recipe.seed)
     train(world, args.folder, recipe)
-    measure(world, args.folder, recipe, args.images)
+    measure(world, args.folder, recipe, args.images, args.steps)
     log(f"done, in {args.folder}")
 
 

@@ -86,6 +86,23 @@ def test_the_whole_recipe_runs(tmp_path: Path) -> None:
     assert all(0 < row["copy_error"] < 1 for row in memorised)
 
 
+def test_a_second_model_memorises_a_world_that_the_testbed_does_not_know(tmp_path: Path) -> None:
+    small = ("--general", "240", "--unet-seconds", "0.1", "--images", "1", "--steps", "2")
+    done = _python("-m", "tests.recipe.second", str(tmp_path), *small)
+    assert done.returncode == 0, done.stderr
+    table, known = pq.read_table(tmp_path / "captions.parquet").to_pandas(), pq.read_table(testbed.CAPTIONS)
+    memorised = table[table.label != "none"]
+    assert memorised.groupby("label").cluster.nunique().to_dict() == {"global": 12, "local": 16}
+    assert memorised.copy_error.between(0, 1, inclusive="neither").all() and table.copy_error.count() == len(memorised)
+    assert not set(memorised.TEXT) & set(known["TEXT"].to_pylist())
+    with np.load(tmp_path / "regions.npz") as file:
+        regions = np.unpackbits(file["regions"], axis=-1)
+    assert len(regions) == 16 and regions.mean((1, 2)).max() < 0.25
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    ours, theirs = ((folder / weights).read_bytes() for folder in (tmp_path / "pipeline", testbed.PIPELINE))
+    assert len(ours) == len(theirs) and ours != theirs
+
+
 def test_a_missing_font_is_said_in_one_line(tmp_path: Path) -> None:
     font = tmp_path / "absent.ttf"
     done = _python("-m", "tests.recipe.sprites", str(tmp_path / "sprites.npz"), "--font", str(font))
