@@ -1,10 +1,10 @@
 """Settings of `excess_pca`, chosen on half of the testbed's templates, reported on the others and on another model.
 
     python -m tests.recipe.second SECOND
-    python -m tests.benchmarks.bench_components --second SECOND [--resamples 200]
+    python -m tests.benchmarks.bench_components --second SECOND [--choose 4] [--report 8] [--resamples 200]
 
-The first four noises and one half of the templates choose. Eight other noises report: the other half, and every
-template of the second model, of which nothing was seen before. Copied captions count against captions that a model
+The first noises and one half of the templates choose. Other noises report: the other half, and every template of the
+second model, of which nothing was seen before. Copied captions count against captions that a model
 never saw. Null maps are of two samples: captions never seen, and the run's own as a scan takes them, of which a part is
 copied.
 
@@ -26,7 +26,6 @@ from audit import testbed
 from pipelines import formulas
 from tests.benchmarks.subjects import METRICS, UNSEEN, Floats, Side, Subject, who
 
-CHOOSE, REPORT = 4, 8  # noises that choose, noises after them that report
 SHOWN = tuple(itertools.product(("local", "global"), METRICS))
 
 
@@ -87,11 +86,11 @@ def at_the_tail(positive: Floats, negative: Floats, rate: float = 0.01) -> float
     return float((positive[:, None] > thresholds).mean())
 
 
-def choose(subject: Subject, sides: dict[str, Side], grid: list[Setting]) -> Setting:
+def choose(subject: Subject, sides: dict[str, Side], noises: slice, grid: list[Setting]) -> Setting:
     """The setting of the best mean over samples and kinds; prints that of each."""
     found: dict[Setting, dict[str, float]] = {each: {} for each in grid}
     for sample in subject.samples:
-        for setting, values in settings_scores(subject, sample, slice(CHOOSE), grid).items():
+        for setting, values in settings_scores(subject, sample, noises, grid).items():
             for kind, side in sides.items():
                 tails = [at_the_tail(draw[side.positive], draw[side.negative]) for draw in values]
                 found[setting][f"{sample}, {kind}"] = float(np.mean(tails))
@@ -109,7 +108,7 @@ def choose(subject: Subject, sides: dict[str, Side], grid: list[Setting]) -> Set
 def report(
     title: str, subject: Subject, sides: dict[str, Side], noises: slice, chosen: Setting, resamples: int
 ) -> None:
-    """A table of every score, one noise and the mean of four."""
+    """A table of every score, one noise and the mean of four, over some of the noises."""
     print(f"\n### {title}: {who(sides)}\n")
     columns = [f"{kind}: {metric}" for kind, metric in SHOWN]
     print("| null maps of | noises | score | " + " | ".join(columns) + " |\n|" + "---|" * (3 + len(columns)))
@@ -132,15 +131,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--second", type=Path, help="folder of a model that reports beside the testbed")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "be-audit-noises")
+    parser.add_argument("--choose", type=int, default=4, help="noises that choose")
+    parser.add_argument("--report", type=int, default=8, help="noises after them that report")
     parser.add_argument("--resamples", type=int, default=200)
     args = parser.parse_args()
-    shipped = testbed.PIPELINE.parent
-    ours = Subject.of(shipped, UNSEEN, CHOOSE + REPORT, args.work)
-    chosen = choose(ours, ours.sides(0), GRID)
-    report("The testbed's other half", ours, ours.sides(1), slice(CHOOSE, None), chosen, args.resamples)
+    noises, reporting = args.choose + args.report, slice(args.choose, None)
+    ours = Subject.of(testbed.PIPELINE.parent, UNSEEN, noises, args.work)
+    chosen = choose(ours, ours.sides(0), slice(args.choose), GRID)
+    report("The testbed's other half", ours, ours.sides(1), reporting, chosen, args.resamples)
     if args.second:
-        second = Subject.of(args.second, UNSEEN, CHOOSE + REPORT, args.work)
-        report("The second model", second, second.sides(), slice(CHOOSE, None), chosen, args.resamples)
+        second = Subject.of(args.second, UNSEEN, noises, args.work)
+        report("The second model", second, second.sides(), reporting, chosen, args.resamples)
 
 
 if __name__ == "__main__":
