@@ -117,7 +117,7 @@ def report(
         named = {f"`excess_pca`: {each}" if each == Setting() else f"chosen: {each}": values
                  for each, values in of_settings.items()}  # fmt: skip
         for name, values in (known_scores(subject, sample, noises) | named).items():
-            for count in (1, 4):
+            for count in (each for each in (1, 4) if each <= len(values)):
                 draws = [values[at : at + count].mean(0) for at in range(0, len(values) - count + 1, count)]
                 cells = []
                 for kind, metric in SHOWN:
