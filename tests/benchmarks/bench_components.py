@@ -80,6 +80,13 @@ def known_scores(subject: Subject, sample: str, noises: slice) -> dict[str, Floa
     return {name: np.stack(values) for name, values in found.items()}
 
 
+def held(differences: torch.Tensor) -> float:
+    """Share of a sample's variance that its common parts hold."""
+    parts = formulas.common_parts(differences, share=1.0)
+    left = formulas.less_common(differences, parts).square().sum()
+    return float(1 - left / (differences - parts[0]).square().sum())
+
+
 def at_the_tail(positive: Floats, negative: Floats, rate: float = 0.01) -> float:
     """Mean TPR over the false-positive rates 0, 1/n, ... up to `rate`."""
     thresholds = np.sort(negative)[::-1][: 1 + int(rate * len(negative))]
@@ -137,6 +144,8 @@ def main() -> None:
     args = parser.parse_args()
     noises, reporting = args.choose + args.report, slice(args.choose, None)
     ours = Subject.of(testbed.PIPELINE.parent, UNSEEN, noises, args.work)
+    share = held(ours.differences[0][torch.from_numpy(ours.samples["never seen"])])
+    print(f"{formulas.COMPONENTS} components hold {share:.0%} of the variance of captions never seen, under one noise")
     chosen = choose(ours, ours.sides(0), slice(args.choose), GRID)
     report("The testbed's other half", ours, ours.sides(1), reporting, chosen, args.resamples)
     if args.second:
