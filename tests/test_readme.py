@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = pq.read_table(testbed.CAPTIONS).to_pandas().drop_duplicates("TEXT")
     copied = table[table.copy_error < 0.15].sort_values("copy_error", kind="stable").head(8)
     unseen = table[table.cluster.str.startswith("unseen")]
-    chosen = pd.concat([copied, unseen.head(8)])
+    chosen = pd.concat([copied, unseen.head(16)])
     chosen[["URL", "TEXT"]].to_parquet(folder / "captions.parquet")
     unseen.tail(24)[["URL", "TEXT"]].to_parquet(folder / "clean.parquet")
     chosen[["TEXT", "label", "cluster"]].to_csv(folder / "labels.csv", index=False)
@@ -72,7 +72,7 @@ def test_every_command_runs_as_typed(folder: Path) -> None:
 def test_the_python_example_runs(folder: Path, tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     shutil.copy(folder / "captions.parquet", tmp_path)
-    code += "\nassert summary.exit_code == 0 and len(scores) == 16 and scores.ld.notna().all()\n"
+    code += "\nassert summary.exit_code == 0 and len(scores) == 24 and scores.ld.notna().all()\n"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
