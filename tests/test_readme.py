@@ -39,10 +39,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     unseen = table[table.cluster.str.startswith("unseen")]
     chosen = pd.concat([copied, unseen.head(16)])
     chosen[["URL", "TEXT"]].to_parquet(folder / "captions.parquet")
-    unseen.tail(24)[["URL", "TEXT"]].to_parquet(folder / "clean.parquet")
+    unseen.tail(40)[["URL", "TEXT"]].to_parquet(folder / "clean.parquet")
     chosen[["TEXT", "label", "cluster"]].to_csv(folder / "labels.csv", index=False)
     (folder / "images").mkdir()
-    for row in pq.read_table(testbed.PICTURES).slice(0, 250).to_pylist():
+    for row in pq.read_table(testbed.PICTURES).slice(0, 400).to_pylist():
         (folder / "images" / f"{row['key']}.png").write_bytes(row["image"]["bytes"])
     shutil.copy(testbed.DESCRIPTOR, folder / "sscd_disc_mixup.torchscript.pt")
     return folder
