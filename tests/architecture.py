@@ -27,8 +27,8 @@ LAZY = {
     "audit.scores.null_maps": {"pipelines", "pipelines.null_maps"},
     "audit.scores.prompt": {"pipelines"},
     "audit.scores.scan": {"pipelines.formulas", "pipelines.loading"},
-    "audit.scores.scorer": {"pipelines"},
-    "audit.scores.trajectories": {"pipelines"},
+    "audit.scores.scorer": {"pipelines", "pipelines.batching"},
+    "audit.scores.trajectories": {"pipelines", "pipelines.batching"},
     "audit.verdicts.compare": {"pipelines.formulas"},
 }
 """Imports of our own packages inside functions that are meant; the command line's own are free."""

@@ -8,13 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Literal, Protocol
 
 from audit.base.commits import Commit, Ledger
 from audit.base.log import worker_log
-
-if TYPE_CHECKING:
-    from pipelines.batching import BatchSize
 
 
 class Job(Protocol):
@@ -73,7 +70,7 @@ class JobSpec:
     opener: str
     run: str
     device: str
-    batch_size: BatchSize
+    batch_size: int | Literal["auto"]
     max_error_rate: float
 
     def open(self) -> Job:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Literal, Protocol
 
 from audit.base.devices import find_devices
 from audit.base.errors import AuditError
@@ -14,9 +14,6 @@ from audit.engines.local import run_here, run_processes, worker_argv
 from audit.engines.ray import run_on_ray
 from audit.engines.retries import Outcome, Retries
 
-if TYPE_CHECKING:
-    from pipelines.batching import BatchSize
-
 
 class EngineConfig(Protocol):
     """What of a command's configuration says how its shards are run."""
@@ -24,7 +21,7 @@ class EngineConfig(Protocol):
     @property
     def device(self) -> str: ...
     @property
-    def batch_size(self) -> BatchSize: ...
+    def batch_size(self) -> int | Literal["auto"]: ...
     @property
     def engine(self) -> str: ...
     @property
