@@ -85,7 +85,7 @@ class Flagged:
         table: FLAGGED_COLUMNS and the carried columns: global, local, then the others; of a verdict the smallest
             q-value first where there is one, then the best-scored.
         deny: DENY_COLUMNS.
-        scores: of all scored distinct captions by `by`, float32, in row order.
+        scores: of all scored distinct captions by `by`, float32, best first.
         by: score column. threshold: what rows had to exceed, None when the best `top_k` were taken.
         above: scored captions above the threshold. taken: how many of them were taken, the best, beside candidates.
         candidates: CANDIDATE_COLUMNS; no rows where the run kept no URLs.
@@ -150,7 +150,8 @@ def find_flagged(
     deny = deny_list(run, repeats, table, verdicts is not None)
     candidates = url_list(run, repeats, table)
     beyond = 0 if threshold is None else unlooked(run, by, threshold, num_noises)
-    return Flagged(table, deny, np.concatenate(values), by, threshold, above, taken, counts, candidates, beyond)
+    ordered = np.sort(np.concatenate(values))[::-1]
+    return Flagged(table, deny, ordered, by, threshold, above, taken, counts, candidates, beyond)
 
 
 def _suspects(run: Run) -> np.ndarray:
