@@ -166,7 +166,8 @@ class FirstStepScorer:
         return self._encoded(captions)
 
     def _encoded(self, captions: list[str]) -> TextStream:
-        return TextStream(self.model, captions, self.texts_at_once, self.ahead, self._thread)
+        at_once = max(self.texts_at_once, self.batches.batch_size)  # as many as a batch that has grown
+        return TextStream(self.model, captions, at_once, self.ahead, self._thread)
 
     def _in_batches(
         self,
