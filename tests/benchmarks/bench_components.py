@@ -6,7 +6,7 @@
 The first noises and one half of the templates choose. Other noises report: the other half, and every template of the
 second model, of which nothing was seen before. Copied captions count against captions that a model
 never saw. Null maps are of two samples: captions never seen, and the run's own as a scan takes them, of which a part is
-copied.
+copied. A gain is resampled in pairs: the same templates, clean captions and noises for both scores.
 
 What is chosen by: the mean TPR over all false-positive rates up to 1 %, over samples, local and global copies.
 """
@@ -115,23 +115,33 @@ def choose(subject: Subject, sides: dict[str, Side], noises: slice, grid: list[S
 def report(
     title: str, subject: Subject, sides: dict[str, Side], noises: slice, chosen: Setting, resamples: int
 ) -> None:
-    """A table of every score, one noise and the mean of four, over some of the noises."""
-    print(f"\n### {title}: {who(sides)}\n")
+    """Two tables over some of the noises, one noise and the mean of four: every score, and its gain over ld_energy."""
     columns = [f"{kind}: {metric}" for kind, metric in SHOWN]
-    print("| null maps of | noises | score | " + " | ".join(columns) + " |\n|" + "---|" * (3 + len(columns)))
+    head = "| null maps of | noises | score | " + " | ".join(columns) + " |\n|" + "---|" * (3 + len(columns))
+    print(f"\n### {title}: {who(sides)}\n\n{head}")
+    gains = []
     for sample in subject.samples:
         of_settings = settings_scores(subject, sample, noises, list(dict.fromkeys([Setting(), chosen])))
         named = {f"`excess_pca`: {each}" if each == Setting() else f"chosen: {each}": values
                  for each, values in of_settings.items()}  # fmt: skip
-        for name, values in (known_scores(subject, sample, noises) | named).items():
+        scores = known_scores(subject, sample, noises) | named
+        for name, values in scores.items():
             for count in (each for each in (1, 4) if each <= len(values)):
-                draws = [values[at : at + count].mean(0) for at in range(0, len(values) - count + 1, count)]
-                cells = []
+                draws, base = (
+                    [each[at : at + count].mean(0) for at in range(0, len(values) - count + 1, count)]
+                    for each in (values, scores["`ld_energy`"])
+                )
+                cells, more = [], []
                 for kind, metric in SHOWN:
-                    found = sides[kind].metric(metric, draws)
+                    found, other = (sides[kind].metric(metric, each) for each in (draws, base))
                     low, high = sides[kind].interval(metric, draws, resamples)
                     cells.append(f"{found.mean():.3f} ({found.min():.3f} to {found.max():.3f}) [{low:.3f}, {high:.3f}]")
+                    low, high = sides[kind].gain(metric, draws, base, resamples)
+                    more.append(f"{(found - other).mean():+.3f} [{low:+.3f}, {high:+.3f}]")
                 print(f"| {sample} | {count} | {name} | " + " | ".join(cells) + " |", flush=True)
+                if name != "`ld_energy`":
+                    gains.append(f"| {sample} | {count} | {name} | " + " | ".join(more) + " |")
+    print(f"\n### {title}: gain over `ld_energy` under the same noises\n\n{head}\n" + "\n".join(gains))
 
 
 def main() -> None:

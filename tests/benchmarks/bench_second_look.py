@@ -7,7 +7,7 @@ core). A draw is four noises; its first is the first look. The first draw and on
 other draws and the other half report, and with --second every template of a model of tests.recipe.second. A fraction
 is one of the never-seen captions: copied ones are few in a real table, and a fifth here. Null maps are of all these
 captions, on the second model of others that it never saw. Brackets: least to most over draws; then the 95 % interval
-of the mean, resampled over templates, unseen captions and draws.
+of the mean, resampled over templates, unseen captions and draws; of a gain with the same ones for both scores.
 """
 
 from __future__ import annotations
@@ -91,23 +91,39 @@ def looked_twice(scores: Floats, fraction: float, negative: NDArray[np.bool_]) -
 def table(
     title: str, sides: dict[str, Side], scores: dict[str, Floats], unseen: NDArray[np.bool_], resamples: int
 ) -> None:
-    """Print one side's figures: a row a method and fraction; `scores` of whole draws, [draws * K, N]."""
+    """Print one side's figures: a row a method and fraction; `scores` of whole draws, [draws * K, N].
+
+    With resamples, another table of the gains over `ld_energy` that looks again as often.
+    """
     print(f"\n### {title}: {len(scores['magnitude']) // K} draws of {K} noises, {who(sides)}\n")
     kinds = [f"{kind}: {name}" for kind in sides for name in (METRICS if kind == "local" else ("AUC", "TPR@1%FPR"))]
-    print("| score | looked at again | evaluations a caption | " + " | ".join(kinds) + " |")
-    print("|---|---|---|" + "---|" * len(kinds))
+    head = (
+        "| score | looked at again | evaluations a caption | " + " | ".join(kinds) + " |\n|" + "---|" * (3 + len(kinds))
+    )
+    print(head)
+    gains = []
     for method, values in scores.items():
         for fraction in FRACTIONS if "," not in method else (0.0, 0.1, 1.0):
-            draws = [looked_twice(values[at : at + K], fraction, unseen) for at in range(0, len(values), K)]
-            cells = []
+            draws, base = (
+                [looked_twice(each[at : at + K], fraction, unseen) for at in range(0, len(each), K)]
+                for each in (values, scores["ld_energy"])
+            )
+            cells, more = [], []
             for kind in kinds:
                 where, _, name = kind.partition(": ")
-                found = sides[where].metric(name, draws)
+                found, other = (sides[where].metric(name, each) for each in (draws, base))
                 cell = f"{found.mean():.3f} ({found.min():.3f} to {found.max():.3f})"
                 if resamples:
                     cell += " [{:.3f}, {:.3f}]".format(*sides[where].interval(name, draws, resamples))
+                    low, high = sides[where].gain(name, draws, base, resamples)
+                    more.append(f"{(found - other).mean():+.3f} [{low:+.3f}, {high:+.3f}]")
                 cells.append(cell)
-            print(f"| {method} | {fraction:g} | {1 + (K - 1) * fraction:.2f} | " + " | ".join(cells) + " |", flush=True)
+            row = f"| {method} | {fraction:g} | {1 + (K - 1) * fraction:.2f} | "
+            print(row + " | ".join(cells) + " |", flush=True)
+            if resamples and method != "ld_energy" and fraction in (0, 0.1, 1):
+                gains.append(row + " | ".join(more) + " |")
+    if gains:
+        print(f"\n### {title}: gain over ld_energy under the same noises\n\n{head}\n" + "\n".join(gains))
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from tests.benchmarks.tables_passes import captions_table, more_unseen
 
 UNSEEN = 2500  # captions that a model never saw, of which a sample is taken; the rest is clean
 Floats = NDArray[np.float64]
+Chosen = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 def auc(positive: Floats, negative: Floats) -> float:
@@ -57,13 +58,25 @@ class Side:
 
     def interval(self, name: str, draws: list[Floats], resamples: int) -> tuple[float, float]:
         """95 % bootstrap interval of the mean over draws, over templates, unseen captions and draws."""
+        return self._interval(lambda at, of: METRICS[name](draws[at][of[0]], draws[at][of[1]]), len(draws), resamples)
+
+    def gain(self, name: str, draws: list[Floats], baseline: list[Floats], resamples: int) -> tuple[float, float]:
+        """95 % interval, as `interval`, of what a score finds more than another one under the same noises."""
+
+        def more(at: int, of: Chosen) -> float:
+            found, other = (METRICS[name](each[at][of[0]], each[at][of[1]]) for each in (draws, baseline))
+            return found - other
+
+        return self._interval(more, len(draws), resamples)
+
+    def _interval(self, figure: Callable[[int, Chosen], float], draws: int, resamples: int) -> tuple[float, float]:
+        """Of the mean over draws of a figure of a draw and of rows: resampled positive and negative ones."""
         random, means = np.random.default_rng(0), []
         for _ in range(resamples):
             chosen = random.integers(len(self.groups), size=len(self.groups))
             positive = np.concatenate([self.groups[at] for at in chosen])
             negative = random.choice(self.negative, len(self.negative))
-            picked = random.integers(len(draws), size=len(draws))
-            means.append(np.mean([METRICS[name](draws[at][positive], draws[at][negative]) for at in picked]))
+            means.append(np.mean([figure(at, (positive, negative)) for at in random.integers(draws, size=draws)]))
         low, high = np.quantile(means, [0.025, 0.975])
         return float(low), float(high)
 

@@ -1,8 +1,9 @@
-"""The paper's tables on the testbed, all detectors and all masks, written to docs/tables.md with CSV and PNG beside.
+"""The paper's tables on the testbed, all detectors and all masks, as two pages with CSV and PNG beside.
 
-    python -m tests.benchmarks.tables [--work DIR] [--output DIR] [--depth DEPTH] [--quick]
+    python -m tests.benchmarks.tables [--page PAGE] [--work DIR] [--output DIR] [--quick]
 
-Every figure is over a bank of noises. What the model computes is kept in --work and made once. Same seeds, same
+docs/tables.md is of the first step, docs/tables-trajectories.md of whole trajectories, which cost a hundred times as
+much. Every figure is over a bank of noises. What the model computes is kept in --work and made once. Same seeds, same
 figures. The testbed is small and not Stable Diffusion.
 """
 
@@ -12,9 +13,7 @@ import argparse
 import datetime
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -22,7 +21,6 @@ import torch
 
 from audit.captions.sample import SAMPLE
 from audit.reports.pictures import REGION
-from tests.benchmarks.published import published_detection, published_evaluation, published_masks
 from tests.benchmarks.tables_masks import FEW, attention_per_step, mask_quality, mask_question
 from tests.benchmarks.tables_page import Page, Row, better_or_worse, between
 from tests.benchmarks.tables_passes import NOISES, SEED, Passes, choose, many, null_captions
@@ -30,58 +28,61 @@ from tests.benchmarks.tables_regions import shown_region
 from tests.benchmarks.tables_scores import all_detectors, detection, energies, energy_scores, evaluation, several_noises
 
 DOCS = Path(__file__).parents[2] / "docs"
-DEPTHS = ("energy", "first", "all")  # tables of the first step's energy map; of all its columns; of whole trajectories
-WORDS = {"energy": "tables 1 and 2", "first": "table 3", "all": "tables 4 to 8"}
-Made = TypeVar("Made")
 
 
-def write_tables(output: Path, work: Path, quick: bool, depth: str = "all") -> Path:
-    """Tables and plots; returns the page.
+def first_step_page(output: Path, work: Path, quick: bool) -> Path:
+    """Tables 1 to 3, tables.md: how many noises, which region to show, all columns of the first step.
 
     Args:
-        quick: few captions, noises and steps, to see that it runs. depth: of `DEPTHS`, how far it goes.
+        quick: few captions, noises and steps, to see that it runs.
     """
-    noises = 2 if quick else NOISES
-    passes = Passes(work, 4 if quick else 50, noises)
-    samples = {"energy": many(1, 320, 8, 8) if quick else many(4, 499, 370, 240), "first": choose(2, 48, 220)}
-    few = choose(1, 10, 100)
-    samples["all"] = few[few.copied | (few.label == "none")].reset_index(drop=True)
-    samples = {name: samples[name] for name in DEPTHS[: DEPTHS.index(depth) + 1]}
+    passes, page = Passes(work, 4 if quick else 50, 2 if quick else NOISES), Page(output)
+    many_captions = many(1, 320, 8, 8) if quick else many(4, 499, 370, 240)
+    samples = {"tables 1 and 2": many_captions, "table 3": choose(2, 48, 220)}
     if quick:
         samples = {name: _thinned(frame) for name, frame in samples.items()}
-    page = Page(output)
-    introduction(page, passes, quick, samples, noises)
+    page.text("# The paper's tables on the testbed: the first step")
+    introduction(page, passes, "first", quick, "samples", samples)
+    page.text("Tables 4 to 8, of whole trajectories, are in [tables-trajectories.md](tables-trajectories.md).")
     at = len(page.parts)
 
-    def over(make: Callable[[list[str], int], Made], name: str) -> list[Made]:
-        return [make(samples[name].TEXT.tolist(), noise) for noise in range(noises)]
-
-    nulls = null_captions([*samples.values()], 16 if quick else SAMPLE)
-    null = np.stack([passes.difference(nulls, noise) for noise in range(noises)])
-    differences = np.stack(over(passes.difference, "energy"))
-    said = about_noises(several_noises(page, samples["energy"], energy_scores(differences, null), len(nulls)))
-    said += about_regions(shown_region(page, samples["energy"], energies(differences)))
-    if "first" in samples:
-        of_run = energy_scores(np.stack(over(passes.difference, "first")), null)
-        extra = over(lambda captions, noise: passes.columns(captions, noise, True), "first")
-        said += about_detectors(all_detectors(page, samples["first"], over(passes.columns, "first"), extra, of_run))
-    if "all" in samples:
-        frame = samples["all"]
-        first, low, whole = (over(make, "all") for make in (passes.first, passes.low, passes.whole))
-        last = over(lambda captions, noise: passes.few(captions, noise, FEW), "all")
-        found = detection(page, frame, passes, first, whole)
-        evaluation(page, frame, passes, first, whole, work)
-        said += about_paper(found, mask_quality(page, frame, passes, first, low, last, whole))
-        said += about_masks(mask_question(page, frame, passes, first, low, last, whole))
-        attention_per_step(page, frame, whole)
-    else:
-        page.text("`--depth all` adds the tables of all first-step columns and of whole trajectories.")
-        page.text("## Published figures")
-        published_detection(page)
-        published_evaluation(page)
-        published_masks(page)
+    wide, narrow = samples.values()
+    nulls = null_captions([wide, narrow], 16 if quick else SAMPLE)
+    null = np.stack(passes.over(passes.difference, nulls))
+    differences = np.stack(passes.over(passes.difference, wide.TEXT))
+    said = about_noises(several_noises(page, wide, energy_scores(differences, null), len(nulls)))
+    said += about_regions(shown_region(page, wide, energies(differences)))
+    of_run = energy_scores(np.stack(passes.over(passes.difference, narrow.TEXT)), null)
+    extra = passes.over(lambda captions, noise: passes.columns(captions, noise, True), narrow.TEXT)
+    columns = passes.over(passes.columns, narrow.TEXT)
+    said += about_detectors(all_detectors(page, narrow, columns, extra, of_run))
     page.parts[at:at] = ["## What the tables say", "\n".join(said)]
     return page.write("tables.md")
+
+
+def trajectories_page(output: Path, work: Path, quick: bool) -> Path:
+    """Tables 4 to 8, tables-trajectories.md: the paper's tables over whole trajectories, masks, attention per step."""
+    passes, page = Passes(work, 4 if quick else 50, 2 if quick else NOISES), Page(output)
+    few = choose(1, 10, 100)
+    frame = few[few.copied | (few.label == "none")].reset_index(drop=True)
+    frame = _thinned(frame) if quick else frame
+    page.text("# The paper's tables on the testbed: whole trajectories")
+    introduction(page, passes, "trajectories", quick, "samples_trajectories", {"tables 4 to 8": frame})
+    page.text("Tables 1 to 3, of the first step alone, are in [tables.md](tables.md).")
+    at = len(page.parts)
+
+    first, low, whole = (passes.over(make, frame.TEXT) for make in (passes.first, passes.low, passes.whole))
+    last = passes.over(lambda captions, noise: passes.few(captions, noise, FEW), frame.TEXT)
+    found = detection(page, frame, passes, first, whole)
+    evaluation(page, frame, passes, first, whole, work)
+    said = about_paper(found, mask_quality(page, frame, passes, first, low, last, whole))
+    said += about_masks(mask_question(page, frame, passes, first, low, last, whole))
+    attention_per_step(page, frame, whole)
+    page.parts[at:at] = ["## What the tables say", "\n".join(said)]
+    return page.write("tables-trajectories.md")
+
+
+PAGES = {"first": first_step_page, "trajectories": trajectories_page}
 
 
 def _thinned(frame: pd.DataFrame) -> pd.DataFrame:
@@ -89,26 +90,27 @@ def _thinned(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.groupby(["label", "common", "copied", "half", "null"]).head(2).reset_index(drop=True)
 
 
-def introduction(page: Page, passes: Passes, quick: bool, samples: dict[str, pd.DataFrame], noises: int) -> None:
+def introduction(
+    page: Page, passes: Passes, name: str, quick: bool, table: str, samples: dict[str, pd.DataFrame]
+) -> None:
     """What was measured, on what, with what, when."""
     machine = f"{os.cpu_count()} CPU cores" + ("" if torch.cuda.is_available() else ", no GPU")
-    page.text("# The paper's tables on the testbed")
     page.text(
-        f"Written by `python -m "
-        f"tests.benchmarks.tables{'' if len(samples) == len(DEPTHS) else ' --depth ' + [*samples][-1]}`"
+        f"Written by `python -m tests.benchmarks.tables --page {name}`"
         f"{' (--quick: too little to mean anything)' if quick else ''} on {machine}, {datetime.date.today()}, with the "
-        f"embedded testbed: {passes.steps} steps, guidance 7.5, float32, {noises} noises, the bank of seed {SEED}."
+        f"embedded testbed: {passes.steps} steps, guidance 7.5, float32, {len(passes.bank)} noises, the bank of seed "
+        f"{SEED}."
     )
     rows = []
     for name, frame in samples.items():
         starts, null = frame.cluster.str.startswith, frame.null
-        row: Row = {"captions of": WORDS[name]}
+        row: Row = {"captions of": name}
         for label in ("global", "local"):
             of = frame.label == label
             row[f"{label} (copied)"] = f"{int(of.sum())} ({int((of & frame.copied).sum())})"
         row |= {"never seen": int((starts("unseen") & ~null).sum()), "seen once": int((starts("seen") & ~null).sum())}
         rows.append(row)
-    page.table("samples", rows, {name: lambda row, n=name: str(row[n]) for name in rows[0]})
+    page.table(table, rows, {name: lambda row, n=name: str(row[n]) for name in rows[0]})
     page.text(
         "**The testbed is a small model trained for this project and is not Stable Diffusion: nothing here is a claim "
         "about Stable Diffusion.** Its templates are few (32, of which 19 are copied, 3 of these with a small region), "
@@ -196,12 +198,14 @@ def about_masks(rows: list[Row]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", choices=[*PAGES, "all"], default="all", help="which of the two pages to write")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "be-audit-tables")
     parser.add_argument("--output", type=Path, default=DOCS)
-    parser.add_argument("--depth", choices=DEPTHS, default="all", help="how far to go: the later, the more it costs")
     parser.add_argument("--quick", action="store_true", help="few captions, noises and steps: does it run?")
     args = parser.parse_args()
-    print(write_tables(args.output, args.work, args.quick, args.depth))
+    for name, write in PAGES.items():
+        if args.page in (name, "all"):
+            print(write(args.output, args.work, args.quick), flush=True)
 
 
 if __name__ == "__main__":

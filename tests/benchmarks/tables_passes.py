@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pandas as pd
@@ -37,6 +38,7 @@ NOISES, SEED = 8, 1000  # of the bank: no table rests on one noise, nor on seed 
 COLUMNS = ("magnitude", "ld", "ld_energy", "webster", "attention_entropy", "cosine")
 EXTRA_COLUMNS = ("cosine_low", "anisotropy")
 Arrays = dict[str, np.ndarray]
+Made = TypeVar("Made")
 
 
 def captions_table() -> pd.DataFrame:
@@ -133,6 +135,10 @@ class Passes:
         self.paper = [self.layers.index(name) for name in paper_layers(self.model.denoiser)]
         self._unconditional: dict[tuple[int, float], torch.Tensor] = {}
         self._scorers: dict[tuple[int, bool], FirstStepScorer] = {}
+
+    def over(self, make: Callable[[list[str], int], Made], captions: Iterable[str]) -> list[Made]:
+        """A pass under every noise of the bank."""
+        return [make(list(captions), noise) for noise in range(len(self.bank))]
 
     def columns(self, captions: Sequence[str], noise: int, extra: bool = False) -> Arrays:
         """Every first-step column by the product's scorer, [N]; with `extra` those of the extra evaluation alone."""

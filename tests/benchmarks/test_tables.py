@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.benchmarks.tables import write_tables
+from tests.benchmarks.tables import PAGES, first_step_page
 from tests.benchmarks.tables_noises import excess, figure
 from tests.benchmarks.tables_regions import otsu
 
@@ -25,52 +25,40 @@ def tables(folder: Path) -> dict[str, list[dict[str, str]]]:
 
 @pytest.mark.timeout(600)
 def test_tables_are_written_whole_and_again_the_same(tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    page = write_tables(tmp_path / "first", work, quick=True).read_text()
+    work, once, again = tmp_path / "work", tmp_path / "once", tmp_path / "again"
+    pages = [write(once, work, quick=True).read_text() for write in PAGES.values()]
     for kept in (*work.glob("*/difference-*.npz"), *work.glob("*/columns-*.npz")):
         kept.unlink()  # as if it had been stopped before these were done
-    write_tables(tmp_path / "again", work, quick=True, depth="first")
-    first, again = tables(tmp_path / "first"), tables(tmp_path / "again")
-    assert {"samples", "noises", "regions", "detectors"} <= set(again)
-    assert all(first[name] == again[name] for name in set(again) - {"samples"})  # of fewer samples
+    first_step_page(again, work, quick=True)
+    found = tables(once)
+    assert tables(again) == {name: found[name] for name in ("samples", "noises", "regions", "detectors")}
 
     of_papers = {"chen_detection", "chen_evaluation", "detection", "masks"}
-    ours = {"samples", "noises", "regions", "detectors", "detection", "evaluation", "masks", "mask_question"}
-    assert set(first) == ours | {f"published_{name}" for name in of_papers}
-    assert (
-        page.count("as published for Stable Diffusion 1.4") == 2
-        and page.count("On Stable Diffusion, as published") == 2
-    )
-    both = {"local", "global"}
+    ours = {*tables(again), "samples_trajectories", "detection", "evaluation", "masks", "mask_question"}
+    assert set(found) == ours | {f"published_{name}" for name in of_papers}
+    published = ("as published for Stable Diffusion 1.4", "On Stable Diffusion, as published")
+    assert [pages[1].count(words) for words in published] == [2, 2]
     for name in ("noises", "detection", "evaluation", "detectors"):
-        assert {row["type"] for row in first[name]} == both
-        assert all(float(row["auc_least"]) <= float(row["auc"]) <= float(row["auc_most"]) for row in first[name])
-    assert {row["truth"] for row in first["detectors"]} == {"design label", "measured copying"}
-    assert {(row["noises"], row["over_noises"]) for row in first["noises"]} == {
-        ("1", "mean"),
-        ("2", "mean"),
-        ("2", "max"),
-    }
-    assert {row["score"] for row in first["detectors"]} >= {
-        "webster",
-        "attention_entropy",
-        "cosine",
-        "anisotropy",
-        "excess",
-        "excess_pca",
-    }
-    costs = {row["score"]: row["evaluations"] for row in first["detectors"]}
+        assert {row["type"] for row in found[name]} == {"local", "global"}
+        assert all(float(row["auc_least"]) <= float(row["auc"]) <= float(row["auc_most"]) for row in found[name])
+    assert {row["truth"] for row in found["detectors"]} == {"design label", "measured copying"}
+    of_noises = {(row["noises"], row["over_noises"]) for row in found["noises"]}
+    assert of_noises == {("1", "mean"), ("2", "mean"), ("2", "max")}
+    baselines = {"webster", "attention_entropy", "cosine", "anisotropy"}
+    assert {row["score"] for row in found["detectors"]} >= baselines | {"excess", "excess_pca"}
+    costs = {row["score"]: row["evaluations"] for row in found["detectors"]}
     assert costs["ld_energy"] == "1" and costs["anisotropy"] == "2"
-    assert {row["token"] for row in first["mask_question"]} >= {"EOS", "1 - BOS", "EOS and padding", "power 1"}
-    assert len({row["layers"] for row in first["mask_question"]}) == 12 + 3  # the paper's two, 11 alone, 3 smoothings
+    assert {row["token"] for row in found["mask_question"]} >= {"EOS", "1 - BOS", "EOS and padding", "power 1"}
+    assert len({row["layers"] for row in found["mask_question"]}) == 12 + 3  # the paper's two, 11 alone, 3 smoothings
 
-    links = re.findall(r"\]\((tables/[^)]+)\)", page)
-    assert {Path(link).stem for link in links} == {*first, "attention_per_step"}
+    links = re.findall(r"\]\((tables/[^)]+)\)", "".join(pages))
+    assert {Path(link).stem for link in links} == {*found, "attention_per_step"}
     for link in links:
-        assert (tmp_path / "first" / link).exists()
-    for picture in (tmp_path / "first/tables").glob("*.png"):
+        assert (once / link).exists()
+    for picture in (once / "tables").glob("*.png"):
         assert len(set(Image.open(picture).convert("L").tobytes())) > 20
-    assert "not Stable Diffusion" in page and "--quick" in page and "nan" not in page
+    for page in pages:
+        assert "not Stable Diffusion" in page and "--quick" in page and "nan" not in page
 
 
 def test_a_figure_is_the_mean_over_noises_and_its_interval_holds_them_all() -> None:
