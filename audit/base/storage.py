@@ -10,8 +10,9 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -159,6 +160,9 @@ class Folder:
         self.root: str = root.rstrip("/") or "/"
         self.url: str = text.rstrip("/") or "/"
         self.local: bool = isinstance(fs, LocalFileSystem)
+        # s3fs asks for the size first where it may read parts side by side: two requests for the smallest file
+        whole = "max_concurrency" in _parameters_of(fs, "_cat_file")
+        self._one_request: dict[str, int] = {"max_concurrency": 1} if whole else {}
 
     def __repr__(self) -> str:
         return f"Folder({self.url!r})"
@@ -187,7 +191,7 @@ class Folder:
             if self.local:
                 with open(self.path(name), "rb") as file:  # fsspec's own way takes twice as long as the rest
                     return file.read()
-            return bytes(self.fs.cat_file(self.path(name)))
+            return bytes(self.fs.cat_file(self.path(name), **self._one_request))
 
     def list(self, name: str = "") -> list[str]:
         """Names directly below a subfolder, sorted; [] when it does not exist."""
@@ -216,13 +220,14 @@ class Folder:
             return
 
     def _entries_of_store(self, path: str, numbered: bool) -> Iterator[Entry]:
-        by_prefix = numbered and "prefix" in inspect.signature(getattr(self.fs, "_find", self.fs.find)).parameters
+        by_prefix = numbered and "prefix" in (_parameters_of(self.fs, "_find") or _parameters_of(self.fs, "find"))
 
         def ask(prefix: str) -> list[Entry]:
             found = self.fs.find(path, detail=True, prefix=prefix).values()
             return [_entry_of(each) for each in found]
 
         self.fs.invalidate_cache()
+        _read_times_quickly(self.fs)
         if by_prefix:
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 for part in pool.map(ask, [f"{number:02d}" for number in range(100)]):
@@ -316,6 +321,27 @@ def _entry_of(info: dict[str, Any]) -> Entry:
     tag = info.get("ETag") or info.get("etag") or ""
     stamp = f"{tag} {info.get('LastModified') or info.get('last_modified') or info.get('updated')}" if tag else ""
     return Entry(info["name"].rstrip("/").rsplit("/", 1)[-1], int(info.get("size") or 0), stamp)
+
+
+def _parameters_of(fs: Any, method: str) -> set[str]:
+    return set(inspect.signature(getattr(fs, method)).parameters) if hasattr(fs, method) else set()
+
+
+def _read_times_quickly(fs: Any) -> None:
+    """Let botocore know the notation of S3's times: it guesses that of each, most of what a listing takes."""
+    get_component = getattr(getattr(fs, "session", None), "get_component", None)  # none before the first request
+    if get_component:
+        get_component("response_parser_factory").set_parser_defaults(timestamp_parser=time_of_listing)
+
+
+def time_of_listing(text: str) -> datetime:
+    """The time that botocore's own parser finds."""
+    try:
+        return datetime.fromisoformat(text.removesuffix("Z") + "+00:00" * text.endswith("Z"))
+    except (AttributeError, TypeError, ValueError):  # a number, or another notation
+        from botocore.utils import parse_timestamp
+
+        return cast(datetime, parse_timestamp(text))
 
 
 def _is_refused_condition(error: BaseException) -> bool:

@@ -19,11 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import s3fs
+from botocore.utils import parse_timestamp
 
 from audit.base.commits import Ledger
 from audit.base.errors import AuditError, Damaged
 from audit.base.publish import this_host
-from audit.base.storage import Folder, join
+from audit.base.storage import Folder, _entry_of, join, time_of_listing
 from audit.run.read import read_scores, read_stage
 from audit.run.run import Run
 from audit.run.stage import SCAN, Stage
@@ -259,6 +260,32 @@ class Door:
             while data := source.recv(1 << 16):
                 target.sendall(data)
             target.shutdown(socket.SHUT_WR)
+
+
+def test_a_file_of_a_store_is_one_request_and_a_listing_tells_its_time(s3: dict[str, str]) -> None:
+    folder, asked = Folder("s3://bucket/requests"), []
+    folder.write("small.json", b"{}")
+    folder.fs._s3.meta.events.register("request-created.s3", lambda request, **_: asked.append(request.method))
+    assert folder.read("small.json") == b"{}" and asked == ["GET"]
+    slowly = {entry.name: entry for entry in map(_entry_of, folder.fs.ls(folder.root, detail=True, refresh=True))}
+    quickly = {entry.name: entry for entry in folder.entries("")}
+    assert quickly == slowly and slowly["small.json"].stamp.endswith("+00:00")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2026-11-29T22:41:48.000Z",
+        "2026-11-29T22:41:48.123Z",
+        "2026-11-29T22:41:48Z",
+        "2026-11-29T22:41:48+02:00",
+        "Sun, 29 Nov 2026 22:41:48 GMT",
+        "1764456108",
+        1764456108,
+    ],
+)
+def test_the_times_of_a_listing_are_botocore_s(text: str) -> None:
+    assert str(time_of_listing(text)) == str(parse_timestamp(text))
 
 
 @pytest.mark.processes
