@@ -18,14 +18,16 @@ from audit.scores.scan import ScanConfig, check_config, fingerprint_of, plan_of
 from audit.scores.scorer import open_scorer
 from audit.scores.trajectories import open_sampler
 
+MEASURED = 32  # captions of the batch where the size is found by the scan
+
 
 @dataclass(frozen=True)
 class Estimate:
     """What a dry run found; seconds on one worker from one measured batch, bytes of the masks before compression.
 
-    `shard_seconds` is what the rows of a shard take, `short_shard` how many rows would take five minutes where they
-    take longer, else None. `refine_seconds` is what `--refine` adds; `evaluations` are those of null maps, scan and
-    second look, `steps` times two for each with `--mask final`.
+    `batch` is how many captions the measured batch had. `shard_seconds` is what the rows of a shard take, `short_shard`
+    how many rows would take five minutes where they take longer, else None. `refine_seconds` is what `--refine` adds;
+    `evaluations` are those of null maps, scan and second look, `steps` times two for each with `--mask final`.
     """
 
     rows: int
@@ -35,6 +37,7 @@ class Estimate:
     rows_per_shard: int
     seconds: float
     captions_per_second: float
+    batch: int
     mask_bytes: int
     shard_seconds: float = 0.0
     short_shard: int | None = None
@@ -48,7 +51,8 @@ class Estimate:
 
     def lines(self, config: ScanConfig) -> list[str]:
         """For a terminal."""
-        rate = f"{self.captions_per_second:.1f} captions/s on one worker, one batch"
+        rate = f"{self.captions_per_second:.1f} captions/s on one worker, one batch of {self.batch}"
+        rate += "; --batch-size auto may find a faster size" if config.batch_size == AUTO else ""
         each = f" ({self.evaluations / self.unique:.2f} a caption: {_looks(config)})" if self.unique else ""
         lines = [
             f"rows             {self.rows:,} ({self.empty:,} empty)",
@@ -91,14 +95,15 @@ def estimate(config: ScanConfig, say: Callable[[str], None]) -> Estimate:
         plan = plan_of(config, staging)
         for line in plan.facts.lines(plan.num_rows, plan.num_unique, plan.num_empty):
             say(line)
-        few = 32 if config.batch_size == AUTO else config.batch_size  # no search for the fastest: it may take long
-        batch = _first_captions(plan, staging, few)
+        # no search for the fastest with `auto`: it may take long
+        batch_size = MEASURED if config.batch_size == AUTO else config.batch_size
+        batch = _first_captions(plan, staging, batch_size)
     fingerprint = fingerprint_of(config, folder, plan.files, plan.rows_per_shard)
     model = load_model(folder, config.device, fingerprint.dtype)
-    scorer = open_scorer(fingerprint, model, config.batch_size)
+    scorer = open_scorer(fingerprint, model, batch_size)
     rate = refine_seconds = 0.0
     if batch and config.refine:
-        sampler = open_sampler(fingerprint, model, config.num_noises, config.batch_size)
+        sampler = open_sampler(fingerprint, model, config.num_noises, batch_size)
         started = time.monotonic()
         sampler(batch[:4])
         each = (time.monotonic() - started) / len(batch[:4])
@@ -126,6 +131,7 @@ def estimate(config: ScanConfig, say: Callable[[str], None]) -> Estimate:
         short_shard=shorter if rate and shorter < plan.rows_per_shard else None,
         seconds=(looks + sampled / each_look) / config.num_noises / rate if rate else 0.0,
         captions_per_second=rate,
+        batch=len(batch),
         mask_bytes=2 * plan.num_unique * stored,  # mask and energy_mask
         refine_seconds=refine_seconds,
         evaluations=looks * each_look + sampled,

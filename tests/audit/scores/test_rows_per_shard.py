@@ -35,7 +35,7 @@ def test_as_many_rows_as_keep_shards_few(rows: int, each: int) -> None:
 
 def test_five_minutes_of_a_measured_speed() -> None:
     assert (rows_in_time(100.0), rows_in_time(3.5), rows_in_time(0.1)) == (30_000, 1050, 1024)
-    known = Estimate(10**9, 10**9, 0, 20_000, 50_000, 1e7, 100.0, 0, shard_seconds=500.0, short_shard=30_000)
+    known = Estimate(10**9, 10**9, 0, 20_000, 50_000, 1e7, 100.0, 32, 0, shard_seconds=500.0, short_shard=30_000)
     assert known.lines(ScanConfig())[2] == (
         "shards           20,000 of 50,000 rows, each some 8.3 min on one worker: --rows-per-shard 30000 keeps it "
         "under 5.0 min"

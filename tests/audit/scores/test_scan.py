@@ -221,10 +221,11 @@ def test_dry_run_writes_nothing(config: ScanConfig, tmp_path: Path, monkeypatch:
     assert found.code == 0, found
     for line in ("rows             60 (5 empty)", "unique captions  50", "shards           3 of 25 rows"):
         assert line in found.out
-    assert (
-        "captions/s on one worker, one batch)" in found.out
-        and "masks            3.2 kB (--store-masks bits" in found.out
-    )
+    assert "captions/s on one worker, one batch of 32)" in found.out
+    assert "masks            3.2 kB (--store-masks bits" in found.out
+    flags = ("--model", config.model, "--batch-size", "auto", "--dry-run")
+    found = be_audit("scan", *config.captions, *flags)
+    assert found.code == 0 and "one batch of 32; --batch-size auto may find a faster size)" in found.out
     assert list(tmp_path.iterdir()) == []
 
 
