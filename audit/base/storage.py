@@ -336,12 +336,12 @@ def _read_times_quickly(fs: Any) -> None:
 
 def time_of_listing(text: str) -> datetime:
     """The time that botocore's own parser finds."""
-    try:
-        return datetime.fromisoformat(text.removesuffix("Z") + "+00:00" * text.endswith("Z"))
-    except (AttributeError, TypeError, ValueError):  # a number, or another notation
-        from botocore.utils import parse_timestamp
+    if isinstance(text, str) and text.endswith("Z"):
+        with contextlib.suppress(ValueError):
+            return datetime.fromisoformat(text[:-1] + "+00:00")
+    from botocore.utils import parse_timestamp
 
-        return cast(datetime, parse_timestamp(text))
+    return cast(datetime, parse_timestamp(text))
 
 
 def _is_refused_condition(error: BaseException) -> bool:

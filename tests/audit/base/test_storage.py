@@ -281,6 +281,7 @@ def test_a_file_of_a_store_is_one_request_and_a_listing_tells_its_time(s3: dict[
         "2026-11-29T22:41:48+02:00",
         "Sun, 29 Nov 2026 22:41:48 GMT",
         "1764456108",
+        "20261129",  # seconds, no date
         1764456108,
     ],
 )
