@@ -18,7 +18,8 @@ class AdaptiveBatches:
     """Cut rows into batches; on CUDA out of memory halve the batch, go on, and remember it.
 
     With `auto` batches begin with 16 rows and double as long as that makes at least 5 % more rows a second (the best of
-    three batches of a size), memory lasts, and there are as many rows: then the size stays, for later calls too.
+    three batches of a size), memory lasts, and there are as many rows: then the size stays, for later calls too. A size
+    that has just been doubled and fails, however the device says so, is halved again.
 
     Args:
         batch_size: rows of the first batch, at least 1, or `auto`.
@@ -51,8 +52,9 @@ class AdaptiveBatches:
                 result = compute(part)
                 if self.growing:
                     finish(result)
-            except torch.OutOfMemoryError:
-                if self.batch_size == 1:
+            except RuntimeError as error:  # mps and cpu have no type of their own for too little memory
+                grown = self.growing and self.batch_size > FIRST
+                if self.batch_size == 1 or not (grown or isinstance(error, torch.OutOfMemoryError)):
                     raise
                 self.batch_size, self.growing = max(1, self.batch_size // 2), False
                 torch.cuda.empty_cache()

@@ -178,9 +178,9 @@ def _scores(connection: duckdb.DuckDBPyConnection, run: Run) -> None:
         elif name == "refined":
             column = f"(coalesce(t.refined, false) OR {column})"
         elif name in WINDOWS:
-            column = f"coalesce(t.{name}, s.{name}, {column})"
+            column = f"coalesce(s.{name}, t.{name}, {column})"
         elif name in LOOKED_AT:
-            column = f"coalesce(s.{_quoted(name)}, {column})"
+            column = f"CASE WHEN s.row_id IS NULL THEN {column} ELSE s.{_quoted(name)} END"
         shown.append(f"{column} AS {_quoted(name)}")
     url, key = source_columns(list(keep.names))
     for name, source in (("source_url", url), ("source_key", key)):

@@ -3,8 +3,10 @@
 - A row whose caption occurred before has the scores of that first row (columns RESOLVED); until that one is committed
   its status is `pending`.
 - A row that had a second look has its scores (columns LOOKED_AT), means over more noises; `num_noises` says how many.
-- The scores that take a trajectory (WINDOWS) are those of the row's own trajectories where some were sampled: by
-  `--refine`, else by confirm; means over their images. `refined` says that they are of the scan's own job.
+  One that is null there stays null: the first look's is of fewer noises.
+- The scores that take a trajectory (WINDOWS), where a second look has none, are those of the row's own trajectories
+  where some were sampled: by `--refine`, else by confirm; means over their images. `refined` says they are of the
+  scan's own job.
 """
 
 from __future__ import annotations
@@ -22,12 +24,23 @@ from numpy.typing import NDArray
 from audit.base.commits import damaged
 from audit.base.errors import AuditError
 from audit.run.run import Run
-from audit.run.schema import DETECTORS, LOOKED_AT, SCORE_COLUMNS, SCORE_MASKS, TRAJECTORY_COLUMNS, WINDOWS
+from audit.run.schema import (
+    DETECTORS,
+    LOOKED_AT,
+    SCORE_COLUMNS,
+    SCORE_MASKS,
+    SECOND_LOOK_COLUMNS,
+    TRAJECTORY_COLUMNS,
+    WINDOWS,
+)
 from audit.run.stage import REFINE, SCAN, SECOND_LOOK, STAGES, TRAJECTORIES, Stage, StageKind
 
 RESOLVED = ("status", "error", "num_tokens", "truncated", *DETECTORS, "ld_std", "num_noises", "refined", *WINDOWS)
 """Score columns that a duplicate row takes from its first occurrence."""
 PART_ROWS = 1 << 20
+_COLUMNS = {SCAN: SCORE_COLUMNS, SECOND_LOOK: SECOND_LOOK_COLUMNS} | dict.fromkeys(
+    (REFINE, TRAJECTORIES), TRAJECTORY_COLUMNS
+)  # of stages whose rows have scores
 
 
 def dataset(run: Run, kind: StageKind = SCAN, shards: Sequence[int] | None = None) -> pads.Dataset | None:
@@ -49,7 +62,7 @@ def dataset(run: Run, kind: StageKind = SCAN, shards: Sequence[int] | None = Non
     with damaged(run.url):
         found = pads.dataset(files, format="ipc", filesystem=filesystem)
     # a detector that is younger than the run, or than some of its shards, has nulls there
-    columns = {SCAN: SCORE_COLUMNS, REFINE: TRAJECTORY_COLUMNS, TRAJECTORIES: TRAJECTORY_COLUMNS}.get(kind, {})
+    columns = _COLUMNS.get(kind, {})
     late = (*DETECTORS, "num_noises")
     younger = [(name, columns[name][0]) for name in late if name in columns and name not in found.schema.names]
     return (
@@ -87,7 +100,7 @@ def read_rows(
     needed = [name for name in found.schema.names if name in {*columns, "row_id"}]
     table = take_rows(run, found, needed, pc.field("row_id").isin(pa.array(row_ids)))
     table = table.take(pc.index_in(pa.array(row_ids), table["row_id"].combine_chunks()))
-    return _Later(run, needed, first_look).added(table).select(list(columns))
+    return _Later(run, needed, first_look, rows=row_ids).added(table).select(list(columns))
 
 
 def read_stage(run: Run, stage: str, columns: Sequence[str] | None = None) -> pa.Table | None:
@@ -138,12 +151,18 @@ def read_distinct(run: Run, columns: Sequence[str], first_look: bool = False) ->
     return pa.concat_tables(distinct_parts(run, columns, first_look))
 
 
-def distinct_parts(run: Run, columns: Sequence[str], first_look: bool = False) -> Iterator[pa.Table]:
-    """The same rows in parts of some PART_ROWS, at least one, which may be empty: for who needs no more of them."""
+def distinct_parts(
+    run: Run, columns: Sequence[str], first_look: bool = False, confirmed: bool = True
+) -> Iterator[pa.Table]:
+    """The same rows in parts of some PART_ROWS, at least one, which may be empty: for who needs no more of them.
+
+    Args:
+        confirmed: with what confirm's trajectories tell of WINDOWS; without it a confirm chooses the same rows twice.
+    """
     found = _scanned(run)
     own = (pc.field("status") == "ok") & pc.field("duplicate_of").is_null()
     needed = [name for name in found.schema.names if name in {*columns, "row_id"}]
-    later = _Later(run, needed, first_look)
+    later = _Later(run, needed, first_look, confirmed)
 
     def part(batches: list[pa.RecordBatch]) -> pa.Table:
         schema = pa.schema([found.schema.field(name) for name in needed])
@@ -227,17 +246,20 @@ def resolve_duplicates(table: pa.Table) -> pa.Table:
     return table
 
 
-def window_means(run: Run) -> pa.Table | None:
+def window_means(run: Run, confirmed: bool = True, rows: NDArray[np.int64] | None = None) -> pa.Table | None:
     """Scores that take a trajectory, means over the images of a row: row_id, refined, WINDOWS. None without any.
 
     `refined`: the trajectories are those of `--refine`; rows that only confirm sampled come after them.
+
+    Args:
+        confirmed: with those that confirm sampled. rows: ids of some rows; None for all.
     """
     parts: list[pa.Table] = []
-    for kind in (REFINE, TRAJECTORIES):
+    for kind in (REFINE, TRAJECTORIES) if confirmed else (REFINE,):
         found = dataset(run, kind)
         if found is None:
             continue
-        table = take_rows(run, found, ["row_id", *WINDOWS], pc.field("error").is_null())
+        table = take_rows(run, found, ["row_id", *WINDOWS], _sound(rows))
         if parts:
             table = table.filter(pc.invert(pc.is_in(table["row_id"], parts[0]["row_id"].combine_chunks())))
         means = table.group_by("row_id").aggregate([(name, "mean") for name in WINDOWS])
@@ -247,39 +269,62 @@ def window_means(run: Run) -> pa.Table | None:
     return pa.concat_tables(parts) if parts else None
 
 
-def second_looks(run: Run, columns: Sequence[str] = LOOKED_AT) -> pa.Table | None:
-    """Rows of the second look that could be scored: row_id and some of LOOKED_AT. None without any."""
+def second_looks(
+    run: Run, columns: Sequence[str] = LOOKED_AT, rows: NDArray[np.int64] | None = None
+) -> pa.Table | None:
+    """Rows of the second look that could be scored: row_id and some of LOOKED_AT. None without any.
+
+    Args:
+        rows: ids of some rows; None for all.
+    """
     found = dataset(run, SECOND_LOOK)
-    return None if found is None else take_rows(run, found, ["row_id", *columns], pc.field("error").is_null())
+    return None if found is None else take_rows(run, found, ["row_id", *columns], _sound(rows))
+
+
+def _sound(rows: NDArray[np.int64] | None) -> Any:
+    """A filter: rows without an error, all or some."""
+    sound = pc.field("error").is_null()
+    return sound if rows is None else sound & pc.field("row_id").isin(pa.array(rows, pa.int64()))
 
 
 class _Later:
-    """What later stages of the scan's own job found, for tables of its rows: second looks, then trajectories.
+    """What later stages found, for tables of a scan's rows: trajectories, and over them second looks.
 
     Args:
-        names: columns of the tables. first_look: leave out what a second look found.
+        names: columns of the tables. first_look: leave out what a second look found. confirmed: with what confirm's
+        trajectories tell. rows: ids of the rows to come; None for all.
     """
 
-    def __init__(self, run: Run, names: Sequence[str], first_look: bool) -> None:
+    def __init__(
+        self,
+        run: Run,
+        names: Sequence[str],
+        first_look: bool,
+        confirmed: bool = True,
+        rows: NDArray[np.int64] | None = None,
+    ) -> None:
         looked = [name for name in LOOKED_AT if name in names]
-        self._looks = _by_row(second_looks(run, looked) if looked and not first_look else None)
+        self._looks = _by_row(second_looks(run, looked, rows) if looked and not first_look else None)
         sampled = any(name in names for name in ("refined", *WINDOWS))
-        self._means = _by_row(window_means(run) if sampled else None)
+        self._means = _by_row(window_means(run, confirmed, rows) if sampled else None)
 
     def added(self, table: pa.Table) -> pa.Table:
         """A table of rows with it; it has `row_id`."""
-        for found in (self._looks, self._means):
+        for found in (self._means, self._looks):
             if found is None:
                 continue
             ids, wanted = found["row_id"].to_numpy(), table["row_id"].to_numpy()
             at = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
-            places = pa.array(at, mask=ids[at] != wanted)
+            known = ids[at] == wanted
+            places = pa.array(at, mask=~known)
             for name in (name for name in found.schema.names if name in table.schema.names and name != "row_id"):
                 column = found[name].take(places)
                 if name == "refined":
                     column = pc.or_(table[name], pc.fill_null(column, False))
-                else:
+                elif name in WINDOWS:
                     column = pc.coalesce(column, table[name])
+                else:
+                    column = pc.if_else(pa.array(known), column, table[name])
                 table = table.set_column(table.schema.get_field_index(name), table.schema.field(name), column)
         return table
 

@@ -45,6 +45,7 @@ def best_scores(
     threshold: float | None = None,
     num_noises: int | None = None,
     first_look: bool = False,
+    confirmed: bool = True,
 ) -> pa.Table:
     """The best-scored distinct captions of a run, best first: row_id and the column `by`.
 
@@ -55,6 +56,7 @@ def best_scores(
             Every one given must hold.
         num_noises: only rows whose scores are means over so many noises: a threshold holds for no others.
         first_look: by the scores of the first look, whatever a second one found.
+        confirmed: by what confirm's trajectories tell as well.
 
     Raises:
         AuditError: a column the run does not have values in.
@@ -62,7 +64,7 @@ def best_scores(
     columns, scored, limit = ["row_id", check_score(by), "num_noises"], 0, top_k
 
     def parts() -> Iterator[pa.Table]:
-        for part in distinct_parts(run, columns, first_look):
+        for part in distinct_parts(run, columns, first_look, confirmed):
             yield part if num_noises is None else part.filter(pc.equal(part["num_noises"], num_noises))
 
     if fraction is not None:
@@ -78,7 +80,7 @@ def best_scores(
 
 
 class Best:
-    """The best-scored rows of tables that come one after the other; holds those wanted and a part more.
+    """The best-scored rows of tables that come one after the other; holds those wanted and as many more, or a part.
 
     Args:
         by: score column. limit: rows wanted; None for all that have a score.
@@ -95,7 +97,7 @@ class Best:
         rows = rows.select(["row_id", self.by]).filter(able)
         self._held.append(rows)
         self._count += rows.num_rows
-        if self.limit is not None and self._count > self.limit + PART_ROWS:
+        if self.limit is not None and self._count > self.limit + max(self.limit, PART_ROWS):
             table = self.table()
             self._held, self._count = [table], table.num_rows
             self._least = table[self.by][-1] if table.num_rows else None
@@ -113,9 +115,10 @@ def best_rows(
     fraction: float | None = None,
     threshold: float | None = None,
     num_noises: int | None = None,
+    confirmed: bool = True,
 ) -> pa.Table:
     """The same with their captions: row_id, caption, score, rank. Raises AuditError as `best_scores`."""
-    table = best_scores(run, by, top_k, fraction, threshold, num_noises)
+    table = best_scores(run, by, top_k, fraction, threshold, num_noises, confirmed=confirmed)
     return pa.table(
         {
             "row_id": table["row_id"],

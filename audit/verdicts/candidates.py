@@ -103,9 +103,12 @@ def choose(run: Run, config: ConfirmConfig) -> tuple[TrajectoriesFingerprint, pa
     top_k = config.top_k
     if top_k is None and threshold is None and config.top_fraction is None:
         top_k = DEFAULT_TOP_K
-    chosen = best_rows(run, by, top_k, config.top_fraction, threshold, num_noises)
+    # not by what its own images tell, or a confirm that is gone on with would choose others
+    chosen = best_rows(run, by, top_k, config.top_fraction, threshold, num_noises, confirmed=False)
     if not chosen.num_rows:
-        raise AuditError(f"{run.url}: no caption scores above {threshold:g} by {by}: nothing to confirm")
+        why = f"--top-fraction {config.top_fraction:g}" if config.top_fraction is not None else ""
+        why = why if threshold is None else f"no caption scores above {threshold:g} by {by}"
+        raise AuditError(f"{run.url}: {why}: nothing to confirm")
     rows = digest({"row_ids": chosen["row_id"].to_pylist()})
     clean = _clean_captions(run, chosen, config)
     fingerprint = TrajectoriesFingerprint(

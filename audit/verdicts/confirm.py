@@ -24,7 +24,16 @@ from audit.engines.ray_cluster import one_connection
 from audit.index import Index
 from audit.run.run import Run
 from audit.run.schema import MASKS, VERDICTS, tensor_values
-from audit.run.stage import CONFIRM, MATCH, SCAN, TRAJECTORIES, Stage, run_stage
+from audit.run.stage import (
+    CONFIRM,
+    MATCH,
+    SCAN,
+    SECOND_LOOK,
+    SECOND_NULL_MAPS,
+    TRAJECTORIES,
+    Stage,
+    run_stage,
+)
 from audit.scores.trajectories import decode_png
 from audit.statistics.null import CAPTIONS, PICTURES, Null, NullFacts, sample_needed
 from audit.verdicts.beside import Beside
@@ -306,13 +315,21 @@ def _recorded(config: ConfirmConfig) -> ConfirmConfig:
 
 
 def _check_scan(run: Run) -> None:
-    """The scan must be complete, or the best-scored captions would be missing."""
-    scan = Stage.open(run, SCAN)
-    left = scan.missing()
-    if left:
-        raise AuditError(
-            f"{run.url}: {len(left)} of {len(scan.shards)} shards are not scanned yet: go on with `be-audit scan`"
-        )
+    """Scan and second look must be complete, or the best-scored captions would be missing."""
+    for stage, words in ((Stage.open(run, SCAN), "are not scanned yet"), (_look(run), "had no second look yet")):
+        left = stage.missing() if stage else []
+        if stage and left:
+            raise AuditError(
+                f"{run.url}: {len(left)} of {len(stage.shards)} shards {words}: go on with `be-audit scan`"
+            )
+
+
+def _look(run: Run) -> Stage | None:
+    """A run's second look. Raises AuditError where its null maps were begun, but it was not."""
+    look = Stage.find(run, SECOND_LOOK)
+    if look is None and Stage.find(run, SECOND_NULL_MAPS) is not None:
+        raise AuditError(f"{run.url}: its second look is not begun yet: go on with `be-audit scan`")
+    return look
 
 
 def _null_pictures(run: Run, index: Index, config: ConfirmConfig) -> NullPictures | None:

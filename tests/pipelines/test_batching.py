@@ -11,15 +11,15 @@ from pipelines.batching import AdaptiveBatches, half
 class Device:
     """Takes as long as 40 rows do for any batch of fewer: more rows a second up to 40; `room` rows fit."""
 
-    def __init__(self, room: int = 10**9) -> None:
-        self.seconds, self.room, self.done, self.finished = 0.0, room, list[int](), 0
+    def __init__(self, room: int = 10**9, full: type[RuntimeError] = torch.OutOfMemoryError) -> None:
+        self.seconds, self.room, self.full, self.done, self.finished = 0.0, room, full, list[int](), 0
 
     def clock(self) -> float:
         return self.seconds
 
     def compute(self, part: slice) -> int:
         if part.stop - part.start > self.room:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.full("out of memory")
         self.done += range(part.start, part.stop)
         return part.stop - part.start
 
@@ -46,11 +46,20 @@ def test_auto_doubles_while_it_is_faster_and_keeps_the_size() -> None:
     assert device.finished == before  # a size that is found waits for no batch
 
 
-def test_auto_stays_with_what_fits() -> None:
-    device = Device(room=33)
+@pytest.mark.parametrize("full", [torch.OutOfMemoryError, RuntimeError])  # of CUDA, and of others
+def test_auto_stays_with_what_fits(full: type[RuntimeError]) -> None:
+    device = Device(33, full)
     batches = AdaptiveBatches("auto", device.clock)
     assert device.run(batches, 300) == [16, 16, 16, *[32] * 7, 28]
     assert (batches.batch_size, batches.growing) == (32, False)
+
+
+def test_what_fails_at_any_size_is_raised() -> None:
+    with pytest.raises(RuntimeError):
+        Device(room=8, full=RuntimeError).run(AdaptiveBatches("auto"), 100)  # before it has grown
+    with pytest.raises(RuntimeError):
+        Device(room=8, full=RuntimeError).run(AdaptiveBatches(32), 100)
+    assert Device(room=8).run(AdaptiveBatches(32), 20) == [8, 8, 4]
 
 
 def test_a_number_stays_and_no_batch_is_waited_for() -> None:

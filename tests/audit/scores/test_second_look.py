@@ -68,7 +68,10 @@ def test_the_best_have_the_scores_of_four_noises_and_the_others_of_one(config: S
 
 
 def test_sql_and_python_say_the_same(config: ScanConfig) -> None:
-    run = Run.open(config.output)
+    same_in_sql(Run.open(config.output))
+
+
+def same_in_sql(run: Run) -> None:
     table = read_scores(run)
     names = [name for name in table.schema.names if name != "caption"]
     listed = ", ".join(f'"{name}"' for name in names)
@@ -135,6 +138,28 @@ def test_a_score_that_is_younger_than_the_stage_is_null(config: ScanConfig, tmp_
     assert after["excess_pca"].null_count == after.num_rows > before["excess_pca"].null_count
     assert after.schema == before.schema and after["row_id"].equals(before["row_id"])
     np.testing.assert_allclose(after["excess"].to_numpy(), before["excess"].to_numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_files_of_before_a_score_are_read_beside_others(config: ScanConfig, tmp_path: Path, place: int) -> None:
+    """A stage gone on with by a newer version: what an older one wrote has nulls, and nothing of fewer noises."""
+    shutil.copytree(config.output, tmp_path / "run")
+    run = Run.open(str(tmp_path / "run"))
+    stage = Stage.open(run, SECOND_LOOK)
+    shard = stage.shards[place]
+    old = stage.table(shard).drop_columns(["excess_pca"])
+    stage.ledger.drop(shard)
+    stage.ledger.commit(shard, old, {"ok": old.num_rows}, {"wall": 1.0})
+    seen = set()
+    for row in read_scores(run).to_pylist():
+        if row["num_noises"] == 4:
+            first = row["row_id"] if row["duplicate_of"] is None else row["duplicate_of"]
+            seen.add(first in old["row_id"].to_pylist())
+            assert (row["excess_pca"] is None) == (first in old["row_id"].to_pylist()) and row["excess"] is not None
+    assert seen == {True, False}
+    same_in_sql(run)
+    done = be_audit("report", run.url, "--format", "csv", "-o", tmp_path / "report")
+    assert done.code == 0, done.err
 
 
 def test_evaluations(config: ScanConfig, tmp_path: Path, watched: type[Watched]) -> None:

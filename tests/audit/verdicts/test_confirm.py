@@ -28,7 +28,7 @@ from audit.reports.flagged import find_flagged
 from audit.run.read import read_scores, read_stage
 from audit.run.run import Run
 from audit.run.schema import tensor_values
-from audit.run.stage import CONFIRM, MATCH, REFINE, TRAJECTORIES, Stage
+from audit.run.stage import CONFIRM, MATCH, REFINE, SECOND_LOOK, TRAJECTORIES, Stage
 from audit.run.verify import verify_run
 from audit.scores.scan import ScanConfig, scan
 from audit.scores.trajectories import decode_png
@@ -267,9 +267,34 @@ def test_unscanned_rows_and_missing_runs_are_refused(run: ConfirmConfig, tmp_pat
         confirm(replace(run, run=str(tmp_path / "nothing")))
 
 
+def test_a_second_look_that_is_not_done_is_refused(run: ConfirmConfig) -> None:
+    look = Stage.open(Run.open(run.run), SECOND_LOOK)
+    look.ledger.drop(look.shards[0])
+    with pytest.raises(AuditError, match="1 of . shards had no second look yet: go on with `be-audit scan`"):
+        confirm(run)
+    (Path(run.run) / "stages/second_look.json").unlink()
+    with pytest.raises(AuditError, match="its second look is not begun yet: go on with `be-audit scan`"):
+        confirm(run)
+
+
+def test_images_that_change_a_score_do_not_change_who_is_confirmed(work: Path, tmp_path: Path) -> None:
+    """By a score of trajectories, which the confirm's own images tell more of: gone on with, it chooses the same."""
+    scan(config_at(work, output=str(tmp_path / "run"), mask="final", second_look=1.0, limit=8))
+    config = replace(confirm_at(work, tmp_path / "run", tmp_path / "copy"), by="ld_first", top_fraction=None, top_k=3)
+    done = confirm(config)
+    before = read_scores(Run.open(config.run), ["ld_first", "num_noises"]).to_pydict()
+    assert set(before["num_noises"]) == {4}  # and so are their scores, whatever one image has
+    first = read_scores(Run.open(str(tmp_path / "run")), ["ld_first"])["ld_first"].to_pylist()
+    assert before["ld_first"] == first
+    again = confirm(config)
+    assert (again.candidates, again.committed_now) == (done.candidates, 0)
+
+
 def test_a_threshold_above_every_score_leaves_nothing_to_confirm(run: ConfirmConfig) -> None:
     with pytest.raises(AuditError, match="nothing to confirm"):
         confirm(replace(run, threshold=1e9))
+    with pytest.raises(AuditError, match="--top-fraction 0: nothing to confirm"):
+        confirm(replace(run, top_fraction=0.0))
     assert confirm(replace(run, threshold=0.0, top_k=2)).candidates == 2
 
 
