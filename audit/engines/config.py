@@ -24,6 +24,6 @@ class EngineFlags:
     max_shard_retries: int = option(3, "Tries of a shard before it is given up.", min=1)
     batch_timeout: float = option(
         3600.0,
-        "Seconds without a finished batch after which a worker process is killed and replaced; 0 never.",
+        "Seconds without a finished batch after which a worker process is killed and replaced, not by Ray; 0 never.",
         min=0.0,
     )

@@ -246,18 +246,21 @@ class _Worker:
     def kill_if_stuck(self, batch_timeout: float) -> None:
         """Kill a worker that gives no sign of life, or finishes no batch, for too long: listen() then says it ended."""
         now, limit = time.monotonic(), SILENCE if self.ready else LOADING
-        if not self.hand or self.killed:
+        if self.killed:
             return
         if now - self.heard > limit:
             self.killed = f"worker gave no sign of life for {limit:.0f} s (stopped, or hung) and was killed"
-        elif batch_timeout and self.ready and now - self.moved > batch_timeout:
+        elif batch_timeout and self.hand and self.ready and now - self.moved > batch_timeout:
             self.killed = f"worker finished no batch in {batch_timeout:.0f} s (--batch-timeout) and was killed"
         if self.killed:
             self.process.kill()
 
     def end(self) -> int:
-        """Wait for the end of a worker that was told to end or has died, and give its exit code."""
+        """Wait for the end of a worker that was told to end or has died, or end it, and give its exit code."""
         self.send(None)  # an idle one waits for its input
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(SILENCE)
+        self.process.kill()
         code = self.process.wait()
         self.output.close()
         return code

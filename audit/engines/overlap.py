@@ -47,8 +47,9 @@ class Overlap:
         return self
 
     def __exit__(self, *_: object) -> None:
-        while not self._to_read.empty():  # nobody will compute them
-            self._to_read.get()
+        with contextlib.suppress(queue.Empty):  # nobody will compute them
+            while True:
+                self._to_read.get_nowait()
         for tasks in (self._to_read, self._to_write):
             tasks.put(None)
         for thread in self._threads:

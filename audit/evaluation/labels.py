@@ -87,6 +87,8 @@ def read_labels(config: EvaluateConfig) -> dict[str, tuple[str, str | None]]:
     for flag, name in zip(("--label-col", "--cluster-col"), wanted, strict=False):
         if name not in schema.names:
             raise AuditError(f"{config.labels}: no column {name!r}; it has {', '.join(schema.names)}: pass {flag} NAME")
+        if name == "caption":  # what is joined by has this name here
+            raise AuditError(f"{config.labels}: {flag} caption: give the column another name")
     found: dict[str, tuple[str, str | None]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         staging = Folder(temporary)
@@ -100,7 +102,7 @@ def read_labels(config: EvaluateConfig) -> dict[str, tuple[str, str | None]]:
         )
         for shard in range(len(plan)):
             table = read_shard(plan, shard, staging)
-            columns = [table[name].cast(pa.string()).to_pylist() for name in ("caption", *wanted)]
+            columns = [_as_text(table[name]).to_pylist() for name in ("caption", *wanted)]
             for name, label, *cluster in zip(*columns, strict=True):
                 if name is None or not label:
                     continue
@@ -111,6 +113,13 @@ def read_labels(config: EvaluateConfig) -> dict[str, tuple[str, str | None]]:
                         "give it one label"
                     )
     return found
+
+
+def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """As strings; no number is no label."""
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+    return column.cast(pa.string())
 
 
 def is_clean(labels: NDArray[np.object_], config: EvaluateConfig) -> NDArray[np.bool_]:

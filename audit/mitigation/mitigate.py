@@ -206,6 +206,8 @@ def _begin(run: Run, config: MitigateConfig) -> tuple[Stage, int]:
         raise AuditError(f"--mask {mask}: the run's model has no attention masks: give --mask energy")
     threshold, by = config.threshold, trigger_column(config.loss, mask)
     if config.thresholds is not None:
+        if threshold is not None:
+            raise AuditError("--threshold and --thresholds: give one of them")
         threshold = load_thresholds(config.thresholds, run, 1).threshold(by)  # an image has one noise
     target = config.target
     if target is None:
@@ -225,7 +227,7 @@ def _begin(run: Run, config: MitigateConfig) -> tuple[Stage, int]:
         learning_rate=config.learning_rate,
         iterations=config.iterations,
     )
-    recorded = replace(config, target=target, threshold=threshold, thresholds=None, mask=mask)
+    recorded = replace(config, threshold=threshold, thresholds=None, mask=mask)
     recorded = replace(recorded, clip=clip, index=index.folder.url)
     items = with_images(chosen, num_images)
     stage = Stage.begin(run, MITIGATE, fingerprint, items, recorded, config.replace)
@@ -233,9 +235,11 @@ def _begin(run: Run, config: MitigateConfig) -> tuple[Stage, int]:
 
 
 def begun_target(run: Run, confirmed: Stage, config: MitigateConfig, mask: str) -> float | None:
-    """The target of the same mitigation begun earlier: measured once, whatever machine goes on with it."""
+    """The target of the same mitigation begun earlier: measured once, whatever machine goes on with it. None where it
+    was given.
+    """
     stage = Stage.find(run, MITIGATE)
-    if stage is None:
+    if stage is None or stage.config(MitigateConfig).target is not None:
         return None
     begun = stage.fingerprint(MitigateFingerprint)
     of_loss = None if config.loss == "magnitude" else mask

@@ -16,7 +16,7 @@ from audit.engines.failures import check_failures, together_or_alone
 from audit.engines.job import JobSpec, Took
 from audit.index import Index
 from audit.mitigation.config import MASK_LOSS, open_clip, trigger_column
-from audit.mitigation.mitigate import MitigateConfig
+from audit.mitigation.mitigate import MitigateConfig, MitigateFingerprint
 from audit.run.run import Run
 from audit.run.schema import MASKS, MITIGATED_COLUMNS, TRAJECTORY_MASKS, table_of, tensor_values
 from audit.run.stage import CONFIRM, MITIGATE, TRAJECTORIES, Stage
@@ -100,8 +100,9 @@ class MitigateJob:
         self.ledger, self.max_error_rate = self.stage.ledger, max_error_rate
         self.config = config = self.stage.config(MitigateConfig)
         null = read_null(run)
-        if config.index is None or config.target is None or config.mask is None or null is None:
+        if config.index is None or config.mask is None or null is None:
             raise AuditError(f"{run.url}: its mitigation was begun by another command: give this one again")
+        self.target = self.stage.fingerprint(MitigateFingerprint).target
         self.match_mask = self.confirmed.config(ConfirmConfig).match_mask
         self.index = Index.open(config.index)
         self.descriptor = self.index.load_descriptor(config.sscd, str(model.device))
@@ -115,7 +116,7 @@ class MitigateJob:
         self.mitigator = Mitigator(
             model,
             config.loss,
-            config.target,
+            self.target,
             mask_source=MaskSource("final", made.mask_token, tuple(made.mask_layers)),
             learning_rate=config.learning_rate,
             iterations=config.iterations,
@@ -144,7 +145,7 @@ class MitigateJob:
         for at, of in enumerate(whole.drop_columns(list(TRAJECTORY_MASKS)).to_pylist()):
             found = {name: values[at] for name, values in masks.items()}
             known[of["row_id"], of["image_index"]] = {**of, "masks": found}
-        settings = {"loss": self.config.loss, "target": self.config.target}
+        settings = {"loss": self.config.loss, "target": self.target}
         rows = []
         for row in self.stage.rows(shard).to_pylist():
             of = known.get((row["row_id"], row["image_index"]))

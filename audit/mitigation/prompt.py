@@ -89,7 +89,7 @@ def mitigate_prompt(config: MitigatePromptConfig) -> dict[str, tuple[float, floa
     columns |= {"ld": scores["ld_first"]} if "ld_first" in scores else {}
     changed, images = {name: values.copy() for name, values in columns.items()}, before.images.copy()
     if len(rows):
-        masks = getattr(before, MASKS[mask])[rows]
+        masks = None if config.loss == "magnitude" else getattr(before, MASKS[mask])[rows]
         moved, after = move_and_sample(mitigator, sampler, [prompt] * len(rows), rows.tolist(), masks)
         windows = after.windows()
         changed["loss"][rows] = moved.last_loss

@@ -30,6 +30,7 @@ from audit.run.schema import COPIES, SCORES
 from audit.run.select import best_rows, unlooked, unlooked_line
 from audit.run.status import run_status
 from audit.scores.calibrate import load_thresholds
+from audit.scores.second_look import not_begun
 
 SHOWN = 20  # captions that a dry run prints
 
@@ -105,7 +106,9 @@ def drop(config: DropConfig) -> DropSummary:
         for stage in run_status(run.url).stages
         if not stage.complete
     ]
-    return DropSummary(len(captions), files, list(examples), [*unfinished, *beyond], dict(found.left_out))
+    return DropSummary(
+        len(captions), files, list(examples), [*unfinished, *not_begun(run), *beyond], dict(found.left_out)
+    )
 
 
 def _flagged_captions(run: Run, config: DropConfig) -> tuple[list[str], list[str]]:
@@ -127,7 +130,8 @@ def _flagged_captions(run: Run, config: DropConfig) -> tuple[list[str], list[str
         found.update(dict.fromkeys(copies["caption"].to_pylist()))
     beyond = 0
     if threshold is not None:
-        above = best_rows(run, by, threshold=threshold, num_noises=num_noises)
+        own = config.thresholds is None  # a calibrated one is of the scan's scores, not of confirm's images
+        above = best_rows(run, by, threshold=threshold, num_noises=num_noises, confirmed=own)
         found.update(dict.fromkeys(above["caption"].to_pylist()))
         beyond = unlooked(run, by, threshold, num_noises)
     return list(found), [unlooked_line(beyond, by)] if beyond else []
@@ -154,9 +158,10 @@ def _targets(paths: list[str], inputs: Sequence[str], output: str | None) -> lis
     if len(paths) == 1 and not folders and not output.endswith("/") and not _is_folder(output):
         targets = [output]
     else:
-        top = os.path.commonpath([os.path.dirname(path) for path in paths]) if "://" not in paths[0] else ""
+        local = not any("://" in path for path in paths)
+        top = os.path.commonpath([os.path.dirname(path) for path in paths]) if local else ""
         if top and folders and len(inputs) == 1:
-            top = os.path.abspath(folders[0])
+            top = os.path.abspath(fsspec.core.url_to_fs(folders[0])[1])
         targets = [
             f"{output.rstrip('/')}/{path[len(top) :].lstrip('/') if top else path.rsplit('/', 1)[1]}" for path in paths
         ]

@@ -106,7 +106,7 @@ class Flagged:
 
 
 def find_flagged(
-    run: Run, by: str, threshold: float | None, top_k: int | None, num_noises: int | None = None
+    run: Run, by: str, threshold: float | None, top_k: int | None, num_noises: int | None = None, confirmed: bool = True
 ) -> Flagged:
     """Select the rows of a report.
 
@@ -116,17 +116,18 @@ def find_flagged(
         threshold: take rows scored above it.
         num_noises: with a threshold, only rows whose scores are means over so many noises.
         top_k: take this many at most; None for DEFAULT_FRACTION and DEFAULT_TOP_K, or MOST with a threshold.
+        confirmed: by what confirm's images tell as well, which a calibrated threshold does not hold for.
 
     Raises:
         AuditError: nothing committed yet, or no values in that column.
     """
     verdicts = read_verdicts(run)
     suspects, distinct, above = _suspects(run), 0, 0
-    values, confirmed = list[np.ndarray](), list[np.ndarray]()
-    for part in distinct_parts(run, ["row_id", check_score(by), "num_noises"]):
+    values, candidates = list[np.ndarray](), list[np.ndarray]()
+    for part in distinct_parts(run, ["row_id", check_score(by), "num_noises"], confirmed=confirmed):
         scores, ids = part[by].to_numpy(), part["row_id"].to_numpy()
         values.append(scores[np.isfinite(scores)])
-        confirmed.append(ids[np.isin(ids, suspects)])
+        candidates.append(ids[np.isin(ids, suspects)])
         distinct += part.num_rows
         if threshold is not None:
             able = exceeds(part[by], threshold)
@@ -139,19 +140,20 @@ def find_flagged(
     if threshold is None:
         above = valid if top_k is not None else min(rows_of(DEFAULT_FRACTION, valid), DEFAULT_TOP_K)
     taken = min(above, MOST if top_k is None else top_k)
-    ids = np.concatenate(confirmed)
+    ids = np.concatenate(candidates)
     if taken:
-        best = best_scores(run, by, taken, threshold=threshold, num_noises=None if threshold is None else num_noises)
+        noises = None if threshold is None else num_noises
+        best = best_scores(run, by, taken, threshold=threshold, num_noises=noises, confirmed=confirmed)
         ids = np.union1d(best["row_id"].to_numpy(), ids)
     repeats = read_repeats(run, ids)
-    rows = read_rows(run, ids).sort_by([(by, "descending"), ("row_id", "ascending")])
+    rows = read_rows(run, ids, confirmed=confirmed).sort_by([(by, "descending"), ("row_id", "ascending")])
     table = _flagged_table(run, rows, repeats, by, verdicts)
     counts = {**count_rows(run), "distinct": distinct}
     deny = deny_list(run, repeats, table, verdicts is not None)
-    candidates = url_list(run, repeats, table)
+    urls = url_list(run, repeats, table)
     beyond = 0 if threshold is None else unlooked(run, by, threshold, num_noises)
     ordered = np.sort(np.concatenate(values))[::-1]
-    return Flagged(table, deny, ordered, by, threshold, above, taken, counts, candidates, beyond)
+    return Flagged(table, deny, ordered, by, threshold, above, taken, counts, urls, beyond)
 
 
 def _suspects(run: Run) -> np.ndarray:

@@ -87,9 +87,11 @@ def report(config: ReportConfig) -> ReportSummary:
     _check_output(folder)
     threshold, by, num_noises = config.threshold, config.by or default_score(run), None
     if config.thresholds is not None:
+        if threshold is not None:
+            raise AuditError("--threshold and --thresholds: give one of them")
         thresholds = load_thresholds(config.thresholds, run)
         threshold, num_noises = thresholds.threshold(by), thresholds.num_noises
-    flagged = find_flagged(run, by, threshold, config.top_k, num_noises)
+    flagged = find_flagged(run, by, threshold, config.top_k, num_noises, confirmed=config.thresholds is None)
     facts = report_facts(run, flagged)
     with held(folder, CLAIMS, asdict(run.fingerprint), lambda: False, "writes a report here", None):
         for name in _OURS:

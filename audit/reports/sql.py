@@ -117,9 +117,21 @@ def run_query(name: str, url: str) -> pa.Table:
             answer = connection.sql(sql)
             if answer is None:
                 raise AuditError(f"{name}: has no answer: end it with a SELECT")
-            return answer.to_arrow_table()
+            return _distinct_names(answer.to_arrow_table())
         except duckdb.Error as error:
             raise AuditError(f"{name}: {str(error).strip()}") from error
+
+
+def _distinct_names(table: pa.Table) -> pa.Table:
+    """Columns that share a name numbered, as DuckDB does in a subquery: what is printed goes by name."""
+    names = list[str]()
+    for name in table.schema.names:
+        number, free = 0, name
+        while free in names or (number and free in table.schema.names):
+            number += 1
+            free = f"{name}_{number}"
+        names.append(free)
+    return table.rename_columns(names)
 
 
 def connect(run: Run) -> duckdb.DuckDBPyConnection:

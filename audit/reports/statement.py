@@ -79,7 +79,7 @@ def _error_rates(facts: dict[str, Any]) -> dict[str, Any] | None:
             "low": confirmed["rate_low"],
             "high": confirmed["rate_high"],
         }
-    if confirmed["null"] == CAPTIONS:
+    if confirmed["null"] == CAPTIONS and confirmed["null_size"]:
         copies, size = confirmed["null_copies"], confirmed["null_size"]
         low, high = share_interval(copies, size)
         rates["global"] = {"clean_captions": size, "global_copies": copies, "low": low, "high": high}

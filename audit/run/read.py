@@ -77,7 +77,11 @@ def take_rows(run: Run, found: pads.Dataset, columns: Sequence[str] | None, filt
 
 
 def read_rows(
-    run: Run, row_ids: NDArray[np.int64], columns: Sequence[str] | None = None, first_look: bool = False
+    run: Run,
+    row_ids: NDArray[np.int64],
+    columns: Sequence[str] | None = None,
+    first_look: bool = False,
+    confirmed: bool = True,
 ) -> pa.Table:
     """Scanned rows by id, in the order given, from the files that hold them: refined, duplicates left as stored.
 
@@ -85,7 +89,8 @@ def read_rows(
 
     Args:
         run: the run. row_ids: [n], of committed shards. columns: names to keep; None for all but the masks.
-        first_look: leave out what a second look found.
+        first_look: what the scan's own files say, nothing of later stages. confirmed: with what confirm's trajectories
+            tell of WINDOWS.
 
     Returns:
         n rows.
@@ -100,7 +105,9 @@ def read_rows(
     needed = [name for name in found.schema.names if name in {*columns, "row_id"}]
     table = take_rows(run, found, needed, pc.field("row_id").isin(pa.array(row_ids)))
     table = table.take(pc.index_in(pa.array(row_ids), table["row_id"].combine_chunks()))
-    return _Later(run, needed, first_look, rows=row_ids).added(table).select(list(columns))
+    if not first_look:
+        table = _Later(run, needed, False, confirmed, row_ids).added(table)
+    return table.select(list(columns))
 
 
 def read_stage(run: Run, stage: str, columns: Sequence[str] | None = None) -> pa.Table | None:
@@ -114,7 +121,11 @@ def read_stage(run: Run, stage: str, columns: Sequence[str] | None = None) -> pa
 
 
 def read_scores(
-    run: Run, columns: Sequence[str] | None = None, masks: bool = False, first_look: bool = False
+    run: Run,
+    columns: Sequence[str] | None = None,
+    masks: bool = False,
+    first_look: bool = False,
+    confirmed: bool = True,
 ) -> pa.Table:
     """Every scanned row with duplicates, second looks and refinement resolved, in row order.
 
@@ -125,7 +136,7 @@ def read_scores(
         run: the run.
         columns: names to keep; None for all but the masks.
         masks: with the mask columns (null in duplicate rows: take their first occurrence's); always of the first look.
-        first_look: leave out what a second look found.
+        first_look: leave out what a second look found. confirmed: with what confirm's trajectories tell of WINDOWS.
 
     Raises:
         AuditError: nothing is committed yet.
@@ -136,7 +147,7 @@ def read_scores(
     keys = {"row_id", "duplicate_of"}  # by which rows are resolved; nothing else is read
     needed = [name for name in found.schema.names if name in {*columns, *keys}]
     table = take_rows(run, found, needed)
-    return resolve_duplicates(_Later(run, needed, first_look).added(table)).select(list(columns))
+    return resolve_duplicates(_Later(run, needed, first_look, confirmed).added(table)).select(list(columns))
 
 
 def read_distinct(run: Run, columns: Sequence[str], first_look: bool = False) -> pa.Table:
@@ -157,7 +168,8 @@ def distinct_parts(
     """The same rows in parts of some PART_ROWS, at least one, which may be empty: for who needs no more of them.
 
     Args:
-        confirmed: with what confirm's trajectories tell of WINDOWS; without it a confirm chooses the same rows twice.
+        confirmed: with what confirm's trajectories tell of WINDOWS: not where a confirm must choose the same rows
+            twice, nor where a threshold is of the scan's own scores.
     """
     found = _scanned(run)
     own = (pc.field("status") == "ok") & pc.field("duplicate_of").is_null()
@@ -300,7 +312,7 @@ class _Later:
         run: Run,
         names: Sequence[str],
         first_look: bool,
-        confirmed: bool = True,
+        confirmed: bool,
         rows: NDArray[np.int64] | None = None,
     ) -> None:
         looked = [name for name in LOOKED_AT if name in names]

@@ -64,14 +64,14 @@ def best_scores(
     columns, scored, limit = ["row_id", check_score(by), "num_noises"], 0, top_k
 
     def parts() -> Iterator[pa.Table]:
-        for part in distinct_parts(run, columns, first_look, confirmed):
-            yield part if num_noises is None else part.filter(pc.equal(part["num_noises"], num_noises))
+        return distinct_parts(run, columns, first_look, confirmed)
 
     if fraction is not None:
         limit = rows_of(fraction, sum(len(part) - part[by].null_count for part in parts()))
         limit = limit if top_k is None else min(limit, top_k)
     best = Best(by, limit)
     for part in parts():
+        part = part if num_noises is None else part.filter(pc.equal(part["num_noises"], num_noises))
         scored += len(part) - part[by].null_count
         best.add(part if threshold is None else part.filter(exceeds(part[by], threshold)))
     if not scored and num_noises is None:

@@ -28,7 +28,7 @@ from audit.run.stage import SCAN, SECOND_LOOK, Stage
 from audit.scores.config import ScoringConfig
 from audit.scores.null_maps import sample_of
 from audit.scores.scan import ScanConfig, scan
-from audit.scores.second_look import SECOND_LOOK_NOISES, SecondLookFingerprint, looks_noises
+from audit.scores.second_look import SECOND_LOOK_NOISES, SecondLookFingerprint, looks_noises, not_begun
 from audit.statistics.thresholds import CleanThreshold, sample_size_note, threshold_at_fpr
 
 FORMAT = 1
@@ -195,6 +195,8 @@ def calibrate(
         raise AuditError(
             f"{run.url}: {len(left)} of {len(stage.shards)} shards are not scanned: go on with `be-audit scan`"
         )
+    for line in not_begun(run):
+        raise AuditError(f"{run.url}: {line}: go on with `be-audit scan`")
     first_noises, looks = run.fingerprint.num_noises, looks_noises(run)
     clean, failed = _clean(run, looks or first_noises)
     found, first = _thresholds(clean, config.fpr), dict[str, CleanThreshold]()
@@ -231,7 +233,8 @@ def _clean(run: Run, num_noises: int) -> tuple[pa.Table, int]:
         AuditError: a second look had a part of them alone.
     """
     first = num_noises == run.fingerprint.num_noises
-    table = read_scores(run, ["status", "duplicate_of", "mask_source", "num_noises", *SCORES], first_look=first)
+    columns = ["status", "duplicate_of", "mask_source", "num_noises", *SCORES]
+    table = read_scores(run, columns, first_look=first, confirmed=False)
     table = table.filter(pc.is_null(table["duplicate_of"]))
     clean = table.filter(pc.equal(table["status"], "ok"))
     failed = pc.sum(pc.equal(table["status"], "error")).as_py() or 0

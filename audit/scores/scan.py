@@ -28,6 +28,7 @@ from audit.scores.second_look import (
     SECOND_LOOK_NOISES,
     SecondLookFingerprint,
     begin_second_look,
+    not_begun,
     run_second_look,
 )
 from audit.scores.self_check import LONG
@@ -154,8 +155,10 @@ def scan(config: ScanConfig, stop: Stop | None = None, say: Callable[[str], None
         look = begin_second_look(run, config.second_look, config.second_look_by, noises, config, stop, config.replace)
         quarantined = quarantined + run_second_look(look, config, rank, world, stop).quarantined
         looks, ready = look.done().counts, look.complete
+    elif complete:
+        _check_no_look(run)
     # 5. trajectories of the best-scored rows
-    if config.refine and ready:
+    if config.refine and ready and counts.get("ok"):
         refine = begin_refine(run, config.refine, config.refine_by, config.replace)
         more = run_refine(refine, config, rank, world, stop)
         extra = refine.done().counts
@@ -315,6 +318,14 @@ def _plan(config: ScanConfig, folder: Folder, fingerprint: Fingerprint, files: l
     return Run.create(folder, recorded, fingerprint, plan, recorded["model"], config.revision)
 
 
+def _check_no_look(run: Run) -> None:
+    """Raise AuditError where a second look was begun and is not done: a run is not whole without it."""
+    look = Stage.find(run, SECOND_LOOK)
+    left = not_begun(run) if look is None else [f"{len(look.missing())} of {len(look.shards)} shards have none yet"]
+    if left and (look is None or look.missing()):
+        raise AuditError(f"{run.url}: a second look was begun, {left[0]}: give the flags it was begun with to go on")
+
+
 def _check_unchanged(files: list[CaptionFile], plan: CaptionPlan) -> None:
     """Raise AuditError where what was planned is not what was looked at before."""
     planned = {file.path: file for file in plan.files}
@@ -328,7 +339,8 @@ def _check_unchanged(files: list[CaptionFile], plan: CaptionPlan) -> None:
 
 def _as_begun(run: Run) -> ScanConfig:
     """The configuration of a run's scan, to go on with it on this machine alone."""
-    return replace(config_of(ScanConfig, run.facts.config), output=run.url, rank=0, world_size=1, dry_run=False)
+    begun = config_of(ScanConfig, run.facts.config)
+    return replace(begun, output=run.url, rank=0, world_size=1, dry_run=False, replace=False)
 
 
 def check_same(run: Run) -> None:

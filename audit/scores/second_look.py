@@ -86,6 +86,13 @@ def looks_noises(run: Run) -> int | None:
     return None if stage is None else stage.fingerprint(SecondLookFingerprint).num_noises
 
 
+def not_begun(run: Run) -> list[str]:
+    """That a run's second look is still to begin, where its null maps were, for people; [] where nothing is amiss."""
+    if Stage.find(run, SECOND_NULL_MAPS) is None or Stage.find(run, SECOND_LOOK) is not None:
+        return []
+    return [f"{SECOND_LOOK.name}: not begun yet"]
+
+
 def open_job(spec: JobSpec) -> SecondLookJob:
     """The second look of a run, with its model loaded. Raises AuditError as `load_run_model`."""
     run = Run.open(spec.run)

@@ -29,11 +29,11 @@ from audit.run.stage import (
     MATCH,
     SCAN,
     SECOND_LOOK,
-    SECOND_NULL_MAPS,
     TRAJECTORIES,
     Stage,
     run_stage,
 )
+from audit.scores.second_look import not_begun
 from audit.scores.trajectories import decode_png
 from audit.statistics.null import CAPTIONS, PICTURES, Null, NullFacts, sample_needed
 from audit.verdicts.beside import Beside
@@ -316,20 +316,15 @@ def _recorded(config: ConfirmConfig) -> ConfirmConfig:
 
 def _check_scan(run: Run) -> None:
     """Scan and second look must be complete, or the best-scored captions would be missing."""
-    for stage, words in ((Stage.open(run, SCAN), "are not scanned yet"), (_look(run), "had no second look yet")):
+    stages = (Stage.open(run, SCAN), "are not scanned yet"), (Stage.find(run, SECOND_LOOK), "had no second look yet")
+    for stage, words in stages:
         left = stage.missing() if stage else []
         if stage and left:
             raise AuditError(
                 f"{run.url}: {len(left)} of {len(stage.shards)} shards {words}: go on with `be-audit scan`"
             )
-
-
-def _look(run: Run) -> Stage | None:
-    """A run's second look. Raises AuditError where its null maps were begun, but it was not."""
-    look = Stage.find(run, SECOND_LOOK)
-    if look is None and Stage.find(run, SECOND_NULL_MAPS) is not None:
-        raise AuditError(f"{run.url}: its second look is not begun yet: go on with `be-audit scan`")
-    return look
+    for line in not_begun(run):
+        raise AuditError(f"{run.url}: {line}: go on with `be-audit scan`")
 
 
 def _null_pictures(run: Run, index: Index, config: ConfirmConfig) -> NullPictures | None:

@@ -315,6 +315,23 @@ def test_workers_that_never_load_end_the_job(ledger: Ledger) -> None:
 
 
 @pytest.mark.timeout(60)
+def test_a_worker_that_hangs_with_all_done_does_not_hold_the_job(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has said that all is done, and its input is closed: then it neither lives nor ends."""
+    monkeypatch.setattr("audit.engines.local.SILENCE", 1.0)
+    script = """
+import time
+print('{"ready": true}', flush=True)
+for line in sys.stdin:
+    print(json.dumps({"done": int(line), "rows": 1}), flush=True)
+time.sleep(600)
+"""
+    done, _ = run_workers(ledger, script)
+    assert sorted(done.committed) == SHARDS and done.quarantined == []
+
+
+@pytest.mark.timeout(60)
 def test_one_worker_that_dies_while_loading_is_replaced(tmp_path: Path, ledger: Ledger) -> None:
     script = f"""
 flag = {str(tmp_path / "died")!r}

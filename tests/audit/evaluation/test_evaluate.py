@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -62,6 +63,19 @@ def test_figures_are_the_hand_computed_ones_and_a_repeated_caption_counts_once(r
     assert found["ld_energy", "local"].auc == 7 / 8
     assert found["ld_energy", "global"].auc == 6.5 / 8
     assert every.auc_low < every.auc < every.auc_high
+
+
+def test_a_label_that_is_no_number_is_no_label(run: Run, tmp_path: Path) -> None:
+    labels = pa.array([1.0, 1.0, np.nan, 1.0, 0.0, 0.0, 0.0, np.nan], pa.float64(), from_pandas=False)
+    pq.write_table(pa.table({"caption": [*SCORES], "label": labels}), tmp_path / "labels.parquet")
+    found = of(run, str(tmp_path / "labels.parquet"), clean=("0",)).figures
+    assert {each.type for each in found} == {"1"} and {(each.memorised, each.clean) for each in found} == {(3, 3)}
+
+
+def test_a_column_that_cannot_be_read_beside_the_key_is_one_line(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "keys.csv").write_text("url,caption,label\nu0,one,global\n")
+    with pytest.raises(AuditError, match="--cluster-col caption: give the column another name"):
+        of(run, str(tmp_path / "keys.csv"), key="url", cluster_col="caption")
 
 
 def test_gain_is_the_paired_difference_to_magnitude() -> None:

@@ -22,7 +22,7 @@ from audit.base.errors import AuditError, Drained
 from audit.base.stopping import Stop
 from audit.cli.commands import cli
 from audit.index import Index, IndexConfig, build_index
-from audit.mitigation.mitigate import MitigateConfig, mitigate
+from audit.mitigation.mitigate import MitigateConfig, begun_target, mitigate
 from audit.run.read import read_scores, read_stage
 from audit.run.run import Run
 from audit.run.schema import MITIGATED_COLUMNS, tensor_values
@@ -189,7 +189,11 @@ def test_lost_commits_and_stops_go_on_and_other_flags_are_refused(run: MitigateC
     with pytest.raises(AuditError, match=r"learning_rate: 0.05 -> 0.1[\s\S]*--replace"):
         mitigate(replace(run, learning_rate=0.1))
     assert {path: path.read_bytes() for path in Path(run.run).rglob("*") if path.is_file()} == before
-    best = mitigate(replace(run, top_k=1, num_images=2, iterations=0, replace=True))
+    measured = begun_target(Run.open(run.run), Stage.open(Run.open(run.run), CONFIRM), run, "final")
+    assert measured == first.target  # and not measured again
+    best = mitigate(replace(run, top_k=1, num_images=2, iterations=0, target=5.0, replace=True))
+    assert best.target == 5.0
+    assert begun_target(Run.open(run.run), Stage.open(Run.open(run.run), CONFIRM), run, "final") is None
     assert (best.captions, best.images) == (1, 2)
     for row in rows_of(run):  # no update: the same picture, generated again
         assert np.abs(decode_png(row["image_after"]).astype(int) - decode_png(row["image_before"])).max() <= 2
@@ -218,6 +222,7 @@ def test_an_index_without_pixels_leaves_distances_out(run: MitigateConfig, work:
         (["--clip", "/no/such"], "give the folder of a transformers CLIPModel"),
         (["--loss", "cosine"], "not one of 'ld', 'magnitude'"),
         (["--target", "-1"], "--target"),
+        (["--threshold", "1", "--thresholds", "t.json"], "--threshold and --thresholds: give one of them"),
         (["--prompt", "a cat"], "goes with a run, not with --prompt: leave one of them out"),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from audit.base.errors import AuditError
+from audit.base.storage import Folder
 from audit.cli.commands import cli
 from audit.reports.drop import DropConfig, drop
 from tests.fabricate import add_confirm, make_run
@@ -62,6 +63,17 @@ def test_several_tables_go_below_a_folder(work: Path) -> None:
     done = drop(DropConfig(str(work / "RUN"), (str(work / "in"),), str(work / "out")))
     assert [dropped for _, _, dropped, _ in done.files] == [5, 5]
     assert pq.read_table(work / "out/a/x.parquet").num_rows == pq.read_table(work / "out/b/x.parquet").num_rows == 5
+
+
+def test_tables_here_and_elsewhere_go_by_their_names(work: Path) -> None:
+    Folder("memory://drop").write("y.parquet", (work / "table.parquet").read_bytes())
+    tables = (str(work / "table.parquet"), "memory://drop/y.parquet")
+    drop(DropConfig(str(work / "RUN"), tables, str(work / "out")))
+    assert sorted(path.name for path in (work / "out").iterdir()) == ["table.parquet", "y.parquet"]
+    (work / "in/a").mkdir(parents=True)
+    (work / "in/a/x.parquet").write_bytes((work / "table.parquet").read_bytes())
+    drop(DropConfig(str(work / "RUN"), (f"file://{work}/in",), str(work / "by-url")))
+    assert pq.read_table(work / "by-url/a/x.parquet").num_rows == 5
 
 
 def test_a_folder_becomes_a_folder_also_of_one_table(work: Path) -> None:

@@ -181,6 +181,13 @@ def test_verdicts(run: Run, confirmed: pd.DataFrame) -> None:
     assert found.set_index("verdict")["own_picture"].to_dict() == own.to_dict()
 
 
+def test_columns_that_share_a_name_stay_apart(run: Run, tmp_path: Path) -> None:
+    query = tmp_path / "twice.sql"
+    query.write_text("SELECT 1 AS x, 2 AS x_1, 3 AS x, 'z' AS y, 4 AS x ORDER BY 1")
+    found = run_query(str(query), run.url)
+    assert found.to_pylist() == [{"x": 1, "x_1": 2, "x_2": 3, "y": "z", "x_3": 4}]
+
+
 def test_every_query_is_tested_here_and_says_its_question() -> None:
     assert set(queries()) == {name.removeprefix("test_") for name in globals() if name.startswith("test_")} & set(
         queries()

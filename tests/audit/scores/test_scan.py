@@ -229,6 +229,12 @@ def test_dry_run_writes_nothing(config: ScanConfig, tmp_path: Path, monkeypatch:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_nothing_to_refine_is_no_mistake(sd1: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"TEXT": ["", " ", None]}), tmp_path / "blank.parquet")
+    found = be_audit("scan", tmp_path / "blank.parquet", "-o", tmp_path / "run", "--model", sd1, "--refine", 0.5)
+    assert found.code == 3 and "--by" not in found.err, found
+
+
 def test_captions_that_are_all_empty(sd1: str, tmp_path: Path) -> None:
     path = tmp_path / "blank.parquet"
     pq.write_table(pa.table({"TEXT": pa.array([None, "", " "], pa.string())}), path)

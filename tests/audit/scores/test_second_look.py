@@ -17,7 +17,7 @@ from audit.run.read import read_rows, read_scores
 from audit.run.run import Run
 from audit.run.schema import DETECTORS
 from audit.run.select import best_rows, best_scores
-from audit.run.stage import SECOND_LOOK, Stage
+from audit.run.stage import REFINE, SECOND_LOOK, Stage
 from audit.scores.calibrate import load_thresholds
 from audit.scores.model import load_run_model
 from audit.scores.scan import ScanConfig, scan
@@ -239,6 +239,49 @@ def test_a_second_look_that_was_too_small_for_a_threshold_is_said(config: ScanCo
     assert done.code == 3 and said in done.err
     done = be_audit("drop", config.output, *config.captions, "--thresholds", file)
     assert said in done.err
+
+
+def test_a_fraction_is_of_all_captions_whatever_the_threshold_holds_for(config: ScanConfig) -> None:
+    run = Run.open(config.output)
+    assert best_scores(run, "ld_energy", fraction=0.1, threshold=0.0, num_noises=4).num_rows == 5  # of 50, not of 40
+    assert best_scores(run, "ld_energy", fraction=1.0, threshold=0.0, num_noises=4).num_rows == LOOKED
+
+
+def test_a_look_that_has_not_begun_is_said_and_goes_on_by_its_own_flags(config: ScanConfig, tmp_path: Path) -> None:
+    shutil.copytree(config.output, tmp_path / "run")
+    run, stage = str(tmp_path / "run"), Stage.open(Run.open(config.output), SECOND_LOOK)
+    (tmp_path / "run/stages/second_look.json").unlink()
+    said = "second_look: not begun yet"
+    done = be_audit("report", run, "--format", "csv", "-o", tmp_path / "report")
+    assert done.code == 3 and said in done.err + done.out
+    done = be_audit("drop", run, *config.captions, "--threshold", 0.5)
+    assert done.code == 3 and said in done.err + done.out
+    done = be_audit("calibrate", run, "-o", tmp_path / "t.json")
+    assert done.code == 2 and said in done.err
+    done = be_audit(*command(config, run, "--second-look", 0))
+    assert done.code == 2 and "a second look was begun" in done.err and "not begun yet" in done.err
+    # it goes on and chooses the same rows; begun and not done, it cannot be left out either
+    assert scan(replace(config, output=run)).exit_code == 0
+    look = Stage.open(Run.open(run), SECOND_LOOK)
+    assert look.items.equals(stage.items)
+    look.ledger.drop(look.shards[0])
+    done = be_audit(*command(config, run, "--second-look", 0, "--refine", 0.1))
+    assert done.code == 2 and f"1 of {len(look.shards)} shards have none yet: give the flags it was" in done.err
+    assert Stage.find(Run.open(run), REFINE) is None
+    assert scan(replace(config, output=run)).exit_code == 0
+    assert be_audit(*command(config, run, "--second-look", 0)).code == 0  # nothing is left to do
+
+
+def test_later_stages_do_not_change_what_it_was_begun_with(config: ScanConfig, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(config.output, output)
+    assert be_audit(*command(config, output, "--second-look", 0.8, "--refine", 0.1)).code == 0
+    before = read_scores(Run.open(str(output)))
+    (items,) = output.glob("stages/second_look-*/items.arrow")
+    items.unlink()
+    done = be_audit("verify", output, "--repair")
+    assert done.code == 0, done.err
+    assert read_scores(Run.open(str(output))).equals(before)
 
 
 def test_refine_and_confirm_choose_by_the_second_look(config: ScanConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ from audit.run.read import read_scores
 from audit.run.run import Run
 from tests.command import be_audit
 from tests.conftest import some_captions
+from tests.tiny_transformers import save_if, save_pixart, save_sana, save_sd3
 
 pytestmark = pytest.mark.sampling
 
@@ -29,6 +31,21 @@ def test_a_scorer_that_agrees_scans(tmp_path: Path, captions: Path, sd1: str, fl
     found = be_audit("scan", captions, "-o", tmp_path / "run", "--model", sd1, *flags)
     assert found.code == 0, found
     assert read_scores(Run.open(str(tmp_path / "run")))["status"].to_pylist() == ["ok"] * 6
+
+
+@pytest.mark.parametrize("save", [save_pixart, save_sd3, save_sana, save_if])
+def test_a_model_without_masks_is_checked_too(
+    save: Callable[[Path], Path], tmp_path: Path, captions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = str(save(tmp_path / "model"))
+    scan = ("scan", captions, "-o", tmp_path / "run", "--model", model)
+    with monkeypatch.context() as patch:
+        right = pipelines.formulas.magnitude
+        patch.setattr("pipelines.formulas.magnitude", lambda energy: 1.01 * right(energy))
+        found = be_audit(*scan)
+        assert found.code != 0 and "off by 0.01" in found.err
+    found = be_audit(*scan)
+    assert found.code == 0, found
 
 
 def test_a_scorer_that_is_wrong_does_not(

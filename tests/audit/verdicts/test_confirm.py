@@ -36,6 +36,7 @@ from audit.verdicts.beside import Beside
 from audit.verdicts.candidates import ConfirmConfig
 from audit.verdicts.confirm import NULL_FILE, ConfirmSummary, _run_masks, confirm, read_null
 from audit.verdicts.match_shard import own_pictures
+from tests.command import be_audit
 
 pytestmark = pytest.mark.sampling
 STEPS = 5  # enough for the strongest copies
@@ -270,10 +271,10 @@ def test_unscanned_rows_and_missing_runs_are_refused(run: ConfirmConfig, tmp_pat
 def test_a_second_look_that_is_not_done_is_refused(run: ConfirmConfig) -> None:
     look = Stage.open(Run.open(run.run), SECOND_LOOK)
     look.ledger.drop(look.shards[0])
-    with pytest.raises(AuditError, match="1 of . shards had no second look yet: go on with `be-audit scan`"):
+    with pytest.raises(AuditError, match=r"1 of . shards had no second look yet: go on with `be-audit scan`"):
         confirm(run)
     (Path(run.run) / "stages/second_look.json").unlink()
-    with pytest.raises(AuditError, match="its second look is not begun yet: go on with `be-audit scan`"):
+    with pytest.raises(AuditError, match="second_look: not begun yet: go on with `be-audit scan`"):
         confirm(run)
 
 
@@ -288,6 +289,30 @@ def test_images_that_change_a_score_do_not_change_who_is_confirmed(work: Path, t
     assert before["ld_first"] == first
     again = confirm(config)
     assert (again.candidates, again.committed_now) == (done.candidates, 0)
+
+
+def test_thresholds_are_of_the_scan_s_scores_whatever_confirm_s_images_tell(work: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    scan(config_at(work, output=str(run), mask="final", second_look=0.0, limit=8))
+    thresholds = {}
+    for when in ("before", "after"):
+        file = tmp_path / f"{when}.json"
+        done = be_audit("calibrate", run, "--method", "ld_first", "--fpr", 0.5, "-o", file)
+        assert done.code == 0, done.err
+        thresholds[when] = json.loads(file.read_text())["thresholds"]["ld_first"]["threshold"]
+        table = (work / "captions.parquet", "--by", "ld_first", "--thresholds", tmp_path / "before.json")
+        dropped = be_audit("drop", run, *table).out
+        if when == "before":
+            flagged = find_flagged(Run.open(str(run)), "ld_first", thresholds[when], None).table["caption"].to_pylist()
+            assert len(flagged) == 4 and all(f"  {caption}" in dropped for caption in flagged[:3])
+            config = ConfirmConfig(run=str(run), index=str(work / "be-audit-index"), top_k=8, num_images=3)
+            confirm(replace(config, by="ld_first", ls_threshold=1e-6))
+            continue
+        again = find_flagged(Run.open(str(run)), "ld_first", thresholds[when], None, confirmed=False)
+        assert again.above == 4
+        shown = again.table.filter(pc.greater(again.table["score"], thresholds[when]))
+        assert sorted(shown["caption"].to_pylist()) == sorted(flagged)
+    assert thresholds["after"] == thresholds["before"]
 
 
 def test_a_threshold_above_every_score_leaves_nothing_to_confirm(run: ConfirmConfig) -> None:

@@ -20,6 +20,7 @@ from audit.run.run import Run
 from audit.scores.scan import ScanConfig, scan
 from audit.verdicts.candidates import ConfirmConfig
 from audit.verdicts.confirm import confirm, read_null
+from tests.command import be_audit
 
 pytestmark = pytest.mark.sampling
 
@@ -94,6 +95,8 @@ def test_without_pictures_there_is_no_threshold_until_they_are_back(
     assert confirm(config).committed_now == 0
     with pytest.raises(AuditError, match=r"has no local threshold yet.*give `be-audit confirm"):
         mitigate(MitigateConfig(run=config.run))
+    found = be_audit("report", config.run, "--format", "csv")
+    assert found.code == 0 and (Path(config.run) / "report/statement.md").is_file()  # of a null without members
     (tmp_path / "elsewhere").rename(tmp_path / "pictures")
     back = confirm(config)
     assert back.verdicts["global"] == 2 and back.exit_code == 0 and not back.null.missing
