@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -260,6 +261,10 @@ def check_config(config: ScanConfig) -> ModelFolder:
     for flag, by in picks:
         if reason and by in MASK_DETECTORS:
             raise AuditError(f"{flag} {by}: {reason}: give {DEFAULT_SCORE}")
+    own = model.family.guidance_default
+    if own != config.guidance_scale == ScanConfig.guidance_scale:
+        says = f"--guidance-scale {own:g} is what {model.family.pipeline_class} takes by itself"
+        print(f"{says}: give it for images like its own ({config.guidance_scale:g} now)", file=sys.stderr)
     return model
 
 

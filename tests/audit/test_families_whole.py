@@ -62,6 +62,7 @@ def work(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.Te
         (folder / name).symlink_to(data / name)
     done = be_audit("scan", folder / "captions.parquet", "-o", folder / "run", "--model", folder / "model", *STEPS)
     assert done.code == 0, done
+    assert "by itself: give it for images like its own (7.5 now)" in done.err
     return folder
 
 

@@ -222,6 +222,7 @@ def test_dry_run_writes_nothing(config: ScanConfig, tmp_path: Path, monkeypatch:
     for line in ("rows             60 (5 empty)", "unique captions  50", "shards           3 of 25 rows"):
         assert line in found.out
     assert "captions/s on one worker, one batch of 32)" in found.out
+    assert "--guidance-scale" not in found.err  # 7.5 is Stable Diffusion's own
     assert "masks            3.2 kB (--store-masks bits" in found.out
     flags = ("--model", config.model, "--batch-size", "auto", "--dry-run")
     found = be_audit("scan", *config.captions, *flags)
