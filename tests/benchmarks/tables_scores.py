@@ -107,7 +107,7 @@ def several_noises(page: Page, frame: pd.DataFrame, scores: dict[str, NDArray[An
         "energy map, smoothed by a 3 x 3 mean (*four windows*: by 3, 5 and 9 cells and the whole map), standardised "
         f"per noise and cell by the median and upper spread (84 % quantile minus median) over {null} other captions "
         "that the model never saw, which are counted nowhere else; `excess_pca` is the largest cell of the energy map "
-        "of what is left without their common part (docs/detection.md)."
+        "of what is left without their common part, its settings chosen on half of these templates (docs/detection.md)."
         f"{words} Several noises count by their mean or their maximum. *gain* is against magnitude under one noise. "
         "U-Net evaluations: one a caption and noise; the unconditional one of every noise is shared by all captions, "
         "and the null maps of `excess` and `excess_pca` take those of their sample, once a run."
