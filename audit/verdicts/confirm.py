@@ -24,15 +24,7 @@ from audit.engines.ray_cluster import one_connection
 from audit.index import Index
 from audit.run.run import Run
 from audit.run.schema import MASKS, VERDICTS, tensor_values
-from audit.run.stage import (
-    CONFIRM,
-    MATCH,
-    SCAN,
-    SECOND_LOOK,
-    TRAJECTORIES,
-    Stage,
-    run_stage,
-)
+from audit.run.stage import CONFIRM, MATCH, SCAN, SECOND_LOOK, TRAJECTORIES, Stage, run_stage
 from audit.scores.second_look import not_begun
 from audit.scores.trajectories import decode_png
 from audit.statistics.null import CAPTIONS, PICTURES, Null, NullFacts, sample_needed
