@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -28,65 +27,17 @@ from audit.reports.flagged import find_flagged
 from audit.run.read import read_scores, read_stage
 from audit.run.run import Run
 from audit.run.schema import tensor_values
-from audit.run.stage import CONFIRM, MATCH, REFINE, SECOND_LOOK, TRAJECTORIES, Stage
+from audit.run.stage import CONFIRM, MATCH, REFINE, TRAJECTORIES, Stage
 from audit.run.verify import verify_run
-from audit.scores.scan import ScanConfig, scan
+from audit.scores.scan import scan
 from audit.scores.trajectories import decode_png
 from audit.verdicts.beside import Beside
 from audit.verdicts.candidates import ConfirmConfig
 from audit.verdicts.confirm import NULL_FILE, ConfirmSummary, _run_masks, confirm, read_null
 from audit.verdicts.match_shard import own_pictures
-from tests.command import be_audit
+from tests.audit.verdicts.conftest import config_at, confirm_at
 
 pytestmark = pytest.mark.sampling
-STEPS = 5  # enough for the strongest copies
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory, testbed_index: str) -> Iterator[Path]:
-    """captions.parquet (24 captions), be-audit-run scanned, be-audit-index built."""
-    folder = tmp_path_factory.mktemp("confirm")
-    table = pq.read_table(testbed.CAPTIONS).to_pandas().drop_duplicates("TEXT")
-    copied = table[table.copy_error < 0.15].sort_values("copy_error", kind="stable")
-    chosen = [
-        copied[copied.label == "global"].head(6),
-        copied[copied.label == "local"].drop_duplicates("cluster").head(6),
-        table[table.cluster.str.startswith("unseen")].head(12),
-    ]
-    rows = [row for part in chosen for row in part.to_dict("records")]
-    pq.write_table(pa.Table.from_pylist([*rows, rows[0]]), folder / "captions.parquet")
-    scan(config_at(folder))
-    (folder / "be-audit-index").symlink_to(testbed_index)
-    yield folder
-
-
-def config_at(folder: Path, **more: object) -> ScanConfig:
-    base = ScanConfig(
-        captions=(str(folder / "captions.parquet"),),
-        output=str(folder / "be-audit-run"),
-        model="testbed",
-        steps=STEPS,
-        rows_per_shard=7,
-        device="cpu",
-    )
-    return replace(base, **more)  # type: ignore[arg-type]
-
-
-@pytest.fixture()
-def run(work: Path, tmp_path: Path) -> ConfirmConfig:
-    """A fresh copy of the scanned run, and how to confirm all of it."""
-    return confirm_at(work, work / "be-audit-run", tmp_path / "run")
-
-
-def confirm_at(work: Path, run: Path, copy: Path) -> ConfirmConfig:
-    """How to confirm all of a copy of a run."""
-    return ConfirmConfig(
-        run=str(shutil.copytree(run, copy)),
-        index=str(work / "be-audit-index"),
-        top_fraction=1.0,
-        match_fpr=0.05,
-        null_pictures=200,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -258,69 +209,6 @@ def test_short_forms_work_as_typed(work: Path, tmp_path: Path, monkeypatch: pyte
     found = CliRunner().invoke(cli, ["confirm", "--top-k", "4", "--null-pictures", "100"])
     assert found.exit_code == 0, found.output
     assert "4 candidates" in found.output and "local: correlation distance <" in found.output
-
-
-def test_unscanned_rows_and_missing_runs_are_refused(run: ConfirmConfig, tmp_path: Path) -> None:
-    (Path(run.run) / "_commits/scan/00001.json").unlink()
-    with pytest.raises(AuditError, match="1 of 4 shards are not scanned yet"):
-        confirm(run)
-    with pytest.raises(AuditError, match="no run here"):
-        confirm(replace(run, run=str(tmp_path / "nothing")))
-
-
-def test_a_second_look_that_is_not_done_is_refused(run: ConfirmConfig) -> None:
-    look = Stage.open(Run.open(run.run), SECOND_LOOK)
-    look.ledger.drop(look.shards[0])
-    with pytest.raises(AuditError, match=r"1 of . shards had no second look yet: go on with `be-audit scan`"):
-        confirm(run)
-    (Path(run.run) / "stages/second_look.json").unlink()
-    with pytest.raises(AuditError, match="second_look: not begun yet: go on with `be-audit scan`"):
-        confirm(run)
-
-
-def test_images_that_change_a_score_do_not_change_who_is_confirmed(work: Path, tmp_path: Path) -> None:
-    """By a score of trajectories, which the confirm's own images tell more of: gone on with, it chooses the same."""
-    scan(config_at(work, output=str(tmp_path / "run"), mask="final", second_look=1.0, limit=8))
-    config = replace(confirm_at(work, tmp_path / "run", tmp_path / "copy"), by="ld_first", top_fraction=None, top_k=3)
-    done = confirm(config)
-    before = read_scores(Run.open(config.run), ["ld_first", "num_noises"]).to_pydict()
-    assert set(before["num_noises"]) == {4}  # and so are their scores, whatever one image has
-    first = read_scores(Run.open(str(tmp_path / "run")), ["ld_first"])["ld_first"].to_pylist()
-    assert before["ld_first"] == first
-    again = confirm(config)
-    assert (again.candidates, again.committed_now) == (done.candidates, 0)
-
-
-def test_thresholds_are_of_the_scan_s_scores_whatever_confirm_s_images_tell(work: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    scan(config_at(work, output=str(run), mask="final", second_look=0.0, limit=8))
-    thresholds = {}
-    for when in ("before", "after"):
-        file = tmp_path / f"{when}.json"
-        done = be_audit("calibrate", run, "--method", "ld_first", "--fpr", 0.5, "-o", file)
-        assert done.code == 0, done.err
-        thresholds[when] = json.loads(file.read_text())["thresholds"]["ld_first"]["threshold"]
-        table = (work / "captions.parquet", "--by", "ld_first", "--thresholds", tmp_path / "before.json")
-        dropped = be_audit("drop", run, *table).out
-        if when == "before":
-            flagged = find_flagged(Run.open(str(run)), "ld_first", thresholds[when], None).table["caption"].to_pylist()
-            assert 2 < len(flagged) < 8 and all(f"  {caption}" in dropped for caption in flagged[:3])
-            config = ConfirmConfig(run=str(run), index=str(work / "be-audit-index"), top_k=8, num_images=3)
-            confirm(replace(config, by="ld_first", ls_threshold=1e-6))
-            continue
-        again = find_flagged(Run.open(str(run)), "ld_first", thresholds[when], None, confirmed=False)
-        assert again.above == len(flagged)
-        shown = again.table.filter(pc.greater(again.table["score"], thresholds[when]))
-        assert sorted(shown["caption"].to_pylist()) == sorted(flagged)
-    assert thresholds["after"] == thresholds["before"]
-
-
-def test_a_threshold_above_every_score_leaves_nothing_to_confirm(run: ConfirmConfig) -> None:
-    with pytest.raises(AuditError, match="nothing to confirm"):
-        confirm(replace(run, threshold=1e9))
-    with pytest.raises(AuditError, match="--top-fraction 0: nothing to confirm"):
-        confirm(replace(run, top_fraction=0.0))
-    assert confirm(replace(run, threshold=0.0, top_k=2)).candidates == 2
 
 
 def test_an_index_of_embeddings_can_tell_global_copies_only(run: ConfirmConfig, work: Path, tmp_path: Path) -> None:

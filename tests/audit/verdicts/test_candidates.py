@@ -1,0 +1,86 @@
+"""Which captions `confirm` takes: of whole scans alone, the same ones again, by scores that a threshold holds for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.compute as pc
+import pytest
+
+from audit.base.errors import AuditError
+from audit.reports.flagged import find_flagged
+from audit.run.read import read_scores
+from audit.run.run import Run
+from audit.run.stage import SECOND_LOOK, Stage
+from audit.scores.scan import scan
+from audit.verdicts.candidates import ConfirmConfig
+from audit.verdicts.confirm import confirm
+from tests.audit.verdicts.conftest import config_at, confirm_at
+from tests.command import be_audit
+
+pytestmark = pytest.mark.sampling
+
+
+def test_unscanned_rows_and_missing_runs_are_refused(run: ConfirmConfig, tmp_path: Path) -> None:
+    (Path(run.run) / "_commits/scan/00001.json").unlink()
+    with pytest.raises(AuditError, match="1 of 4 shards are not scanned yet"):
+        confirm(run)
+    with pytest.raises(AuditError, match="no run here"):
+        confirm(replace(run, run=str(tmp_path / "nothing")))
+
+
+def test_a_second_look_that_is_not_done_is_refused(run: ConfirmConfig) -> None:
+    look = Stage.open(Run.open(run.run), SECOND_LOOK)
+    look.ledger.drop(look.shards[0])
+    with pytest.raises(AuditError, match=r"1 of . shards had no second look yet: go on with `be-audit scan`"):
+        confirm(run)
+    (Path(run.run) / "stages/second_look.json").unlink()
+    with pytest.raises(AuditError, match="second_look: not begun yet: go on with `be-audit scan`"):
+        confirm(run)
+
+
+def test_images_that_change_a_score_do_not_change_who_is_confirmed(work: Path, tmp_path: Path) -> None:
+    """By a score of trajectories, which the confirm's own images tell more of: gone on with, it chooses the same."""
+    scan(config_at(work, output=str(tmp_path / "run"), mask="final", second_look=1.0, limit=8))
+    config = replace(confirm_at(work, tmp_path / "run", tmp_path / "copy"), by="ld_first", top_fraction=None, top_k=3)
+    done = confirm(config)
+    before = read_scores(Run.open(config.run), ["ld_first", "num_noises"]).to_pydict()
+    assert set(before["num_noises"]) == {4}  # and so are their scores, whatever one image has
+    first = read_scores(Run.open(str(tmp_path / "run")), ["ld_first"])["ld_first"].to_pylist()
+    assert before["ld_first"] == first
+    again = confirm(config)
+    assert (again.candidates, again.committed_now) == (done.candidates, 0)
+
+
+def test_thresholds_are_of_the_scan_s_scores_whatever_confirm_s_images_tell(work: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    scan(config_at(work, output=str(run), mask="final", second_look=0.0, limit=8))
+    thresholds = {}
+    for when in ("before", "after"):
+        file = tmp_path / f"{when}.json"
+        done = be_audit("calibrate", run, "--method", "ld_first", "--fpr", 0.5, "-o", file)
+        assert done.code == 0, done.err
+        thresholds[when] = json.loads(file.read_text())["thresholds"]["ld_first"]["threshold"]
+        table = (work / "captions.parquet", "--by", "ld_first", "--thresholds", tmp_path / "before.json")
+        dropped = be_audit("drop", run, *table).out
+        if when == "before":
+            flagged = find_flagged(Run.open(str(run)), "ld_first", thresholds[when], None).table["caption"].to_pylist()
+            assert 2 < len(flagged) < 8 and all(f"  {caption}" in dropped for caption in flagged[:3])
+            config = ConfirmConfig(run=str(run), index=str(work / "be-audit-index"), top_k=8, num_images=3)
+            confirm(replace(config, by="ld_first", ls_threshold=1e-6))
+            continue
+        again = find_flagged(Run.open(str(run)), "ld_first", thresholds[when], None, confirmed=False)
+        assert again.above == len(flagged)
+        shown = again.table.filter(pc.greater(again.table["score"], thresholds[when]))
+        assert sorted(shown["caption"].to_pylist()) == sorted(flagged)
+    assert thresholds["after"] == thresholds["before"]
+
+
+def test_a_threshold_above_every_score_leaves_nothing_to_confirm(run: ConfirmConfig) -> None:
+    with pytest.raises(AuditError, match="nothing to confirm"):
+        confirm(replace(run, threshold=1e9))
+    with pytest.raises(AuditError, match="--top-fraction 0: nothing to confirm"):
+        confirm(replace(run, top_fraction=0.0))
+    assert confirm(replace(run, threshold=0.0, top_k=2)).candidates == 2
