@@ -325,10 +325,11 @@ def _plan(config: ScanConfig, folder: Folder, fingerprint: Fingerprint, files: l
 
 def _check_no_look(run: Run) -> None:
     """Raise AuditError where a second look was begun and is not done: a run is not whole without it."""
-    look = Stage.find(run, SECOND_LOOK)
-    left = not_begun(run) if look is None else [f"{len(look.missing())} of {len(look.shards)} shards have none yet"]
-    if left and (look is None or look.missing()):
-        raise AuditError(f"{run.url}: a second look was begun, {left[0]}: give the flags it was begun with to go on")
+    look, left = Stage.find(run, SECOND_LOOK), not_begun(run)
+    if look is not None and (missing := look.missing()):
+        left = [f"{len(missing)} of {len(look.shards)} shards have none yet"]
+    for line in left:
+        raise AuditError(f"{run.url}: a second look was begun, {line}: give the flags it was begun with to go on")
 
 
 def _check_unchanged(files: list[CaptionFile], plan: CaptionPlan) -> None:

@@ -124,8 +124,10 @@ def test_one_prompt(work: Path, tmp_path: Path) -> None:
     flags = ("--prompt", "a red house", "--model", work / "model", *STEPS)
     done = be_audit("score", *flags, "--trajectory", "-o", tmp_path / "score.png")
     assert done.code == 0 and "ld_energy" in done.out and (tmp_path / "score.png").exists(), done
-    done = be_audit("mitigate", *flags, "--iterations", 1, "-o", tmp_path / "mitigate.png")
-    assert done.code == 0 and (tmp_path / "mitigate.png").exists(), done
+    for more in ((), ("--loss", "magnitude", "--mask", "final")):  # of magnitude no mask is asked
+        picture = tmp_path / f"mitigate-{len(more)}.png"
+        done = be_audit("mitigate", *flags, "--iterations", 1, "-o", picture, *more)
+        assert done.code == 0 and picture.exists(), done
 
 
 def test_thresholds_of_another_unit_are_refused(work: Path, tmp_path: Path) -> None:
