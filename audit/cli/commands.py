@@ -158,6 +158,10 @@ def index_build(ctx: click.Context, **values: Any) -> None:
     used = done.info.descriptor
     click.echo(f"{done.index}: {done.ok:,} of {done.rows:,} pictures indexed, type {done.info.type}.")
     click.echo(f"Described by {used.name}, {used.preprocessing['resize']}.")
+    for line in done.columns:
+        click.echo(f"Columns: {line}.")
+    if done.again:
+        click.echo(f"{done.again:,} of {done.parts:,} parts were described again: their pictures have changed.")
     if done.info.left_out:
         click.echo(f"left out: {reasons(done.info.left_out)}", err=True)
     for line in done.error_examples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import threading
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
 
 from audit.base.claims import CLAIMS, held
 from audit.base.commits import Commit, Ledger, shard_name
@@ -28,7 +31,7 @@ from audit.base.stopping import Stop
 from audit.base.storage import Folder
 from audit.index import ann
 from audit.index.descriptors import find_descriptor, open_descriptor
-from audit.index.embed import LEFT_OUT, embed_part
+from audit.index.embed import LEFT_OUT, MARK, embed_part
 from audit.index.facts import (
     FACTS,
     FAISS,
@@ -45,8 +48,8 @@ from audit.index.facts import (
     read_index_facts,
     read_index_info,
 )
-from audit.index.items import Columns, Slice, Source
-from audit.index.sources import find_sources
+from audit.index.items import EMBEDDINGS, KEY, Columns, Slice, Source, decode
+from audit.index.sources import find_sources, read_bytes
 
 if TYPE_CHECKING:
     from pipelines.descriptor import Descriptor
@@ -83,8 +86,10 @@ class IndexSummary:
     Attributes:
         rows: pictures seen; `ok` of them are in the index, `errors` could not be read.
         error_examples: the first of those, one line each.
-        parts: units of work; `resumed` of them were there already.
+        parts: units of work; `resumed` of them were there already, `again` were and were described again, since their
+            files have changed or a picture that could not be read can be read now.
         info: index_info.json.
+        columns: where the captions, URLs and keys of tables are read from, in words.
     """
 
     index: str
@@ -95,12 +100,15 @@ class IndexSummary:
     parts: int
     resumed: int
     info: IndexInfo
+    again: int = 0
+    columns: tuple[str, ...] = ()
 
 
 def build_index(config: IndexConfig, stop: Stop | None = None) -> IndexSummary:
     """Describe every picture, part by part, then build the search index. A killed build goes on where it was.
 
-    One build a folder at a time: others wait for it.
+    Parts whose files are not the ones they were made from are described again, and those with pictures that could not
+    be read and can be now. One build a folder at a time: others wait for it.
 
     Args:
         config: what to build.
@@ -115,6 +123,11 @@ def build_index(config: IndexConfig, stop: Stop | None = None) -> IndexSummary:
     folder = Folder(config.output)
     columns = Columns(config.image_col, config.url_col, config.caption_col, config.key_col)
     sources, left_out = find_sources(config.images, columns)
+    if config.sscd is None and any(source.kind == EMBEDDINGS for source in sources):
+        raise AuditError(
+            f"{', '.join(config.images)}: holds embeddings, and only you know which descriptor made them: name it with "
+            "--sscd; those of another (CLIP, say) tell nothing of copies"
+        )
     weights = find_descriptor(config.sscd)
     devices = find_devices(config.device, config.workers)
     descriptor = open_descriptor(weights, devices[0], config.preprocessing)
@@ -130,6 +143,12 @@ def build_index(config: IndexConfig, stop: Stop | None = None) -> IndexSummary:
         ledger = Ledger(folder, STAGE, plan(folder, descriptor.name, identity), PARTS)
         folder.sweep()
         done = dict(ledger.done(range(len(work))))
+        again = _outdated(folder, work, done)
+        for number in again:
+            ledger.drop(number)
+            del done[number]
+        if len(done) < len(work):
+            folder.remove(INFO)
         resumed = len(done)
         missing = [(number, *each) for number, each in enumerate(work) if number not in done]
         others = [open_descriptor(weights, device, config.preprocessing) for device in devices[1 : len(missing)]]
@@ -143,8 +162,40 @@ def build_index(config: IndexConfig, stop: Stop | None = None) -> IndexSummary:
                 )
 
             _beside(missing, [descriptor, *others], embed, stop)
-        info = _finish(folder, ledger, done, descriptor, weights, config, left_out)
-    return IndexSummary(config.output, info.rows, info.ok, info.errors, info.error_examples, len(work), resumed, info)
+        blind = [number for number, (source, _) in enumerate(work) if source.kind == EMBEDDINGS]
+        info = _finish(folder, ledger, done, descriptor, weights, config, left_out, blind)
+    counts = info.rows, info.ok, info.errors
+    columns_taken = tuple(dict.fromkeys(words for source in sources if (words := source.columns())))
+    parts = len(work), resumed
+    return IndexSummary(config.output, *counts, info.error_examples, *parts, info, len(again), columns_taken)
+
+
+def _outdated(folder: Folder, work: list[tuple[Source, Slice]], done: dict[int, Commit]) -> list[int]:
+    """Parts to describe again: their files have changed, or a picture that could not be read can be read now."""
+
+    def is_outdated(number: int) -> bool:
+        source, part = work[number]
+        made, mark = part_mark(folder, number), source.mark(part)
+        if made and mark and made != mark:
+            return True
+        if not done[number].counts.get("error"):
+            return False
+        table = read_part(folder, number, ["status", "locator"])
+        bad = table.filter(pc.equal(table["status"], "error"))["locator"].to_pylist()
+        return any(_can_be_read(json.loads(locator)) for locator in bad)
+
+    with ThreadPoolExecutor(16, "look") as pool:
+        return [number for number, again in zip(done, pool.map(is_outdated, done), strict=True) if again]
+
+
+def _can_be_read(locator: dict[str, Any]) -> bool:
+    """Whether there is a picture where one could not be read."""
+    try:
+        if locator:
+            decode(read_bytes({name: value for name, value in locator.items() if name != "xxh3"}))
+    except Exception:  # decoders raise anything on broken input
+        return False
+    return bool(locator)
 
 
 def _beside(
@@ -234,6 +285,7 @@ def _finish(
     weights: Path,
     config: IndexConfig,
     left_out: Counter[str],
+    blind: list[int],
 ) -> IndexInfo:
     """Gather the parts' vectors, build the search index, measure it; `index_info.json` last says that all is there."""
     counts = Counter[str]()
@@ -287,6 +339,8 @@ def _finish(
         errors=counts["error"],
         error_examples=examples,
         left_out=dict(left_out + _left_out(counts)),
+        contents=_contents(folder, done, blind),
+        blind=blind,
         **facts,
         **recall,
         seconds={
@@ -297,6 +351,22 @@ def _finish(
     )
     folder.write(INFO, to_json(info))
     return info
+
+
+def _contents(folder: Folder, done: dict[int, Commit], blind: list[int]) -> str:
+    """A digest of the pictures, of what is known of them and of which could not be read; of vectors where given."""
+    found, given = xxhash.xxh3_128(), set(blind)
+    for number in sorted(done):
+        table = read_part(folder, number, ["key", "url", "caption", "locator", "status", "embedding"])
+        for name in ("key", "url", "caption", "locator", "status"):
+            for chunk in table[name].chunks:
+                values = chunk.cast(pa.large_binary())
+                found.update(pc.binary_length(values).fill_null(-1).to_numpy(zero_copy_only=False).tobytes())
+                found.update(b"".join(value for value in values.to_pylist() if value))
+        if number in given:
+            for chunk in table["embedding"].chunks:
+                found.update(np.asarray(chunk.flatten()).tobytes())
+    return found.hexdigest()
 
 
 def _first_error(folder: Folder, done: dict[int, Commit]) -> str:
@@ -317,29 +387,38 @@ def _gather(folder: Folder, done: dict[int, Commit], total: int, dim: int, scrat
     position = 0
     for number in sorted(done):
         table = read_part(folder, number, ["id", "key", "status", "error", "embedding"])
-        good = table.filter(pa.compute.equal(table["status"], "ok"))
+        good = table.filter(pc.equal(table["status"], "ok"))
         rows = good.num_rows
         embedding = good["embedding"].combine_chunks()
         vectors[position : position + rows] = np.asarray(embedding.flatten()).reshape(rows, dim)
         ids[position : position + rows] = good["id"].to_numpy()
         position += rows
         if len(examples) < 20:
-            bad = table.filter(pa.compute.equal(table["status"], "error")).slice(0, 20 - len(examples))
+            bad = table.filter(pc.equal(table["status"], "error")).slice(0, 20 - len(examples))
             examples += [f"{row['key']}: {row['error']}" for row in bad.select(["key", "error"]).to_pylist()]
     vectors.flush()
     np.save(scratch / IDS, ids)
     return examples
 
 
+def part_mark(folder: Folder, number: int) -> str:
+    """`Source.mark` of the files a part was made from; "" where it does not say."""
+    with folder.open(f"{PARTS}/{shard_name(number)}.arrow") as file:
+        return (pa.ipc.open_file(file).schema.metadata or {}).get(MARK, b"").decode()
+
+
 def read_part(folder: Folder, number: int, columns: list[str]) -> pa.Table:
-    """Some columns of a part; on a local disk the others are not even read."""
+    """Some columns of a part; on a local disk the others are not even read. One of before has no `key_from`."""
     path = folder.path(f"{PARTS}/{shard_name(number)}.arrow")
     source = (
         pa.memory_map(path) if folder.local else pa.BufferReader(folder.read(f"{PARTS}/{shard_name(number)}.arrow"))
     )
     names = pa.ipc.open_file(source).schema.names
-    options = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in columns])
-    return pa.ipc.open_file(source, options=options).read_all().select(columns)
+    options = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in columns if name in names])
+    table = pa.ipc.open_file(source, options=options).read_all()
+    if "key_from" in columns and "key_from" not in names:
+        table = table.append_column("key_from", pa.array([KEY] * table.num_rows, pa.string()))
+    return table.select(columns)
 
 
 def _progress(work: list[tuple[Source, Slice]], done: dict[int, Commit]) -> Progress:

@@ -15,12 +15,14 @@ import pyarrow as pa
 from audit.base.commits import Commit, Ledger
 from audit.base.errors import AuditError
 from audit.base.progress import Progress
-from audit.index.items import Item, Slice, Source, decode
+from audit.index.items import Item, Slice, Source, content_mark, decode
 from audit.index.sources import read_bytes
 
 if TYPE_CHECKING:
     from pipelines.descriptor import Descriptor
 
+MARK = b"source"
+"""Key of a part's schema metadata: `Source.mark` of the files it was made from."""
 LEFT_OUT = "left out: "  # before a reason, in the counts of a commit
 LOOK_AHEAD = 8  # batches whose pictures are looked at together: equal sizes among them share a batch
 _WINDOW_BYTES = 32 << 20  # encoded pictures that wait for their turn together
@@ -29,7 +31,8 @@ ALL_FAILED = 10  # from this many rows on, a part without one readable picture i
 
 def part_schema(dim: int) -> pa.Schema:
     """Columns of `parts/000/00000.arrow`. `locator` is JSON: enough to read the pixels again."""
-    text = {name: pa.string() for name in ("key", "url", "caption", "source", "locator", "status", "error")}
+    names = ("key", "key_from", "url", "caption", "source", "locator", "status", "error")
+    text = {name: pa.string() for name in names}
     return pa.schema({"id": pa.int64(), **text, "embedding": pa.list_(pa.float16(), dim)})
 
 
@@ -51,7 +54,7 @@ def embed_part(
     Raises:
         AuditError: a part of ten rows and more without one readable picture.
     """
-    start = time.perf_counter()
+    start, mark = time.perf_counter(), source.mark(part)  # before it is read: what changes meanwhile is another
     items: list[Item] = []
     vectors: list[np.ndarray] = [np.empty((0, descriptor.dim), np.float32)]
     left, done = Counter[str](), 0
@@ -75,7 +78,7 @@ def embed_part(
     if len(errors) == len(items) >= ALL_FAILED:
         where = part.file or source.kind
         raise AuditError(f"part {number} ({where}): not one picture could be read; the first: {errors[0].error}")
-    table = _table(number, source.kind, items, embeddings, descriptor.dim)
+    table = _table(number, source.kind, items, embeddings, descriptor.dim).replace_schema_metadata({MARK: mark})
     counts = {"ok": len(items) - len(errors), "error": len(errors)}
     counts |= {LEFT_OUT + reason: count for reason, count in left.items() if count}
     seconds = {"part": time.perf_counter() - start}
@@ -124,6 +127,8 @@ def _prepared(
             if item.error is not None:
                 return None
             data = item.data if item.data is not None else read_bytes(item.locator or {})
+            if item.locator:
+                item.locator["xxh3"] = content_mark(data)
             return descriptor.prepare(decode(data))
         except Exception as error:  # decoders raise anything on broken input: a row's error, never the job's
             item.error = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -174,6 +179,7 @@ def _table(number: int, kind: str, items: list[Item], embeddings: np.ndarray, di
     columns = {
         "id": (np.int64(number) << 32) + np.arange(len(items), dtype=np.int64),
         "key": [_utf8(item.key) for item in items],
+        "key_from": [item.key_from for item in items],
         "url": [_utf8(item.url) for item in items],
         "caption": [_utf8(item.caption) for item in items],
         "source": [kind] * len(items),

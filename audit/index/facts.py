@@ -46,10 +46,13 @@ class IndexInfo:
     """index_info.json, written last.
 
     Attributes:
-        fingerprint: of pictures and descriptor. type: FAISS factory string; seed: of its samples.
+        fingerprint: of listings and descriptor: whose parts these are. contents: of the pictures themselves, what is
+            known of them and which could not be read; "" in an index of before.
+        type: FAISS factory string; seed: of its samples.
         weights: path of the descriptor's file. dim: length of a vector. parts: units of work.
         rows: pictures seen; ok: in the index; errors: not readable, the first of them in error_examples.
         training_rows, num_lists, num_probe: of the FAISS index. recall_*: measured on recall_rows vectors.
+        blind: parts without pixels, made from embeddings; None in an index of before.
         seconds: by step. files: of the search index. left_out: reason -> files and members that gave no picture.
     """
 
@@ -74,6 +77,8 @@ class IndexInfo:
     seconds: dict[str, float] = field(default_factory=dict)
     files: dict[str, FileFacts] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
+    contents: str = ""
+    blind: list[int] | None = None
 
 
 def read_index_facts(folder: Folder) -> IndexFacts:

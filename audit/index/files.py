@@ -10,12 +10,23 @@ from typing import IO, Any, NamedTuple
 
 import fsspec
 
-from audit.index.items import MOST_TEXT, PICTURES, Item, Slice, described, listing_facts, read_file, slices
+from audit.index.items import (
+    MOST_TEXT,
+    PICTURES,
+    Item,
+    Slice,
+    described,
+    files_mark,
+    listing_facts,
+    read_file,
+    slices,
+)
 
 TEXTS = (".txt", ".json", ".caption")
 """What lies beside a picture under its name: its caption, or url, caption and key as JSON."""
 
 
+UNTOLD = "texts of which a tar has another number than pictures of their name"
 LONG_TEXTS = f"texts beside pictures, of more than {MOST_TEXT >> 20} MiB"
 _CARRIED = 8 << 20  # bytes of a picture in a tar up to which it is read with its row; larger ones when their turn comes
 
@@ -37,18 +48,29 @@ class FolderSource:
     def facts(self) -> dict[str, Any]:
         return {"kind": self.kind, "url": self.url, **listing_facts(self.files)}
 
+    def columns(self) -> str:
+        return ""
+
     def parts(self, rows: int) -> list[Slice]:
         return slices(len(self.paths), rows)
 
+    def _beside(self, path: str) -> dict[str, str]:
+        stem = os.path.splitext(path)[0]
+        return self.beside.get(stem) or self.beside.get(first_dot(stem), {})
+
+    def mark(self, part: Slice) -> str:
+        paths = self.paths[part.start : part.start + part.count]
+        return files_mark(name for path in paths for name in (path, *self._beside(path).values()))
+
     def items(self, part: Slice) -> Iterator[Item]:
         for path in self.paths[part.start : part.start + part.count]:
-            stem = os.path.splitext(path)[0]
-            beside = self.beside.get(stem) or self.beside.get(first_dot(stem), {})
+            beside = self._beside(path)
             text = {ext: read_file(name) for ext, name in beside.items() if self.sizes[name] <= MOST_TEXT}
-            yield from (Item(path, left_out=LONG_TEXTS) for _ in range(len(beside) - len(text)))
+            left = Counter({LONG_TEXTS: len(beside) - len(text)})
             key = path[len(self.url) :].lstrip("/") or os.path.basename(path)
             caption = text.get(".txt", text.get(".caption"))
-            yield described(Item(key, locator={"file": path}), caption, text.get(".json"))
+            yield described(Item(key, locator={"file": path}), caption, text.get(".json"), left)
+            yield from (Item(path, left_out=reason) for reason in left.elements())
 
     def vectors(self, part: Slice) -> None:
         return None
@@ -77,23 +99,34 @@ class TarSource:
     def facts(self) -> dict[str, Any]:
         return {"kind": self.kind, "url": self.url, **listing_facts(self.files)}
 
+    def columns(self) -> str:
+        return ""
+
     def parts(self, rows: int) -> list[Slice]:
         return [Slice(0, 0, path) for path in self.files]
+
+    def mark(self, part: Slice) -> str:
+        return files_mark([part.file])
 
     def items(self, part: Slice) -> Iterator[Item]:
         left: Counter[str] = Counter()
         with fsspec.open(part.file, "rb") as file:
             pictures, texts, error = _members(file, self.files[part.file], left)
             used: set[str] = set()
+            times, seen = Counter(name for name, _ in pictures), Counter[str]()
             for name, picture in pictures:
                 key = name.rpartition(".")[0]
                 own = key if key in texts else first_dot(key)
                 used.add(own)
-                found = {text.extension: _content(file, text) for text in texts.get(own, [])}
+                beside = _texts_of(texts.get(own, []), seen[name], times[name])
+                seen[name] += 1
+                if beside is None:
+                    left[UNTOLD] += 1
+                found = {text.extension: _content(file, text) for text in beside or []}
                 where = {"file": part.file, "offset": picture.offset, "size": picture.size}
                 data = _content(file, picture) if picture.size <= _CARRIED else None
                 item = Item(key.removeprefix("./").lstrip("/"), locator=where, data=data)  # `tar c .` writes ./KEY
-                yield described(item, found.get(".txt", found.get(".caption")), found.get(".json"))
+                yield described(item, found.get(".txt", found.get(".caption")), found.get(".json"), left)
             if error is not None:
                 yield Item(os.path.basename(part.file), error=f"{part.file}: not a whole, uncompressed tar: {error}")
         left["texts without a picture in tars"] = sum(len(texts[key]) for key in texts.keys() - used)
@@ -138,6 +171,19 @@ def _members(
     except tarfile.ReadError as error:
         return pictures, texts, error
     return pictures, texts, None
+
+
+def _texts_of(texts: list[_Member], number: int, times: int) -> list[_Member] | None:
+    """Of the texts of a key those of a picture, the so many-th of so many of one name; None where nothing tells.
+
+    A name comes several times in a tar that was put together of others, whose keys begin anew.
+    """
+    by_extension: dict[str, list[_Member]] = {}
+    for text in texts:
+        by_extension.setdefault(text.extension, []).append(text)
+    if any(len(found) != times for found in by_extension.values()):
+        return None
+    return [found[number] for found in by_extension.values()]
 
 
 def _check_end(file: IO[bytes], end: int, size: int) -> None:

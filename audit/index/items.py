@@ -6,8 +6,10 @@ import codecs
 import hashlib
 import io
 import json
+import os
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,9 +17,10 @@ from typing import Any, Protocol
 
 import fsspec
 import numpy as np
+import xxhash
 from PIL import Image, ImageOps
 
-from audit.base.identity import CAPTIONS, URLS, id_text
+from audit.base.identity import CAPTIONS, TITLES, URLS, id_text
 
 MOST_BYTES = 128 << 20  # of an encoded picture: nothing larger is read; one of 179 million pixels as JPEG has a third
 MOST_TEXT = 16 << 20  # of a text beside a picture
@@ -35,6 +38,8 @@ class Item:
     """One picture on its way into the index.
 
     Attributes:
+        key_from: what the key is: one of its own (KEY), a bare row number of the table (NUMBER), or made up here from
+            its place (PLACE): no caption has that by rights.
         locator: where its pixels are, for `read_bytes`; {} when there are none.
         data: the encoded picture where it came with the row, else None and the locator is read.
         error: why there is no picture.
@@ -48,6 +53,11 @@ class Item:
     data: bytes | None = None
     error: str | None = None
     left_out: str | None = None
+    key_from: str = "key"
+
+
+KEY, NUMBER, PLACE = "key", "number", "place"
+EMBEDDINGS = "embeddings"  # the kind of sources that have vectors and no pixels
 
 
 @dataclass(frozen=True)
@@ -86,21 +96,31 @@ class Source(Protocol):
     def items(self, part: Slice) -> Iterator[Item]:
         """The rows of a part, in order."""
 
+    def columns(self) -> str:
+        """Where a table's captions, URLs and keys are read from, for people; "" for what is no table."""
+
+    def mark(self, part: Slice) -> str:
+        """What tells that the files of a part are still the ones it was made from; "" where nothing does."""
+
     def vectors(self, part: Slice) -> np.ndarray | None:
         """Embeddings of a part's rows, float [rows, dim], where they are already computed; else None."""
 
 
-def described(item: Item, text: bytes | None, facts: bytes | None) -> Item:
-    """Fill url, caption and key from the files beside a picture; JSON that does not parse is no reason to lose it."""
+BROKEN_JSON = "JSON beside pictures that cannot be read"
+
+
+def described(item: Item, text: bytes | None, facts: bytes | None, left: Counter[str]) -> Item:
+    """Fill url, caption and key from the files beside a picture; JSON that does not parse is counted in `left`."""
     if facts is not None:
         try:
             content = json.loads(facts)
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError):  # no reason to lose the picture
             content = None
+            left[BROKEN_JSON] += 1
         if isinstance(content, dict):
             by_name = {str(name).lower(): value for name, value in content.items()}
             item.url = first_text(by_name, URLS)
-            item.caption = first_text(by_name, ("caption", *CAPTIONS))
+            item.caption = first_text(by_name, map(str.lower, (*CAPTIONS, *TITLES)))
             # img2dataset's own `key` is a number, which may well be another row's key
             key = item.url if "uid" in by_name else first_text(by_name, ("key",))
             item.key = first_text(by_name, ("uid",)) or key or item.key
@@ -126,6 +146,34 @@ def listing_facts(files: dict[str, int]) -> dict[str, Any]:
     for path, size in files.items():
         digest.update(f"{path}\0{size}\n".encode(errors="surrogateescape"))  # names need not be UTF-8
     return {"files": len(files), "bytes": sum(files.values()), "listing": digest.hexdigest()[:16]}
+
+
+def content_mark(data: bytes) -> str:
+    """What is kept of an encoded picture, to know it again: xxh3, 16 hexadecimal digits."""
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+def files_mark(paths: Iterable[str]) -> str:
+    """A digest of names, sizes and times of change (of object stores: ETags) of files; "" where one tells neither."""
+    digest = xxhash.xxh3_128()
+    for path in paths:
+        stamp = _stamp(path)
+        if not stamp:
+            return ""
+        digest.update(f"{path}\0{stamp}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _stamp(path: str) -> str:
+    if "://" not in path:
+        made = os.stat(path)
+        return f"{made.st_size} {made.st_mtime_ns}"
+    fs, name = fsspec.core.url_to_fs(path)
+    if path.startswith("http"):
+        return ""  # a request a file
+    found = fs.info(name)  # of the listing that the source was made of
+    tells = (found.get(key) for key in ("ETag", "etag", "LastModified", "last_modified", "updated", "mtime"))
+    return next((f"{found.get('size')} {value}" for value in tells if value), "")
 
 
 class TooLarge(OSError):
@@ -169,7 +217,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     Raises ValueError for numbers of which nobody has said what is white.
     """
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+        pixels = np.asarray(image).astype(np.uint16)
+        if pixels.max() > 255:  # else 8 bits in a file of 16, as scientific programs write them
+            pixels >>= 8
+        return Image.fromarray(pixels.astype(np.uint8))
     if image.mode in ("I", "F"):
         pixels = np.asarray(image)
         if not (pixels.min() >= 0 and (image.mode == "I" or pixels.max() > 1) and pixels.max() <= 255):

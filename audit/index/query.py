@@ -35,7 +35,7 @@ from audit.index.facts import (
     read_index_facts,
     read_index_info,
 )
-from audit.index.items import decode, read_file
+from audit.index.items import KEY, NUMBER, PLACE, decode, read_file
 from audit.index.sources import read_bytes
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ class Index:
 
     Attributes:
         folder: where it is.
-        fingerprint: of the pictures and the descriptor it was made from.
+        fingerprint: of the listings and the descriptor it was made from: whose parts these are.
+        contents: of what is in it; what is matched with it rests on that.
         descriptor: name, sha256, dim and preprocessing of the descriptor.
         info: type, sizes, counts, recall, files: index_info.json.
     """
@@ -61,6 +62,7 @@ class Index:
         read_index_facts(folder)
         self.info = read_index_info(folder)
         self.fingerprint = self.info.fingerprint
+        self.contents = self.info.contents or self.info.fingerprint  # an index of before has none
         self.descriptor = self.info.descriptor
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._faiss: Any = None
@@ -83,6 +85,17 @@ class Index:
         """Open by path or URL. Raises AuditError when there is no finished index."""
         return cls(Folder(path))
 
+    @classmethod
+    def open_same(cls, path: str, contents: str) -> Index:
+        """Open the index that something was begun with. Raises AuditError where another lies there."""
+        index = cls.open(path)
+        if index.contents != contents:
+            raise AuditError(
+                f"--index {path}: not what was in the index when this run was confirmed: name that index, or begin anew "
+                "with `be-audit confirm --replace`"
+            )
+        return index
+
     def __len__(self) -> int:
         """Pictures in the index (those that could be read)."""
         return len(self._ids)
@@ -90,6 +103,15 @@ class Index:
     def ids(self) -> np.ndarray:
         """Every id, ascending, int64 [N]."""
         return np.asarray(self._ids)
+
+    def seen(self) -> np.ndarray:
+        """Ids of the pictures whose pixels can be read, ascending, int64 [M]: those not made from embeddings alone."""
+        ids = self.ids()
+        if self.info.blind is not None:
+            return ids[~np.isin(ids >> 32, self.info.blind)]
+        locators = {int(part): self._facts(int(part))["locator"] for part in np.unique(ids >> 32)}
+        blind = [part for part, of in locators.items() if len(of) and of[0].as_py() == "{}"]
+        return ids[~np.isin(ids >> 32, blind)]
 
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest pictures of each vector.
@@ -152,8 +174,9 @@ class Index:
         """Each caption's own picture; None where it is not known. One pass over the index a join.
 
         Args:
-            joins: (column of the index: url, key or caption; the value of each of N captions), the surest first; values
-                are compared exactly.
+            joins: (what it is in the index: url, key, number or caption; the value of each of N captions), the surest
+                first; values are compared exactly. A key is a picture's own, a number also the bare row number of its
+                table; what several pictures have is none of them, and what the index made up itself is neither.
         Returns:
             N ids: by the first join that knows the value.
         """
@@ -167,13 +190,17 @@ class Index:
     def _first(self, column: str, values: Iterable[str]) -> dict[str, int]:
         wanted = pa.array(list(dict.fromkeys(values)), pa.string())
         found: dict[str, int] = {}
+        several: set[str] = set()
+        by = {"number": "key"}.get(column, column)
+        kinds = pa.array({"key": [KEY], "number": [KEY, NUMBER]}.get(column, [KEY, NUMBER, PLACE]), pa.string())
         for part in range(self.info.parts if len(wanted) else 0):
-            table = read_part(self.folder, part, ["id", column, "status"])
-            hit = pc.and_(pc.is_in(table[column], value_set=wanted), pc.equal(table["status"], "ok"))
-            rows = table.filter(hit)
-            for value, id_ in zip(rows[column].to_pylist(), rows["id"].to_pylist(), strict=True):
-                found.setdefault(value, id_)
-        return found
+            table = read_part(self.folder, part, ["id", by, "status", "key_from"])
+            hit = pc.and_(pc.is_in(table[by], value_set=wanted), pc.equal(table["status"], "ok"))
+            rows = table.filter(pc.and_(hit, pc.is_in(table["key_from"], value_set=kinds)))
+            for value, id_ in zip(rows[by].to_pylist(), rows["id"].to_pylist(), strict=True):
+                if found.setdefault(value, id_) != id_ and by == "key":
+                    several.add(value)
+        return {value: id_ for value, id_ in found.items() if value not in several}
 
     def load_descriptor(self, sscd: str | None = None, device: str = "auto") -> Descriptor:
         """The descriptor this index was made with, by flag, else the file it was made with, else as `find_descriptor`.

@@ -21,7 +21,7 @@ from audit.base.ours import our_files
 from audit.base.parquet import open_parquet
 from audit.base.storage import check_name, is_saved_dataset, list_tree, why_no_file
 from audit.index.files import TEXTS, FolderSource, TarSource, first_dot
-from audit.index.items import PICTURES, Columns, Source, TooLarge, check_size, read_file
+from audit.index.items import PICTURES, Columns, Source, TooLarge, check_size, content_mark, read_file
 from audit.index.tables import DatasetSource, NpySource, ParquetSource, holds_pictures, read_cell
 
 
@@ -29,8 +29,19 @@ def read_bytes(locator: dict[str, Any]) -> bytes:
     """The encoded picture a locator points at.
 
     Raises:
-        AuditError: it is not there any more.
+        AuditError: it is not there any more, or another picture is.
     """
+    data = _read(locator)
+    expected = locator.get("xxh3")  # an index of before has none
+    if expected and expected != content_mark(data):
+        raise AuditError(
+            f"{locator.get('file')}: another picture lies there than when the index was made: give the same `be-audit "
+            "index build` again, it describes again what has changed"
+        )
+    return data
+
+
+def _read(locator: dict[str, Any]) -> bytes:
     try:
         if "column" in locator:
             return read_cell(locator)
@@ -79,9 +90,23 @@ def find_sources(images: Sequence[str], columns: Columns) -> tuple[list[Source],
         raise AuditError("no pictures named: be-audit index build IMAGES... (a folder, parquet, tars, a data set)")
     found: list[Source] = []
     left: Counter[str] = Counter()
+    named: dict[str, dict[str, int]] = {}  # pictures named one by one, as a shell's pattern does, by folder
     for given in images:
-        found.extend(_find(given, columns, left))
-    return found, left
+        if given.lower().endswith(PICTURES) and (picture := _named_picture(given)):
+            named.setdefault(picture[0], {}).update(picture[1])
+        else:
+            found.extend(_find(given, columns, left))
+    return [*(FolderSource(folder, dict(sorted(files.items()))) for folder, files in named.items()), *found], left
+
+
+def _named_picture(given: str) -> tuple[str, dict[str, int]] | None:
+    """The folder of one local picture, and it and the texts beside it with their sizes; None where it is no file."""
+    path = os.path.abspath(os.path.expanduser(given))
+    if "://" in given or not os.path.isfile(path):
+        return None
+    stem = os.path.splitext(path)[0]
+    beside = (text + extension for text in dict.fromkeys((stem, first_dot(stem))) for extension in TEXTS)
+    return os.path.dirname(path), {name: os.path.getsize(name) for name in (path, *beside) if os.path.isfile(name)}
 
 
 def _find(given: str, columns: Columns, left: Counter[str]) -> list[Source]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -15,9 +16,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from audit.base.errors import AuditError
-from audit.base.identity import CAPTIONS, KEYS, ROW_NUMBERS, URLS, id_text
+from audit.base.identity import KEYS, ROW_NUMBERS, TITLES, URLS, caption_columns, id_text
 from audit.base.parquet import open_parquet
-from audit.index.items import Columns, Item, Slice, TooLarge, check_size, listing_facts, read_file, slices
+from audit.index.items import (
+    EMBEDDINGS,
+    KEY,
+    NUMBER,
+    PLACE,
+    Columns,
+    Item,
+    Slice,
+    TooLarge,
+    check_size,
+    files_mark,
+    listing_facts,
+    read_file,
+    slices,
+)
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "bytes", "image_bytes", "content")
 EMBEDDING_COLUMNS = ("embedding", "embeddings", "image_embedding", "img_emb", "sscd", "vector", "feature", "features")
@@ -62,26 +77,39 @@ def pick_typed(schema: pa.Schema, named: str | None, names: tuple[str, ...], tes
 
 
 class Described:
-    """The columns that describe a row, resolved against one schema."""
+    """The columns that describe a row, resolved against one schema: captions as a scan of the same table finds them.
 
-    def __init__(self, schema: pa.Schema, columns: Columns, where: str) -> None:
+    Args:
+        blank: columns that hold nothing; captions are not looked for in them where others could hold them.
+    """
+
+    def __init__(self, schema: pa.Schema, columns: Columns, where: str, blank: Collection[str] = ()) -> None:
         self.url = pick(schema, columns.url, URLS, where, "url-col")
-        self.caption = pick(schema, columns.caption, CAPTIONS, where, "caption-col")
+        names = caption_columns(schema.names)
+        names = [name for name in names if name not in blank] or names
+        self.caption = names[0] if names and columns.caption is None else None
+        self.caption = self.caption or pick(schema, columns.caption, TITLES, where, "caption-col")
         self.key = pick(schema, columns.key, (*KEYS, *ROW_NUMBERS), where, "key-col")
+        bare = self.key is not None and columns.key is None and self.key.lower() in ROW_NUMBERS
+        self.key_from = NUMBER if bare else KEY
         self.names = [name for name in dict.fromkeys((self.url, self.caption, self.key)) if name]
+
+    def __str__(self) -> str:
+        return f"captions from {self.caption or 'none'}, URLs from {self.url or 'none'}, keys from {self.key or 'none'}"
 
     def item(self, row: dict[str, Any], number: int) -> Item:
         def text(name: str | None) -> str | None:
             return id_text(row.get(name)) if name else None
 
-        return Item(text(self.key) or str(number), text(self.url), text(self.caption))
+        key = text(self.key)
+        return Item(key or str(number), text(self.url), text(self.caption), key_from=self.key_from if key else PLACE)
 
 
 class ParquetSource:
     """Parquet files with encoded pictures or with embeddings."""
 
     def __init__(self, url: str, files: list[str], columns: Columns) -> None:
-        self.url, self.columns = url, columns
+        self.url = url
         self.files = {path: _parquet_facts(path) for path in files}
         self.image = self._find(columns.image, IMAGE_COLUMNS, is_image)
         self.embedding = None
@@ -90,10 +118,10 @@ class ParquetSource:
         if self.image is None and self.embedding is None:
             names = ", ".join(self.files[files[0]][1].names)
             raise AuditError(f"{files[0]}: no column of encoded pictures or embeddings among {names}: pass --image-col")
-        self.kind = "parquet" if self.image else "embeddings"
-        self.described = {path: Described(facts[1], columns, path) for path, facts in self.files.items()}
+        self.kind = "parquet" if self.image else EMBEDDINGS
+        self.described = {path: Described(facts[1], columns, path, facts[3]) for path, facts in self.files.items()}
         wanted = self.image or self.embedding
-        for path, (rows, schema, _) in self.files.items():
+        for path, (rows, schema, *_) in self.files.items():
             if rows and wanted not in schema.names:
                 raise AuditError(f"{path}: has no column {wanted!r}, which {files[0]} has: pass --image-col")
 
@@ -103,7 +131,8 @@ class ParquetSource:
         return next((name for name in found if name is not None), None)
 
     def facts(self) -> dict[str, Any]:
-        digest = hashlib.sha256("".join(footer for *_, footer in self.files.values()).encode()).hexdigest()[:16]
+        footers = "".join(footer for _, _, footer, _ in self.files.values())
+        digest = hashlib.sha256(footers.encode()).hexdigest()[:16]
         rows = sum(facts[0] for facts in self.files.values())
         column = self.image or self.embedding
         return {
@@ -115,14 +144,20 @@ class ParquetSource:
             "footers": digest,
         }
 
+    def columns(self) -> str:
+        return "; or ".join(dict.fromkeys(map(str, self.described.values())))
+
     def parts(self, rows: int) -> list[Slice]:
         return [part for path, facts in self.files.items() for part in slices(facts[0], rows, path)]
+
+    def mark(self, part: Slice) -> str:
+        return files_mark([part.file])
 
     def items(self, part: Slice) -> Iterator[Item]:
         described = self.described[part.file]
         names = described.names + ([self.image] if self.image else [])
         if not names:
-            yield from (Item(str(part.start + i), locator={}) for i in range(part.count))
+            yield from (Item(str(part.start + i), locator={}, key_from=PLACE) for i in range(part.count))
             return
         for number, row in self._rows(part, names):
             item = described.item(row, number)
@@ -161,17 +196,31 @@ def _batch(group: Any) -> int:
     return int(max(1, min(BATCH, _BATCH_BYTES * group.num_rows // max(group.total_byte_size, 1))))
 
 
-def _parquet_facts(path: str) -> tuple[int, pa.Schema, str]:
+def _parquet_facts(path: str) -> tuple[int, pa.Schema, str, list[str]]:
+    """Rows, schema, hash of the footer, columns that by their statistics hold nothing."""
     try:
         with fsspec.open(path, "rb") as opened:
             file = open_parquet(path, opened)
             facts = file.metadata.num_rows, file.schema_arrow
+            blank = _blank(file.metadata)
             opened.seek(-8, 2)
             length = int.from_bytes(opened.read(4), "little")
             opened.seek(-(8 + length), 2)
-            return *facts, hashlib.sha256(opened.read()).hexdigest()
+            return *facts, hashlib.sha256(opened.read()).hexdigest(), blank
     except (pa.ArrowInvalid, OSError) as error:
         raise AuditError(f"{path}: not a whole parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _blank(metadata: pq.FileMetaData) -> list[str]:
+    """Flat columns of nothing but nulls."""
+    groups = [metadata.row_group(at) for at in range(metadata.num_row_groups)]
+    found = []
+    for at in range(metadata.num_columns):
+        chunks = [group.column(at) for group in groups]
+        known = [each.statistics.null_count for each in chunks if each.statistics and each.statistics.has_null_count]
+        if len(known) == len(chunks) and sum(known) == metadata.num_rows:
+            found.append(metadata.schema.column(at).path)
+    return found
 
 
 def holds_pictures(path: str) -> bool:
@@ -212,14 +261,19 @@ def stack(rows: list[Any]) -> np.ndarray:
 
 
 class NpySource:
-    """Embeddings in .npy files, float [rows, dim], one metadata parquet each (clip-retrieval: img_emb/, metadata/)."""
+    """Embeddings in .npy files, float [rows, dim], one metadata parquet each (clip-retrieval: img_emb/, metadata/).
 
-    kind = "embeddings"
+    A .npy file has the metadata of its number that is nearest: in the folder they have in common that lies deepest.
+    """
+
+    kind = EMBEDDINGS
 
     def __init__(self, url: str, files: dict[str, int], metadata: list[str], columns: Columns) -> None:
-        self.url, self.files, self.columns = url, files, columns
-        by_number = {_number(path): path for path in metadata}
-        self.metadata = {path: by_number.get(_number(path)) for path in files}
+        self.url, self.files, self.named = url, files, columns
+        by_number: dict[str, list[str]] = {}
+        for path in metadata:
+            by_number.setdefault(_number(path), []).append(path)
+        self.metadata = {path: _nearest(path, by_number.get(_number(path), [])) for path in files}
         if metadata and None in self.metadata.values():
             missing = next(path for path, found in self.metadata.items() if found is None)
             raise AuditError(f"{missing}: no metadata parquet of the same number beside it")
@@ -233,16 +287,22 @@ class NpySource:
     def facts(self) -> dict[str, Any]:
         return {"kind": self.kind, "url": self.url, "rows": sum(self.rows.values()), **listing_facts(self.files)}
 
+    def columns(self) -> str:
+        return "; or ".join(dict.fromkeys(str(self._described(path)) for path in self.metadata.values() if path))
+
     def parts(self, rows: int) -> list[Slice]:
         return [part for path, count in self.rows.items() for part in slices(count, rows, path)]
+
+    def mark(self, part: Slice) -> str:
+        return files_mark(path for path in (part.file, self.metadata[part.file]) if path)
 
     def items(self, part: Slice) -> Iterator[Item]:
         metadata = self.metadata[part.file]
         numbers = range(part.start, part.start + part.count)
         if metadata is None:
-            yield from (Item(str(number), locator={}) for number in numbers)
+            yield from (Item(str(number), locator={}, key_from=PLACE) for number in numbers)
             return
-        described = Described(_parquet_facts(metadata)[1], self.columns, metadata)
+        described = self._described(metadata)
         with fsspec.open(metadata, "rb") as opened:
             table = pq.read_table(opened, columns=described.names).slice(part.start, part.count)
         for number, row in zip(numbers, table.to_pylist(), strict=False):
@@ -250,8 +310,26 @@ class NpySource:
             item.locator = {}
             yield item
 
+    def _described(self, metadata: str) -> Described:
+        _, schema, _, blank = _parquet_facts(metadata)
+        return Described(schema, self.named, metadata, blank)
+
     def vectors(self, part: Slice) -> np.ndarray:
         return np.asarray(_load_npy(part.file)[part.start : part.start + part.count], np.float32)
+
+
+def _nearest(path: str, metadata: list[str]) -> str | None:
+    """Of the metadata of its number that of a .npy file. Raises AuditError where two could be it."""
+
+    def depth(other: str) -> int:
+        """Folders in common."""
+        pairs = zip(path.split("/")[:-1], other.split("/")[:-1], strict=False)
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    nearest = [other for other in metadata if depth(other) == max(map(depth, metadata))]
+    if len(nearest) > 1:
+        raise AuditError(f"{path}: its metadata may be {nearest[0]} or {nearest[1]}: keep those that belong together")
+    return nearest[0] if nearest else None
 
 
 def _number(path: str) -> str:
@@ -287,14 +365,21 @@ class DatasetSource:
         self.image = pick_typed(schema, columns.image, IMAGE_COLUMNS, is_image, name)
         if self.image is None:
             raise AuditError(f"{name}: no column of pictures among {', '.join(schema.names)}: pass --image-col")
-        self.described = Described(schema, columns, name)
+        blank = [name for name in schema.names if self.dataset.data.column(name).null_count == len(self.dataset.data)]
+        self.described = Described(schema, columns, name, blank)
 
     def facts(self) -> dict[str, Any]:
         facts = {"kind": self.kind, **self.where, "rows": len(self.dataset), "column": self.image}
         return {**facts, "data": self.dataset._fingerprint}
 
+    def columns(self) -> str:
+        return str(self.described)
+
     def parts(self, rows: int) -> list[Slice]:
         return slices(len(self.dataset), rows)
+
+    def mark(self, part: Slice) -> str:
+        return files_mark(file["filename"] for file in self.dataset.cache_files)
 
     def items(self, part: Slice) -> Iterator[Item]:
         assert self.image is not None

@@ -161,8 +161,7 @@ def check_same(run: Run) -> None:
     stage = Stage.open(run, MITIGATE)
     config, begun = stage.config(MitigateConfig), stage.fingerprint(MitigateFingerprint)
     confirmed = Stage.open(run, CONFIRM)
-    if Index.open(config.index or "").fingerprint != confirmed.fingerprint(ConfirmFingerprint).index:
-        raise AuditError(f"--index {config.index}: not the index confirm used; nothing was touched")
+    Index.open_same(config.index or "", confirmed.fingerprint(ConfirmFingerprint).index)
     if begun.clip is not None and (config.clip is None or _folder_digest(config.clip) != begun.clip):
         raise AuditError(f"--clip {config.clip}: not the CLIP model the mitigation was begun with; nothing was touched")
 
@@ -194,9 +193,8 @@ def _begin(run: Run, config: MitigateConfig) -> tuple[Stage, int]:
     if num_images > made:
         raise AuditError(f"--num-images {num_images}: confirm made {made} a caption; give at most that")
     # 2. measured with what
-    index = Index.open(config.index or confirmed.config(ConfirmConfig).index)
-    if index.fingerprint != confirmed.fingerprint(ConfirmFingerprint).index:
-        raise AuditError(f"--index {index.folder.url}: not the index confirm used; name that one")
+    used = confirmed.fingerprint(ConfirmFingerprint).index
+    index = Index.open_same(config.index or confirmed.config(ConfirmConfig).index, used)
     index.load_descriptor(config.sscd, config.device)
     clip = find_clip(config.clip, run.facts.model)
     # 3. trigger and target

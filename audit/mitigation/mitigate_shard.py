@@ -24,7 +24,7 @@ from audit.scores.model import load_run_model
 from audit.scores.trajectories import NOT_FINITE, decode_png, encode_png, is_finite, open_sampler
 from audit.verdicts.candidates import ConfirmConfig, TrajectoriesFingerprint
 from audit.verdicts.compare import Neighbour, References, decide, match_image
-from audit.verdicts.confirm import read_null
+from audit.verdicts.confirm import ConfirmFingerprint, read_null
 from audit.verdicts.crops import TrainingCrops
 from audit.verdicts.null import threads
 
@@ -104,7 +104,7 @@ class MitigateJob:
             raise AuditError(f"{run.url}: its mitigation was begun by another command: give this one again")
         self.target = self.stage.fingerprint(MitigateFingerprint).target
         self.match_mask = self.confirmed.config(ConfirmConfig).match_mask
-        self.index = Index.open(config.index)
+        self.index = Index.open_same(config.index, self.confirmed.fingerprint(ConfirmFingerprint).index)
         self.descriptor = self.index.load_descriptor(config.sscd, str(model.device))
         self.clip = open_clip(config.clip, str(model.device))
         self.pool = threads()

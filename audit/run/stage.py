@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -308,6 +308,16 @@ class Stage:
     def config(self, kind: type[Facts]) -> Facts:
         """The flags it was begun with."""
         return config_of(kind, self.facts.config)
+
+    def record(self, config: Any) -> None:
+        """Keep other flags with it, as where its files lie by now; what it was begun with stays.
+
+        Raises:
+            AuditError: discarded by another process.
+        """
+        self.still()
+        self.facts = replace(self.facts, config=asdict(config))
+        self.run.folder.write(f"stages/{self.kind.name}.json", to_json(self.facts))
 
     @functools.cached_property
     def items(self) -> pa.Table:

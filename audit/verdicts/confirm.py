@@ -32,24 +32,13 @@ from audit.verdicts.beside import Beside
 from audit.verdicts.candidates import ConfirmConfig, choose, passed_over
 from audit.verdicts.compare import COPY, VERDICT_VERSION, References, statistic_of
 from audit.verdicts.crops import TrainingCrops
-from audit.verdicts.match_shard import own_pictures
+from audit.verdicts.match_shard import MatchFingerprint, own_pictures
 from audit.verdicts.null import NullPictures, check_pictures, draw_pictures, null_of, pictures_null, threads
 
 if TYPE_CHECKING:
     from pipelines.descriptor import Descriptor
 
 NULL_FILE = "null.json"  # beside the rows of confirm
-
-
-@dataclass(frozen=True)
-class MatchFingerprint:
-    """What a match depends on: the images, the index and its descriptor, how many pictures are compared, and how."""
-
-    trajectories: str
-    index: str
-    descriptor: str
-    neighbours: int
-    rule_version: int = 1
 
 
 @dataclass(frozen=True)
@@ -180,9 +169,10 @@ def confirm(config: ConfirmConfig, stop: Stop | None = None) -> ConfirmSummary:
     # 2. images, and beside them their matches, which need no threshold
     captions = images.filter(pc.equal(images["image_index"], 0)).drop_columns(["image_index"])
     asked = MatchFingerprint(
-        trajectories.facts.digest, index.fingerprint, descriptor.sha256, config.neighbours, VERDICT_VERSION
+        trajectories.facts.digest, index.contents, descriptor.sha256, config.neighbours, VERDICT_VERSION
     )
     matching = Stage.begin(run, MATCH, asked, captions, _recorded(config), config.replace)
+    _moved(matching, config)
     _take_back(matching, index)
     with Beside(matching, trajectories, config, stop):
         generated = run_stage(trajectories, trajectories.missing(), config, stop)
@@ -193,7 +183,7 @@ def confirm(config: ConfirmConfig, stop: Stop | None = None) -> ConfirmSummary:
         rule_version=VERDICT_VERSION,
         trajectories=trajectories.facts.digest,
         match=matching.facts.digest,
-        index=index.fingerprint,
+        index=index.contents,
         match_mask=config.match_mask,
         match_fpr=config.match_fpr,
         ls_threshold=config.ls_threshold,
@@ -215,6 +205,7 @@ def confirm(config: ConfirmConfig, stop: Stop | None = None) -> ConfirmSummary:
             null = _find_null(trajectories, pictures, index, descriptor, config)
         beside = {NULL_FILE: to_json(NullFacts.of(null))}
         stage = Stage.begin(run, CONFIRM, verdicts, candidates, _recorded(config), config.replace, beside)
+    _moved(stage, config)
     null = _null_of(stage).null()
     # 4. verdicts of what was matched
     ready = matching.done()
@@ -291,19 +282,26 @@ def check_same(run: Run) -> None:
     if stage is None:
         return
     config, begun = stage.config(ConfirmConfig), stage.fingerprint(MatchFingerprint)
-    index = Index.open(config.index)
-    if index.fingerprint != begun.index:
-        raise AuditError(f"--index {config.index}: not the index confirm used; nothing was touched")
+    index = Index.open_same(config.index, begun.index)
     if index.load_descriptor(config.sscd, config.device).sha256 != begun.descriptor:
         raise AuditError("--sscd: not the descriptor confirm used; nothing was touched")
 
 
 def _recorded(config: ConfirmConfig) -> ConfirmConfig:
-    """As a stage keeps it: local files by absolute paths, to be found from elsewhere."""
-    index, clean = (
-        path if path is None or "://" in path else os.path.abspath(path) for path in (config.index, config.clean)
-    )
-    return replace(config, index=index or config.index, clean=clean)
+    """As a stage keeps it: local files by absolute paths, to be found from elsewhere; other names as they are."""
+
+    def whole(path: str | None) -> str | None:
+        return os.path.abspath(path) if path is not None and os.path.exists(path) else path
+
+    index, thresholds = whole(config.index) or config.index, whole(config.thresholds)
+    return replace(config, index=index, clean=whole(config.clean), sscd=whole(config.sscd), thresholds=thresholds)
+
+
+def _moved(stage: Stage, config: ConfirmConfig) -> None:
+    """Where the stage's index lies by now: workers open it there."""
+    begun, index = stage.config(ConfirmConfig), _recorded(config).index
+    if begun.index != index:
+        stage.record(replace(begun, index=index))
 
 
 def _check_scan(run: Run) -> None:
@@ -321,9 +319,7 @@ def _check_scan(run: Run) -> None:
 
 def _null_pictures(run: Run, index: Index, config: ConfirmConfig) -> NullPictures | None:
     """The training pictures of the null; None where the index holds no pixels, and nothing local can be decided."""
-    references = References(index, (1, 1))
-    first = int(index.ids()[0]) if len(index) else -1
-    if not len(index) or (references.pixels(first) is None and first not in references.unreadable):
+    if not len(index.seen()):
         return None
     sample = max(config.null_pictures, sample_needed(config.match_fpr, config.num_images))
     found = draw_pictures(index, config.neighbours + 1, sample, run.fingerprint.seed)

@@ -27,21 +27,22 @@ from audit.verdicts.compare import (
     encode_reference,
     statistic_of,
 )
-from audit.verdicts.confirm import read_null
+from audit.verdicts.confirm import ConfirmFingerprint, read_null
 
 
 def open_job(spec: JobSpec) -> ConfirmJob:
     """The verdicts of a run's confirm, with its index opened.
 
     Raises:
-        AuditError: confirm was not begun, or the index is gone.
+        AuditError: confirm was not begun, or the index is gone or another.
     """
     run = Run.open(spec.run)
     stage, null = Stage.open(run, CONFIRM), read_null(run)
     if null is None:
         raise AuditError(f"{run.url}: its confirm was begun anew by another command: give this one again")
     config = stage.config(ConfirmConfig)
-    return ConfirmJob(stage, Index.open(config.index), config.match_mask, null.null())
+    index = Index.open_same(config.index, stage.fingerprint(ConfirmFingerprint).index)
+    return ConfirmJob(stage, index, config.match_mask, null.null())
 
 
 class ConfirmJob:

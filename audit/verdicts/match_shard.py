@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -28,16 +29,27 @@ if TYPE_CHECKING:
 _TOGETHER = 8  # images compared at a time: their neighbours stay in memory
 
 
+@dataclass(frozen=True)
+class MatchFingerprint:
+    """What a match depends on: the images, the index and its descriptor, how many pictures are compared, and how."""
+
+    trajectories: str
+    index: str
+    descriptor: str
+    neighbours: int
+    rule_version: int = 1
+
+
 def open_job(spec: JobSpec) -> MatchJob:
     """The matches of a run's confirm, with its index and descriptor opened.
 
     Raises:
-        AuditError: it was not begun, the index is gone, or another descriptor.
+        AuditError: it was not begun, the index is gone or another, or another descriptor.
     """
     run = Run.open(spec.run)
     stage = Stage.open(run, MATCH)
     config = stage.config(ConfirmConfig)
-    index = Index.open(config.index)
+    index = Index.open_same(config.index, stage.fingerprint(MatchFingerprint).index)
     return MatchJob(stage, index, index.load_descriptor(config.sscd, spec.device), config.neighbours)
 
 
@@ -159,6 +171,6 @@ def own_pictures(run: Run, index: Index, items: pa.Table) -> dict[int, int]:
         of = iter(rows[name].cast(pa.string()).to_pylist())
         values[name] = [next(of) if row_id >= 0 else None for row_id in row_ids]
     joins = [("url", values[name]) for name in urls] + [("key", values[name]) for name in keys]
-    joins += [("caption", items["caption"].to_pylist())] + [("key", values[name]) for name in numbers]
+    joins += [("caption", items["caption"].to_pylist())] + [("number", values[name]) for name in numbers]
     own = index.own(joins)
     return {row_id: id for row_id, id in zip(row_ids.tolist(), own, strict=True) if id is not None}

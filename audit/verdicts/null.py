@@ -43,7 +43,7 @@ class NullPictures:
 
 
 def draw_pictures(index: Index, comparisons: int, sample: int, seed: int) -> NullPictures:
-    """A seeded sample of indexed pictures with their nearest different ones; only vectors are read.
+    """A seeded sample of indexed pictures that have pixels with their nearest different ones; only vectors are read.
 
     Near-duplicates (sscd > 0.5) are repeats in the training set, not different pictures: such pairs are left out, and
     of a group of them only the first picture is sampled. So a data set full of repeats neither hides its own copies nor
@@ -55,7 +55,7 @@ def draw_pictures(index: Index, comparisons: int, sample: int, seed: int) -> Nul
         sample: pictures to use, at most.
         seed: of the sample; what is added to the index later does not reshuffle it.
     """
-    ids = index.ids()
+    ids = index.seen()
     keys = _hash(ids, seed)
     order = np.argsort(keys, kind="stable")
     drawn: list[int] = []
@@ -67,7 +67,7 @@ def draw_pictures(index: Index, comparisons: int, sample: int, seed: int) -> Nul
         block = order[start : start + _SEARCHED]
         found, cosines = index.search(index.vectors(ids[block]), min(len(index), comparisons + 1 + _SPARE))
         for row, at in enumerate(block):
-            different = (found[row] != ids[at]) & (found[row] >= 0)
+            different = (found[row] != ids[at]) & (ids[np.searchsorted(ids[:-1], found[row])] == found[row])
             repeats = different & (cosines[row] > COPY)
             near += int(repeats.sum())
             if (found[row][repeats] < ids[at]).any():

@@ -32,7 +32,7 @@ from audit.scores.trajectories import Images
 from audit.verdicts.beside import Beside
 from audit.verdicts.candidates import ConfirmConfig
 from audit.verdicts.compare import Neighbour, References, match_image
-from audit.verdicts.confirm import MatchFingerprint
+from audit.verdicts.match_shard import MatchFingerprint
 from audit.verdicts.crops import TrainingCrops
 from audit.verdicts.null import draw_pictures, pictures_null, threads
 from tests.fabricate import make_run, png, trajectories_table
@@ -90,7 +90,7 @@ def beside(folder: Path, index: str, size: int, candidates: int) -> tuple[float,
     Stage.open(run, TRAJECTORIES).discard()
     trajectories = Stage.begin(run, TRAJECTORIES, Images(1), with_images(captions, 1), config)
     opened = Index.open(index)
-    asked = MatchFingerprint(trajectories.facts.digest, opened.fingerprint, "", config.neighbours)
+    asked = MatchFingerprint(trajectories.facts.digest, opened.contents, "", config.neighbours)
     matching = Stage.begin(run, MATCH, asked, captions, config)
     with Beside(matching, trajectories, config, None):
         together = generate(trajectories, pictures)

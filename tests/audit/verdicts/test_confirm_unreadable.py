@@ -17,6 +17,7 @@ from audit.index import IndexConfig, build_index
 from audit.mitigation.mitigate import MitigateConfig, mitigate
 from audit.run.read import read_stage
 from audit.run.run import Run
+from audit.run.stage import CONFIRM, MATCH, Stage
 from audit.scores.scan import ScanConfig, scan
 from audit.verdicts.candidates import ConfirmConfig
 from audit.verdicts.confirm import confirm, read_null
@@ -52,6 +53,13 @@ def config(scanned: Path, tmp_path: Path) -> ConfirmConfig:
         shutil.copytree(scanned / name, tmp_path / name)
     build_index(IndexConfig((str(tmp_path / "pictures"),), str(tmp_path / "index"), sscd="testbed"))
     return ConfirmConfig(str(tmp_path / "run"), index=str(tmp_path / "index"), top_k=2, match_fpr=0.05)
+
+
+def copied_pictures(scanned: Path) -> list[str]:
+    """Files of the pictures of the two copied captions."""
+    captions = pq.read_table(scanned / "captions.parquet")["TEXT"].to_pylist()[:2]
+    texts = (scanned / "pictures").glob("*.txt")
+    return [text.with_suffix(".png").name for text in texts if text.read_text() in captions]
 
 
 def verdicts(config: ConfirmConfig) -> list[tuple[str, float | None]]:
@@ -137,3 +145,50 @@ def test_a_threshold_made_without_some_pictures_is_made_again_for_every_verdict(
 
 def _rows(config: ConfirmConfig) -> list[dict[str, Any]]:
     return read_stage(Run.open(config.run), "confirm").to_pylist()  # type: ignore[union-attr]
+
+
+def test_another_picture_in_its_place_is_not_compared(config: ConfirmConfig, scanned: Path, tmp_path: Path) -> None:
+    config = replace(config, ls_threshold=1e-6)
+    other = next((tmp_path / "pictures").glob("*7.png"))
+    for name in copied_pictures(scanned):
+        shutil.copyfile(other, tmp_path / "pictures" / name)
+    done = confirm(config)
+    assert done.verdicts["global"] == 0 and done.exit_code == 3
+    assert "another picture lies there than when the index was made" in done.lines()[-1]
+
+
+def test_what_came_into_the_index_is_not_missed(config: ConfirmConfig, scanned: Path, tmp_path: Path) -> None:
+    config = replace(config, ls_threshold=1e-6)
+    built = IndexConfig((str(tmp_path / "pictures"),), str(tmp_path / "index"), sscd="testbed")
+    copied = {name: (tmp_path / "pictures" / name).read_bytes() for name in copied_pictures(scanned)}
+    for name, data in copied.items():
+        (tmp_path / "pictures" / name).write_bytes(b"\0" * len(data))  # a mount that gives nothing
+    assert build_index(built).errors == len(copied)
+    assert confirm(config).verdicts["global"] == 0
+    for name, data in copied.items():
+        (tmp_path / "pictures" / name).write_bytes(data)
+    done = build_index(built)
+    assert (done.errors, done.again) == (0, 1)
+    with pytest.raises(AuditError, match=r"match was begun differently(.|\n)*index"):
+        confirm(config)
+    again = confirm(replace(config, replace=True))
+    assert again.verdicts["global"] == 2 and again.committed_now  # of the images that are there
+
+
+def test_an_index_that_moved_is_used_where_it_lies(config: ConfirmConfig, tmp_path: Path) -> None:
+    config = replace(config, ls_threshold=1e-6)
+    confirm(config)
+    expected, stage = verdicts(config), Stage.open(Run.open(config.run), MATCH)
+    (tmp_path / "index").rename(tmp_path / "moved")
+    (tmp_path / "few").mkdir()
+    shutil.copyfile(next((tmp_path / "pictures").glob("*7.png")), tmp_path / "few" / "x.png")
+    build_index(IndexConfig((str(tmp_path / "few"),), str(tmp_path / "index"), sscd="testbed"))  # another in its place
+    for shard in stage.shards:
+        stage.ledger.drop(shard)
+        Stage.open(Run.open(config.run), CONFIRM).ledger.drop(shard)
+    with pytest.raises(AuditError, match=r"begun differently"):
+        confirm(config)
+    assert confirm(replace(config, index=str(tmp_path / "moved"))).exit_code == 0
+    assert verdicts(config) == expected
+    for place in (MATCH, CONFIRM):  # a worker opens it there
+        assert Stage.open(Run.open(config.run), place).config(ConfirmConfig).index == str(tmp_path / "moved")
