@@ -4,6 +4,7 @@ find.py        which inputs there are, and which files are left out
 files.py       what is in them, which column the captions are, whether they are whole
 text_lines.py  text files: how they are written, their lines unpacked and decoded
 csv_rows.py    CSV and TSV; json_rows.py  JSON
+remarks.py     what is legal in them and perhaps not meant
 streams.py     text files, Arrow streams, lists of captions and data sets, read front to back
 rows.py        Parquet and Arrow files, read by position
 values.py      columns of any type as captions
@@ -23,7 +24,7 @@ import pyarrow as pa
 
 from audit.base.errors import AuditError, Damaged
 from audit.base.storage import Folder
-from audit.captions.files import CAPTION_COLUMNS, CaptionFile
+from audit.captions.files import CaptionFile
 from audit.captions.find import find_captions
 from audit.captions.hashes import captions_digest
 from audit.captions.plan import (
@@ -43,7 +44,6 @@ from audit.captions.values import caption_text, is_empty, text
 
 __all__ = [
     "AUTO",
-    "CAPTION_COLUMNS",
     "MOST_SECONDS",
     "QUOTINGS",
     "SAMPLE",

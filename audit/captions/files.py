@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.dataset
 
 from audit.base.errors import AuditError
+from audit.base.identity import caption_columns
 from audit.base.parquet import open_parquet
 from audit.captions.csv_rows import header_hint
 from audit.captions.find import TEXT_FORMATS, Source
@@ -31,9 +32,6 @@ from audit.captions.streams import (
 from audit.captions.text_lines import PLAIN, TextFormat, first_line, packing
 from audit.captions.values import is_caption, is_caption_list, is_empty
 from audit.captions.values import text as as_text
-
-CAPTION_COLUMNS = ("TEXT", "caption", "text", "prompt", "captions")
-"""Where a caption is looked for when no column is named: exactly so and in this order, then in any case."""
 
 _OTHERS = {
     b"PK\3\4": "a zip archive or an Excel file: unpack it, or save it as CSV",
@@ -149,7 +147,7 @@ def find_caption_column(
 ) -> tuple[str, bool, str]:
     """The caption column, whether it holds lists of captions, and why it was taken.
 
-    The one named; else the first of CAPTION_COLUMNS that is there, is text, and has text where several are there.
+    The one named; else the first of `caption_columns` that is there, is text, and has text where several are there.
 
     Raises:
         AuditError: there is none, there are two of the name, or it is not text.
@@ -200,9 +198,7 @@ def _candidates(schema: pa.Schema, named: str | None) -> list[str]:
     """Columns that could hold the captions, the likeliest first."""
     if named is not None:
         return [named] if named in schema.names else []
-    lower = [name.lower() for name in CAPTION_COLUMNS]
-    loose = sorted((name for name in schema.names if name.lower() in lower), key=lambda name: lower.index(name.lower()))
-    return list(dict.fromkeys([*(name for name in CAPTION_COLUMNS if name in schema.names), *loose]))
+    return caption_columns(schema.names)
 
 
 def _short(text: str) -> str:

@@ -20,6 +20,7 @@ import xxhash
 
 from audit.base.commits import damaged
 from audit.base.errors import AuditError
+from audit.base.identity import CAPTIONS
 from audit.base.ours import MARK
 from audit.base.seal import Seal, read_sealed
 from audit.base.storage import Folder
@@ -28,11 +29,13 @@ from audit.captions.carried import carried_schema
 from audit.captions.files import CaptionFile, Described, describe
 from audit.captions.find import Found, find_captions
 from audit.captions.hashes import ShardDigests, hash_captions
+from audit.captions.remarks import Remarks
 from audit.captions.repeats import Repeats
-from audit.captions.rows import BATCH_ROWS, find_column
+from audit.captions.rows import BATCH_ROWS, find_column, in_reach
 from audit.captions.sample import LowestHashes
 from audit.captions.streams import stream
 from audit.captions.text_lines import PLAIN, TextFormat
+from audit.captions.values import decoded
 
 AUTO: Literal["auto"] = "auto"
 LEAST_ROWS, MOST_SHARDS, MOST_SECONDS = 1024, 20_000, 300  # of a shard, of a run, of a shard on its device
@@ -48,6 +51,7 @@ SHARDS = pa.schema(
     ]
 )
 DUPLICATES = pa.schema([("row_id", pa.int64()), ("duplicate_of", pa.int64())])
+_ZSTD = pa.ipc.IpcWriteOptions(compression="zstd")
 
 
 @dataclass(frozen=True)
@@ -266,7 +270,7 @@ def plan_captions(
 
     Args:
         inputs: files, folders, globs, URLs, data set names.
-        caption_col: the caption column; None finds it, see CAPTION_COLUMNS.
+        caption_col: the caption column; None finds it, see audit/base/identity.py.
         keep_cols: input columns to carry through; None takes those whose name says url, key, id or hash.
         limit: the first so many rows over all inputs in order; None for all.
         rows_per_shard: rows of a shard, the last of a file excepted; `auto`: `auto_rows_per_shard`.
@@ -288,14 +292,17 @@ def plan_captions(
     keep, notes = carried_schema(described, keep_cols, reserved)
     files, taken, left = [], [], limit
     sealed: dict[str, Seal] = {}
+    remarks = Remarks(CAPTIONS)
     for index, each in enumerate(described):
         file = each.file
         if each.streamed:
-            file = _stage(file, f"input/{index:05d}.arrow", each.schema, keep, left, staging, sealed, text_format)
+            name = f"input/{index:05d}.arrow"
+            file = _stage(file, name, each.schema, keep, left, staging, sealed, text_format, remarks)
         rows = file.rows if left is None else min(file.rows, left)
         left = None if left is None else left - rows
         files.append(file)
         taken.append(rows)
+    notes = [*notes, *remarks.lines()]
     if not sum(taken):
         raise AuditError(
             f"{files[0].path}: no rows" + (f", nor in the other {len(files) - 1} files" if files[1:] else "")
@@ -346,8 +353,12 @@ def _stage(
     staging: Folder,
     sealed: dict[str, Seal],
     text_format: TextFormat,
+    remarks: Remarks,
 ) -> CaptionFile:
-    """Copy the columns a run needs of a source without random access, at most `left` rows, as an Arrow IPC file."""
+    """Copy the columns a run needs of a source without random access, at most `left` rows, as an Arrow IPC file.
+
+    Dictionaries are written out: such a file has one of each for all batches, which sources need not have.
+    """
     if left == 0 or file.rows == 0:
         return replace(file, rows=0)
     places = {column.name: find_column(schema, column.name) for column in keep}
@@ -356,11 +367,17 @@ def _stage(
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary, "staged.arrow")
         writer = None
-        for table in stream(file.path, file.format, file.caption_col, columns, text_format, file.lists):
+        tables = stream(
+            file.path, file.format, file.caption_col, columns, text_format, file.lists, most=left, remarks=remarks
+        )
+        for table in tables:
             table = table if left is None else table.slice(0, left - rows)
-            table = table.replace_schema_metadata(MARK)
-            writer = writer or pa.ipc.new_file(path, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd"))
-            writer.write_table(table.combine_chunks(), max_chunksize=BATCH_ROWS)
+            for batch in table.combine_chunks().to_batches(max_chunksize=BATCH_ROWS):
+                for piece in in_reach(batch):
+                    plain = pa.table([decoded(column) for column in piece.columns], names=piece.schema.names)
+                    plain = plain.replace_schema_metadata(MARK)
+                    writer = writer or pa.ipc.new_file(path, plain.schema, options=_ZSTD)
+                    writer.write_table(plain)
             rows += table.num_rows
             if rows == left:
                 break

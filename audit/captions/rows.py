@@ -91,7 +91,7 @@ class Rows:
         found = self._parquet_batches(group) if self._parquet else self._ipc_batches(group)
         for batch in found:
             names = [name for name, _ in self._names]
-            yield from _in_reach(pa.record_batch([batch[name] for _, name in self._names], names=names))
+            yield from in_reach(pa.record_batch([batch[name] for _, name in self._names], names=names))
 
     def _parquet_batches(self, group: int) -> Iterator[pa.RecordBatch]:
         groups = list(range(group, self._file.num_row_groups))
@@ -136,7 +136,7 @@ class Rows:
             return pa.Table.from_batches([part for part in found if part.num_rows])
 
 
-def _in_reach(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+def in_reach(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
     """A batch in pieces whose values are about BATCH_BYTES each once what a dictionary repeats is written out."""
     lengths = np.zeros(batch.num_rows, np.int64)
     for column in batch.columns:

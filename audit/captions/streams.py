@@ -24,6 +24,7 @@ from audit.base.parquet import rows_at_once
 from audit.base.progress import Progress
 from audit.captions.csv_rows import csv_rows
 from audit.captions.json_rows import check_caption, json_rows
+from audit.captions.remarks import Remarks, has_text
 from audit.captions.text_lines import TextFormat, first_line
 from audit.captions.values import is_list, one_caption_a_row
 from audit.captions.values import text as as_text
@@ -66,6 +67,8 @@ def stream(
     text: TextFormat,
     lists: bool = False,
     as_lists: bool = False,
+    most: int | None = None,
+    remarks: Remarks | None = None,
 ) -> Iterator[pa.Table]:
     """The rows of a source, front to back: the caption column as `caption`, then `columns`, which it has.
 
@@ -75,6 +78,7 @@ def stream(
         path, kind: of the file. caption_col, columns: what is read of it. text: how text files are written.
         lists: the caption column holds lists of captions: a row each, one without a caption for an empty list.
         as_lists: lists may be there, and stay as they are (JSON in text files).
+        most: rows of a text file to read; None for all. remarks: where what is odd in them is counted.
 
     Raises:
         AuditError: a malformed line (with its number), a file cut short, a hub that cannot be reached.
@@ -87,7 +91,7 @@ def stream(
                 yield _named(table, caption_col, columns, lists)
         return
     with open_input(path) as raw, reading(path), _progress(path, raw) as bar:
-        for table in _blocks(path, kind, raw, names, text, lists or as_lists):
+        for table in _blocks(path, kind, raw, names, text, lists or as_lists, most, remarks):
             yield _named(table, caption_col, columns, lists)
             if bar:
                 bar.add((raw.tell() >> 20) - bar.done)
@@ -101,17 +105,26 @@ def _progress(path: str, raw: IO[bytes]) -> Progress | nullcontext[None]:
 
 
 def _blocks(
-    path: str, kind: str, raw: IO[bytes], names: list[str], text: TextFormat, lists: bool
+    path: str,
+    kind: str,
+    raw: IO[bytes],
+    names: list[str],
+    text: TextFormat,
+    lists: bool,
+    most: int | None,
+    remarks: Remarks | None,
 ) -> Iterator[pa.Table]:
     if kind == "parquet":
-        file = pq.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False)
-        most = rows_at_once(file.metadata, names, BATCH_ROWS, BATCH_BYTES)
-        batches = file.iter_batches(most, columns=names, use_threads=False)
-        yield from (pa.Table.from_batches([batch]) for batch in batches)
+        yield from (pa.Table.from_batches([batch]) for batch in _parquet_batches(raw, names))
     elif kind == "arrow":
         yield from (pa.Table.from_batches([batch]) for batch in _arrow_batches(raw))
     else:
-        rows = _json_values(path, raw, names, text, lists) if kind == "jsonl" else _csv_values(path, raw, names, text)
+        values: Iterator[list[Any]] = (
+            _json_values(path, raw, names, text, lists, remarks)
+            if kind == "jsonl"
+            else _csv_values(path, raw, names, text, remarks)
+        )
+        rows = itertools.islice(values, most)
         while block := _block(rows):
             yield pa.table([pa.array(values, pa.string()) for values in zip(*block, strict=True)], names=names)
 
@@ -125,6 +138,16 @@ def _block(rows: Iterator[list[Any]]) -> list[list[Any]]:
         if len(block) == BATCH_ROWS or held > BATCH_BYTES:
             break
     return block
+
+
+def _parquet_batches(raw: IO[bytes], names: list[str]) -> Iterator[pa.RecordBatch]:
+    file = pq.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False)
+    most = rows_at_once(file.metadata, names, BATCH_ROWS, BATCH_BYTES)
+    groups, captions = list(range(file.num_row_groups)), file.schema_arrow.field(names[0]).type
+    # lists of categories: pyarrow reads no batch of them that lies in two row groups
+    alone = is_list(captions) and pa.types.is_dictionary(captions.value_type)
+    for together in [[group] for group in groups] if alone else [groups]:
+        yield from file.iter_batches(most, row_groups=together, columns=names, use_threads=False)
 
 
 def _arrow_batches(raw: IO[bytes]) -> Iterator[pa.RecordBatch]:
@@ -198,7 +221,7 @@ def is_json_list(value: str | None) -> bool:
 
 
 def _json_values(
-    path: str, raw: IO[bytes], names: list[str], text: TextFormat, lists: bool
+    path: str, raw: IO[bytes], names: list[str], text: TextFormat, lists: bool, remarks: Remarks | None
 ) -> Iterator[list[str | None]]:
     """The named values of each record, the first of which is the caption."""
     for place, record in json_rows(path, raw, text):
@@ -206,6 +229,8 @@ def _json_values(
         if isinstance(caption, float) and math.isnan(caption):
             caption = record[names[0]] = None  # as pandas writes what is missing
         check_caption(f"{path}: {place}", names[0], caption, lists)
+        if remarks and not has_text(caption):
+            remarks.no_caption(f"{path}, {place}", record)
         yield [_json_text(record.get(name)) for name in names]
 
 
@@ -216,9 +241,11 @@ def _json_text(value: Any) -> str | None:
     return value.encode(errors="replace").decode() if isinstance(value, str) else json.dumps(value)
 
 
-def _csv_values(path: str, raw: IO[bytes], names: list[str], text: TextFormat) -> Iterator[list[str]]:
+def _csv_values(
+    path: str, raw: IO[bytes], names: list[str], text: TextFormat, remarks: Remarks | None
+) -> Iterator[list[str]]:
     rows = csv_rows(path, raw, text)
-    _, header = next(rows)
+    before, header = next(rows)
     places = [header.index(name) for name in names]
     for number, row in rows:
         if len(row) != len(header):
@@ -226,6 +253,11 @@ def _csv_values(path: str, raw: IO[bytes], names: list[str], text: TextFormat) -
             quotes = any("\n" in field for field in row) and text.quoting is None
             way_out = "; a quoted field goes over lines: pass --quoting none where quotes are letters" if quotes else ""
             raise AuditError(f"{path}: line {number} has {len(row)} fields, the {what} {len(header)}{way_out}")
+        if remarks and number > before + 1 and text.quoting is None:  # or there are blank lines
+            remarks.over_lines(path, number, row)
+        if remarks and not has_text(row[places[0]]):
+            remarks.no_caption(f"{path}, line {number}", dict(zip(header, row, strict=True)))
+        before = number
         yield [row[place] for place in places]
 
 

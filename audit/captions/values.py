@@ -46,12 +46,24 @@ def caption_text(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     return pa.nulls(len(column), pa.string()) if pa.types.is_floating(column.type) else text(column)
 
 
+def decoded(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """A column with the values of its dictionary written out; one without a dictionary as it is."""
+    if not pa.types.is_dictionary(column.type):
+        return column
+    kind = column.type.value_type
+    if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):  # which nothing can be taken from
+        kind = pa.large_string() if is_text(kind) else pa.large_binary()
+    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+    return pa.chunked_array([chunk.dictionary.cast(kind).take(chunk.indices) for chunk in chunks], kind)
+
+
 def text(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     """A column as one string array, whatever its width or encoding; bytes that are not UTF-8 become U+FFFD.
 
     Whole numbers are written as such in float columns too (1234567, not 1234567.0: ids of a column with gaps), NaN
     becomes null.
     """
+    column = decoded(column)
     if pa.types.is_floating(column.type):
         return pa.array([id_text(value) for value in column.to_pylist()], pa.string())
     if is_caption(column.type) and not is_text(column.type):

@@ -91,7 +91,7 @@ class Index:
         index = cls.open(path)
         if index.contents != contents:
             raise AuditError(
-                f"--index {path}: not what was in the index when this run was confirmed: name that index, or begin anew "
+                f"--index {path}: not what was in the index when this run was confirmed: name that one, or begin anew "
                 "with `be-audit confirm --replace`"
             )
         return index

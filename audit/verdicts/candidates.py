@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,9 +15,9 @@ import pyarrow.compute as pc
 
 from audit.base.errors import AuditError
 from audit.base.fingerprint import digest
-from audit.base.options import option
+from audit.base.options import config_of, option
 from audit.base.storage import Folder
-from audit.captions import is_empty, plan_captions, read_shard
+from audit.captions import CaptionPlan, is_empty, plan_captions, read_shard
 from audit.engines.config import EngineFlags
 from audit.index.build import DEFAULT_INDEX
 from audit.run.read import read_distinct, read_rows
@@ -21,7 +25,7 @@ from audit.run.run import DEFAULT_RUN, Run
 from audit.run.schema import DEFAULT_SCORE, MASK_DETECTORS, MASKS, SCORES, WINDOWS
 from audit.run.select import best_rows, unlooked, unlooked_line, with_images
 from audit.scores.calibrate import load_thresholds
-from audit.scores.config import DEVICE_HELP
+from audit.scores.config import DEVICE_HELP, ScoreFlags
 from audit.statistics.null import sample_needed
 
 DEFAULT_TOP_K = 100
@@ -143,7 +147,7 @@ def _clean_captions(run: Run, chosen: pa.Table, config: ConfirmConfig) -> pa.Tab
     if config.ls_threshold is not None or (config.clean is None and config.null_captions is None):
         return None
     if config.clean is not None:
-        where, known = f"--clean {config.clean}", _captions_of(config.clean)
+        where, known = f"--clean {config.clean}", _captions_of(config.clean, run)
         count = len(known)
     else:
         where, scored = run.url, read_distinct(run, ["row_id"])["row_id"]
@@ -168,11 +172,30 @@ def _clean_captions(run: Run, chosen: pa.Table, config: ConfirmConfig) -> pa.Tab
     return pa.table(dict(zip(chosen.schema.names, columns, strict=True)))
 
 
-def _captions_of(file: str) -> pa.ChunkedArray:
+def _captions_of(file: str, run: Run) -> pa.ChunkedArray:
     """Distinct captions of a file, in order."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Folder(scratch)
-        plan = plan_captions([file], caption_col=None, keep_cols=(), limit=None, rows_per_shard=1 << 16, staging=folder)
+        plan = _plan_as_scanned(file, run, folder)
+        print(f"--clean {file}: captions from {', '.join(plan.facts.caption_columns)}", file=sys.stderr)
         tables = pa.concat_tables(read_shard(plan, shard, folder) for shard in range(len(plan)))
     captions = tables["caption"].filter(pa.array(~is_empty(tables["caption"])))
     return pa.chunked_array([captions.unique()])
+
+
+def _plan_as_scanned(file: str, run: Run, staging: Folder) -> CaptionPlan:
+    """The plan of a file whose captions are in the column of the run's; where none has text there, as scan finds them.
+
+    A text file may be written as the run's were, or be UTF-8 with a header all the same: that is tried first.
+    """
+    common: dict[str, Any] = {"keep_cols": (), "limit": None, "rows_per_shard": 1 << 16, "staging": staging}
+    text = config_of(ScoreFlags, run.facts.config).text_format
+    columns = dict.fromkeys(each.caption_col for each in run.plan.files if each.caption_col)
+    encodings, headers = dict.fromkeys((None, text.encoding)), dict.fromkeys((True, text.header))
+    for column, encoding, header in itertools.product(columns, encodings, headers):
+        with contextlib.suppress(AuditError):
+            form = replace(text, encoding=encoding, header=header)
+            plan = plan_captions([file], caption_col=column, text_format=form, **common)
+            if plan.num_unique:
+                return plan
+    return plan_captions([file], caption_col=None, **common)

@@ -32,8 +32,8 @@ from audit.scores.trajectories import Images
 from audit.verdicts.beside import Beside
 from audit.verdicts.candidates import ConfirmConfig
 from audit.verdicts.compare import Neighbour, References, match_image
-from audit.verdicts.match_shard import MatchFingerprint
 from audit.verdicts.crops import TrainingCrops
+from audit.verdicts.match_shard import MatchFingerprint
 from audit.verdicts.null import draw_pictures, pictures_null, threads
 from tests.fabricate import make_run, png, trajectories_table
 

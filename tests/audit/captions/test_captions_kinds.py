@@ -64,6 +64,59 @@ def test_text_that_its_writer_called_binary(tmp_path: Path, kind: pa.DataType) -
     assert [row["caption"] for row in rows] == ["a sofa", None, "été", "caf\ufffd"]
 
 
+def categories(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """A dictionary of its own, backwards, for each part of a table."""
+    places = [None if value is None else len(values) - 1 - at for at, value in enumerate(values)]
+    return pa.DictionaryArray.from_arrays(pa.array(places, pa.int8()), pa.array(values[::-1], kind))
+
+
+KINDS = [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.binary_view()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_arrow_stream_whose_dictionary_changes(tmp_path: Path, kind: pa.DataType) -> None:
+    texts = [["a sofa", None, "a bed"], ["a lamp", "a sofa", "a chair"]]
+    with_bytes = pa.types.is_binary(kind) or pa.types.is_binary_view(kind)
+    parts = []
+    for part in texts:
+        values = [text.encode() if text is not None and with_bytes else text for text in part]
+        url = categories([f"u {text}" for text in part], pa.string())
+        ids = categories([1e12, None, 3.0], pa.float64())
+        parts.append(pa.table({"caption": categories(values, kind), "url": url, "id": ids}))
+    with pa.ipc.new_stream(tmp_path / "x.arrow", parts[0].schema) as writer:
+        for table in parts:
+            writer.write_table(table)
+    ids = ["1000000000000", None, "3"]
+    expected = [{"caption": t, "url": f"u {t}", "id": id} for part in texts for t, id in zip(part, ids, strict=True)]
+    assert read(tmp_path / "x.arrow", tmp_path) == expected
+    with pa.ipc.new_file(tmp_path / "file.arrow", parts[0].schema) as writer:  # which is read in place
+        writer.write_table(parts[0])
+    assert read(tmp_path / "file.arrow", tmp_path) == expected[:3]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.dictionary(pa.int8(), pa.string())])
+def test_categories_and_lists_of_captions_over_row_groups(tmp_path: Path, kind: pa.DataType) -> None:
+    kinds = {"captions": pa.list_(kind), "key": pa.dictionary(pa.int8(), pa.string())}
+    with pq.ParquetWriter(tmp_path / "x.parquet", pa.schema(kinds)) as writer:
+        for group in ("ab", "cd"):
+            lists = pa.array([[f"one {key}", f"two {key}"] for key in group], kinds["captions"])
+            writer.write_table(pa.table({"captions": lists, "key": categories(list(group), pa.string())}))
+    rows = read(tmp_path / "x.parquet", tmp_path, caption_col="captions")
+    assert [tuple(row.values()) for row in rows] == [(f"{n} {key}", key) for key in "abcd" for n in ("one", "two")]
+
+
+def test_long_categories_are_written_out_a_few_at_a_time(tmp_path: Path) -> None:
+    """A few bytes may stand for gigabytes: 8 texts of 5 MB in 100 rows."""
+    texts = pa.array([str(number) * 5_000_000 for number in range(8)])
+    column = pa.DictionaryArray.from_arrays(pa.array([row % 8 for row in range(100)], pa.int8()), texts)
+    with pa.ipc.new_stream(tmp_path / "x.arrow", pa.schema({"caption": column.type})) as writer:
+        writer.write_table(pa.table({"caption": column}))
+    plan = plan_of(tmp_path / "x.arrow", tmp_path / "run")
+    assert (plan.num_rows, plan.num_unique) == (100, 8)
+    staged = pa.ipc.open_file(tmp_path / "run" / "input" / "00000.arrow")
+    assert max(staged.get_batch(at).nbytes for at in range(staged.num_record_batches)) < 40 << 20
+
+
 @pytest.mark.parametrize("blank", [pa.nulls(2), pa.array(["", None])])
 def test_of_a_blank_column_and_one_of_lists_the_lists_are_named(tmp_path: Path, blank: pa.Array) -> None:
     path = parquet(tmp_path / "x.parquet", TEXT=blank, captions=[["a"], ["b"]])
