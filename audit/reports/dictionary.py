@@ -14,6 +14,7 @@ from audit.run.schema import (
     MITIGATED_COLUMNS,
     NULL_MAP_COLUMNS,
     SCORE_COLUMNS,
+    SECOND_LOOK_COLUMNS,
     TRAJECTORY_COLUMNS,
 )
 
@@ -24,6 +25,7 @@ _VARIES = {
     "energy_mask": "float32 [H, W]",
     "score_map": "float32 [H, W]",
     "energy": "float32 [H, W]",
+    "residual": "float32 [H, W]",
     "best": "struct",
     "matches": "list of structs",
 }
@@ -31,6 +33,10 @@ _SCORES = (
     "One Arrow file a shard, a row an input row. The input's own columns that were carried through follow. A row whose "
     "caption occurred before has `duplicate_of` and null scores here; whatever reads a run gives it the scores of that "
     "first row (`pending` is its status until that one is done)."
+)
+_LOOKED = (
+    "One row a caption that was looked at again, scores over all its noises. Whatever reads a run gives the row these "
+    "in the place of those of `scores/`."
 )
 _HEAD = """# Data dictionary
 
@@ -48,6 +54,7 @@ def data_dictionary() -> str:
         _HEAD,
         _section("Run: scores/", _SCORES, SCORE_COLUMNS),
         _section("Run: null_maps/", "One row a sampled caption, one shard a noise.", NULL_MAP_COLUMNS),
+        _section("Run: second_look/", _LOOKED, SECOND_LOOK_COLUMNS),
         _section("Run: trajectories/ and refined/", "One row a generated image.", TRAJECTORY_COLUMNS),
         _section("Run: confirmed/", "One row a candidate.", CONFIRMED_COLUMNS),
         _section(

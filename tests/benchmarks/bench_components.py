@@ -94,22 +94,23 @@ def at_the_tail(positive: Floats, negative: Floats, rate: float = 0.01) -> float
 
 
 def choose(subject: Subject, sides: dict[str, Side], noises: slice, grid: list[Setting]) -> Setting:
-    """The setting of the best mean over samples and kinds; prints that of each."""
-    found: dict[Setting, dict[str, float]] = {each: {} for each in grid}
+    """The setting of the best mean over samples and kinds; prints all, and the scores without components."""
+    found: dict[Setting | str, dict[str, float]] = {}
     for sample in subject.samples:
-        for setting, values in settings_scores(subject, sample, noises, grid).items():
+        scores: dict[Setting | str, Floats] = {**settings_scores(subject, sample, noises, grid)}
+        for name, values in {**scores, **known_scores(subject, sample, noises)}.items():
             for kind, side in sides.items():
                 tails = [at_the_tail(draw[side.positive], draw[side.negative]) for draw in values]
-                found[setting][f"{sample}, {kind}"] = float(np.mean(tails))
-    order = sorted(grid, key=lambda each: -float(np.mean([*found[each].values()])))
+                found.setdefault(name, {})[f"{sample}, {kind}"] = float(np.mean(tails))
+    order = sorted(found, key=lambda each: -float(np.mean([*found[each].values()])))
     columns = list(found[order[0]])
-    print("\n### Choosing: mean TPR up to 1 % FPR\n")
-    print("| setting | mean | " + " | ".join(columns) + " |\n|" + "---|" * (2 + len(columns)))
+    print(f"\n### Choosing: mean TPR up to 1 % FPR; {who(sides)}\n")
+    print("| score, or setting | mean | " + " | ".join(columns) + " |\n|" + "---|" * (2 + len(columns)))
     for each in order:
         values = [found[each][column] for column in columns]
         name = f"**{each}** (shipped)" if each == Setting() else str(each)
         print(f"| {name} | {np.mean(values):.4f} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
-    return order[0]
+    return next(each for each in order if isinstance(each, Setting))
 
 
 def report(

@@ -26,7 +26,7 @@ from tests.conftest import some_captions
 from tests.faults.harness import unscored
 
 SHARDS, ROWS = 25, 6
-KILLS = 30
+KILLS = 20
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ class Recipe:
     clip_seconds: float = 360.0
     vae_seconds: float = 480.0
     unet_seconds: float = 4860.0  # on top of what a checkpoint has had
+    unet_steps: int | None = None  # so many instead
     channels: tuple[int, ...] = (64, 128, 192)  # of the U-Net, by resolution
     batch: int = 40  # of the U-Net
     general_share: float = 0.5  # of a batch of the U-Net

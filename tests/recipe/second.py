@@ -1,11 +1,12 @@
 """A second model, to check on it what was chosen on the testbed: its U-Net trained further on another world.
 
-    python -m tests.recipe.second FOLDER [--seed 1] [--unet-seconds 1500]
+    python -m tests.recipe.second FOLDER [--seed 1] [--unet-seconds 1500 | --unet-steps N]
 
 The world of another seed: 16 templates with a small fixed region and 12 repeated pictures, none of which the testbed
 knows. They are repeated more than most of the testbed's, for they have less time.
 FOLDER is laid out as the testbed is: pipeline/, captions.parquet with the measured `copy_error`, pictures.parquet,
-regions.npz; and eval.npz. Training goes on from FOLDER/unet.ckpt where there is one.
+regions.npz; and eval.npz. Training goes on from FOLDER/unet.ckpt where there is one. With a number of steps it does not
+hang on the machine's speed what is learnt.
 """
 
 from __future__ import annotations
@@ -75,11 +76,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=RECIPE.seed)
     parser.add_argument("--unet-seconds", type=float, default=1500.0)
+    parser.add_argument("--unet-steps", type=int, help="so many, however long they take")
     parser.add_argument("--general", type=int, default=RECIPE.general)
     parser.add_argument("--images", type=int, default=2, help="drawn of a caption, to measure what is copied")
     parser.add_argument("--steps", type=int, default=50, help="of drawing them")
     args = parser.parse_args(argv)
-    recipe = replace(RECIPE, seed=args.seed, unet_seconds=args.unet_seconds, general=args.general)
+    budget = {"unet_seconds": args.unet_seconds, "unet_steps": args.unet_steps}
+    recipe = replace(RECIPE, seed=args.seed, general=args.general, **budget)
     torch.manual_seed(recipe.seed)
     args.folder.mkdir(parents=True, exist_ok=True)
     world = second_world(recipe.seed)

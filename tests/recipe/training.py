@@ -35,22 +35,25 @@ def train(
     loss_of_step: Callable[[], Tensor],
     seconds: float,
     *,
+    steps: int | None = None,
     done_seconds: float = 0.0,
     after_step: Callable[[int], None] = lambda step: None,
     report_seconds: float = 30.0,
 ) -> None:
-    """Step until the time is spent, with the learning rate warmed up by steps and decayed by time (cosine, to 2 %).
+    """Step until the time is spent, with the learning rate warmed up by steps and decayed (cosine, to 2 %) by time.
 
     Args:
         seconds: budget of this call; one step is always made.
+        steps: so many instead, and the decay by them: then a machine's speed does not tell what is learnt.
         done_seconds: what earlier calls spent: the decay goes on from there.
         after_step: called with the step's number.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     peaks = [group["lr"] for group in optimizer.param_groups]
     start, step, reported, smooth = time.monotonic(), 0, 0.0, 0.0
-    while step == 0 or time.monotonic() - start < seconds:
-        progress = min(1.0, (done_seconds + time.monotonic() - start) / (done_seconds + seconds))
+    while step < steps if steps else step == 0 or time.monotonic() - start < seconds:
+        by_time = (done_seconds + time.monotonic() - start) / (done_seconds + seconds)
+        progress = step / steps if steps else min(1.0, by_time)
         decay = max(0.02, 0.5 + 0.5 * math.cos(math.pi * progress))
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * min(1.0, step / WARM_UP_STEPS + 0.01) * decay

@@ -185,6 +185,7 @@ def train_unet(
         optimizer,
         loss_of_step,
         recipe.unet_seconds,
+        steps=recipe.unet_steps,
         done_seconds=average.done_seconds,
         after_step=average.update,
         report_seconds=60.0,

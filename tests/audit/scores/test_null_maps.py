@@ -57,8 +57,11 @@ def test_a_run_whose_null_maps_are_of_before_has_excess_alone(config: ScanConfig
     assert not verify_run(str(tmp_path / "run")).bad
 
 
+SCORES = ("ld_energy", "excess", "excess_pca")
+
+
 def assert_same(
-    output: str | Path, expected: str | Path, within: float = 1e-6, scores: tuple[str, ...] = ("excess", "excess_pca")
+    output: str | Path, expected: str | Path, within: float = 1e-6, scores: tuple[str, ...] = SCORES
 ) -> None:
     for score in scores:
         found, values = by_caption(output, score), by_caption(expected, score)

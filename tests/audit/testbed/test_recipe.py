@@ -87,9 +87,10 @@ def test_the_whole_recipe_runs(tmp_path: Path) -> None:
 
 
 def test_a_second_model_memorises_a_world_that_the_testbed_does_not_know(tmp_path: Path) -> None:
-    small = ("--general", "240", "--unet-seconds", "0.1", "--images", "1", "--steps", "2")
+    small = ("--general", "240", "--unet-steps", "2", "--images", "1", "--steps", "2")
     done = _python("-m", "tests.recipe.second", str(tmp_path), *small)
     assert done.returncode == 0, done.stderr
+    assert "unet: 2 steps" in done.stdout
     table, known = pq.read_table(tmp_path / "captions.parquet").to_pandas(), pq.read_table(testbed.CAPTIONS)
     memorised = table[table.label != "none"]
     assert memorised.groupby("label").cluster.nunique().to_dict() == {"global": 12, "local": 16}
