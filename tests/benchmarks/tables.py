@@ -168,7 +168,8 @@ def about_detectors(rows: list[Row]) -> list[str]:
 
 def about_paper(found: list[Row], quality: list[Row]) -> list[str]:
     """Of tables 4 and 6."""
-    copied = {(row["score"], row["window"]): row for row in found if row["type"] == "local"}
+    one = (row for row in found if (row["type"], row["noises"]) == ("local", 1))
+    copied = {(row["score"], row["window"]): row for row in one}
     paper, base = copied["LD, BE mask", "first step"], copied["magnitude", "first step"]
     at = {row["mask"]: row["pixel_auc"] for row in quality if row["templates"] == "all"}
 

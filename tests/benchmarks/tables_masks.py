@@ -227,7 +227,7 @@ def mask_question(
         if row["shown"]:
             args = (memorised[part], base[noises][:, part], frame.cluster[part])
             found = figure(row["mask"], "local", row["values"][noises][:, part], *args)
-            row |= {key: value for key, value in found.items() if key.startswith(("auc", "gain"))}
+            row |= {key: value for key, value in found.items() if key.startswith(("auc", "tpr", "gain"))}
         del row["values"]
     magnitudes = [auc(values[part], memorised[part]) for values in base[noises]]
     _question_page(page, rows, frame, sides, float(np.mean(magnitudes)))
@@ -275,6 +275,8 @@ def _question_page(page: Page, rows: list[Row], frame: pd.DataFrame, sides: Any,
         "evaluations": lambda row: str(row["evaluations"]),
         "pixel AUC": lambda row: between(row, "report_pixel_auc"),
         "AUC": lambda row: between(row, "auc"),
+        "TPR@1%FPR": lambda row: between(row, "tpr_1"),
+        "TPR@0.1%FPR": lambda row: between(row, "tpr_01"),
         "gain": lambda row: between(row, "gain", "+.3f"),
     }, lambda row: row["shown"])  # fmt: skip
     page.text(f"Magnitude there: AUC {base:.3f}, mean over the noises.")
