@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,22 +40,22 @@ class Weights:
     files: tuple[Path, ...]
 
 
-def find_weights(folder: Path, part: str, library: str, name: str) -> Weights:
-    """The weight files a part is loaded from: plain ones, else those of the one variant there is.
+def choose_weights(files: Iterable[str], part: str, library: str, name: str) -> tuple[str | None, str] | None:
+    """The variant and the file, or the index of shards, that a part of these files is loaded from; None: no weights.
+
+    Safetensors before pickles; plain ones before those of the one variant there is.
 
     Raises:
-        ModelError: no weights, several variants and no plain ones, or shards that the index names and are not there.
+        ModelError: several variants and no plain ones, or the same weights twice, whole and in shards.
     """
-    there = sorted(file.name for file in (folder / part).glob("*"))
+    there = sorted(files)
     for file in WEIGHTS[library]:
         stem, suffix = file.rsplit(".", 1)
-        patterns = (rf"{stem}(?:\.(\w+))?\.{suffix}", rf"{stem}\.{suffix}\.index(?:\.(\w+))?\.json")
-        found = {
-            match[1]: other
-            for other in reversed(there)
-            for pattern in patterns
-            if (match := re.fullmatch(pattern, other))
-        }
+        pattern = rf"{stem}(?:\.(\w+))?\.{suffix}|{stem}\.{suffix}\.index(?:\.(\w+))?\.json"
+        found: dict[str | None, list[str]] = {}
+        for other in there:
+            if match := re.fullmatch(pattern, other):
+                found.setdefault(match[1] or match[2], []).append(other)
         if not found:
             continue
         variants = sorted(variant for variant in found if variant)
@@ -63,26 +64,43 @@ def find_weights(folder: Path, part: str, library: str, name: str) -> Weights:
                 f"{name}: {part}/ has weights of the variants {', '.join(variants)} only: keep one of them"
             )
         variant = None if None in found else variants[0]
-        chosen = folder / part / found[variant]
-        if chosen.suffix != ".json":
-            return Weights(variant, (chosen,))
-        shards = _shards(read_json(folder, f"{part}/{chosen.name}", name), f"{name}: {part}/{chosen.name}")
-        gone = [shard for shard in shards if not (folder / part / shard).is_file()]
-        if gone or not shards:
+        if len(found[variant]) > 1:  # diffusers loads the shards of two such, transformers the whole file
             raise ModelError(
-                f"{name}: {part}/ has {len(shards) - len(gone)} of {len(shards)} shards, {', '.join(gone[:1])} is not "
-                "there; download the model again"
+                f"{name}: {part}/ has {' and '.join(found[variant])}, which may differ: keep one of them, "
+                "with the shards that are its own"
             )
-        return Weights(variant, (chosen, *(folder / part / shard for shard in shards)))
-    raise ModelError(f"{name}: {part}/ has no weights ({' or '.join(WEIGHTS[library])}); download the model again")
+        return variant, found[variant][0]
+    return None
 
 
-def _shards(index: dict[str, Any], file: str) -> list[str]:
+def find_weights(folder: Path, part: str, library: str, name: str) -> Weights:
+    """The weight files a part is loaded from, as `choose_weights`.
+
+    Raises:
+        ModelError: no weights, as `choose_weights`, or shards that the index names and are not there.
+    """
+    chosen = choose_weights((file.name for file in (folder / part).glob("*")), part, library, name)
+    if chosen is None:
+        raise ModelError(f"{name}: {part}/ has no weights ({' or '.join(WEIGHTS[library])}); download the model again")
+    variant, file = chosen
+    if not file.endswith(".json"):
+        return Weights(variant, (folder / part / file,))
+    shards = read_shards(folder, f"{part}/{file}", name)
+    gone = [shard for shard in shards if not (folder / part / shard).is_file()]
+    if gone:
+        raise ModelError(
+            f"{name}: {part}/ has {len(shards) - len(gone)} of {len(shards)} shards, {gone[0]} is not there; download "
+            "the model again"
+        )
+    return Weights(variant, tuple(folder / part / each for each in (file, *shards)))
+
+
+def read_shards(folder: Path, index: str, name: str) -> list[str]:
     """The names of the shards an index lists. Raises ModelError: it lists none, or no plain names."""
-    listed = index.get("weight_map")
+    listed = read_json(folder, index, name).get("weight_map")
     names = list(listed.values()) if isinstance(listed, dict) else []
     if not names or not all(isinstance(shard, str) and Path(shard).name == shard for shard in names):
-        raise ModelError(f"{file} has no weight_map of files beside it: download the model again")
+        raise ModelError(f"{name}: {index} has no weight_map of files beside it: download the model again")
     return sorted(set(names))
 
 

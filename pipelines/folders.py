@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
 import textwrap
 from collections.abc import Mapping
@@ -17,10 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipelines.checkpoints import Statements, check_statements, read_statements
 from pipelines.configurations import check_vae, from_config, model_class, naming, read_config, reading
 from pipelines.errors import ModelError
 from pipelines.families import find_family, supported
-from pipelines.files import PICKLES, Weights, file_sha256, find_weights, read_json
+from pipelines.files import PICKLES, Weights, choose_weights, file_sha256, find_weights, read_json, read_shards
 from pipelines.model import DiffusionModel, Part
 from pipelines.schedules import Schedule, Unit, open_scheduler
 
@@ -50,7 +50,8 @@ class ModelFolder:
         revision: the hub's commit, or None for a local folder. family: that reads it. index: its model_index.json.
         checkpoint: single file with all weights, or None.
         loras: files merged into the weights, with their scales. inversions: files of learned tokens, with their tokens.
-        notes: what was decided without being asked, one line each.
+        statements: what the single file says of its training. notes: what was decided without being asked, one line
+            each.
     """
 
     path: Path
@@ -61,7 +62,7 @@ class ModelFolder:
     checkpoint: Path | None = None
     loras: tuple[tuple[Path, float], ...] = ()
     inversions: tuple[tuple[Path, str], ...] = ()
-    prediction_type: str | None = None
+    statements: Statements = field(default_factory=Statements)
     notes: list[str] = field(default_factory=list)
 
     def parts(self) -> dict[str, Part]:
@@ -86,10 +87,8 @@ class ModelFolder:
         return {name: self.config(name) for name in self.parts() if not name.startswith("tokenizer")}
 
     def scheduler_config(self) -> dict[str, Any]:
-        """The scheduler's configuration as the folder has it, without diffusers' private keys."""
-        config = read_json(self.path, "scheduler/scheduler_config.json", self.name)
-        if self.prediction_type is not None:
-            config["prediction_type"] = self.prediction_type
+        """The scheduler's configuration, without diffusers' private keys: what a single file states goes first."""
+        config = {**read_json(self.path, "scheduler/scheduler_config.json", self.name), **self.statements.scheduler}
         return {key: value for key, value in sorted(config.items()) if key != "_diffusers_version"}
 
     def open_scheduler(self) -> Any:
@@ -206,7 +205,7 @@ def find_model(
         checkpoint=checkpoint,
         loras=tuple(_lora(text) for text in loras),
         inversions=tuple(_inversion(text) for text in inversions),
-        prediction_type=None if checkpoint is None else _prediction_type(checkpoint),
+        statements=Statements() if checkpoint is None else read_statements(checkpoint),
     )
     _check(found)
     return found
@@ -228,11 +227,20 @@ def _check(folder: ModelFolder) -> None:
     if not (folder.path / "scheduler").is_dir():
         raise ModelError(f"{folder.name}: the folder has no scheduler/; download the model again")
     configs = folder.configs()
+    for name, config in configs.items():
+        if quantised := config.get("quantization_config"):
+            method = quantised.get("quant_method", "no method named") if isinstance(quantised, dict) else quantised
+            raise ModelError(
+                f"{folder.name}: {name}/config.json has a quantization_config ({method}): quantised weights are not "
+                "read; give the model it was made of, with plain weights"
+            )
     with naming(folder.name), reading("what its config.json files say"):
         folder.family.check(configs, folder.index)
         if "vae" in configs:
             check_vae(configs["vae"], folder.latent_shape()[0], folder.family.denoiser_part)
-    folder.schedule()
+    schedule = folder.schedule()
+    with naming(folder.name):
+        check_statements(folder.statements, schedule, configs.get("vae", {}), folder.path)
     if folder.checkpoint is None:
         variants = {
             name: found.variant
@@ -251,9 +259,15 @@ def _check(folder: ModelFolder) -> None:
             raise ModelError(
                 f"{folder.name}: diffusers reads no single file as a {folder.family.pipeline_class}: give a folder"
             )
-        source = "the file's metadata" if folder.prediction_type else f"{folder.path}"
-        said = folder.scheduler_config().get("prediction_type", "epsilon")
-        folder.notes.append(f"{folder.name}: prediction type {said}, from {source}")
+        prediction = folder.open_scheduler().config.get("prediction_type")  # flows have none
+        decided = {"prediction_type": prediction} if prediction is not None else {}
+        for setting, value in {**decided, **folder.statements.scheduler}.items():
+            source = folder.statements.sources.get(setting, str(folder.path))
+            folder.notes.append(f"{folder.name}: {setting.replace('_', ' ')} {value}, from {source}")
+        if folder.statements.second:
+            folder.notes.append(
+                f"{folder.name}: {folder.statements.second} tensors of averaged weights (model_ema) are left out"
+            )
 
 
 def _locate(name: str, revision: str | None, model_config: str | None) -> tuple[Path, Path | None]:
@@ -280,25 +294,47 @@ def _locate(name: str, revision: str | None, model_config: str | None) -> tuple[
 
 
 def _download(name: str, revision: str | None) -> Path:
-    from diffusers import DiffusionPipeline
-    from huggingface_hub import hf_hub_download, snapshot_download
+    """The snapshot of a hub id in the hub's cache, with the files that `load` reads and no others.
+
+    Which weights those are goes by what the repository lists, so that a connection that breaks is an error and never
+    other weights.
+
+    Raises:
+        ModelError: the hub does not give it, or has weights of which it cannot be told which are meant.
+    """
+    from huggingface_hub import constants, hf_hub_download, model_info, snapshot_download
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are not the user's concern
+    way = ""
     try:
         # the index first: an unsupported architecture is refused before gigabytes are fetched
-        index = Path(hf_hub_download(name, "model_index.json", revision=revision))
-        if find_family(str(json.loads(index.read_text()).get("_class_name"))) is None:
-            return index.parent
-        if os.environ.get("HF_HUB_OFFLINE"):
-            return Path(snapshot_download(name, revision=revision, local_files_only=True))
-        try:
-            return Path(DiffusionPipeline.download(name, revision=revision))
-        except (OSError, ValueError):  # no plain weights: the half-precision ones are what there is
-            return Path(DiffusionPipeline.download(name, revision=revision, variant="fp16"))
+        path = Path(hf_hub_download(name, "model_index.json", revision=revision)).parent
+        index = read_json(path, "model_index.json", name)
+        family = find_family(str(index.get("_class_name")))
+        if family is None or constants.HF_HUB_OFFLINE:
+            return path
+        way = "; HF_HUB_OFFLINE=1 takes what is in the cache"
+        commit = path.name
+        listed = [Path(each.rfilename) for each in model_info(name, revision=commit).siblings or ()]
+        wanted = ["model_index.json", "scheduler/scheduler_config.json"]
+        for part, kind in ModelFolder(path, name, commit, family, index).parts().items():
+            if part.startswith("tokenizer"):
+                wanted += [f"{part}/{file}" for file in VOCABULARY]
+                continue
+            wanted.append(f"{part}/config.json")
+            files = (file.name for file in listed if file.parent == Path(part))
+            if chosen := choose_weights(files, part, kind.library, name):
+                wanted.append(f"{part}/{chosen[1]}")
+                if chosen[1].endswith(".json"):
+                    hf_hub_download(name, wanted[-1], revision=commit)
+                    wanted += [f"{part}/{shard}" for shard in read_shards(path, wanted[-1], name)]
+        return Path(snapshot_download(name, revision=commit, allow_patterns=wanted))
+    except ModelError:
+        raise
     except Exception as error:  # the hub client raises a dozen unrelated types for "cannot be had"
         at = f" at revision {revision}" if revision else ""
         reason = textwrap.shorten(str(error).strip().split("\n\n")[0] or type(error).__name__, 400)
-        raise ModelError(f"{name}: no such folder, and the hub does not give it{at}: {reason}") from error
+        raise ModelError(f"{name}: no such folder, and the hub does not give it{at}: {reason}{way}") from error
 
 
 def _lora(text: str) -> tuple[Path, float]:
@@ -325,16 +361,3 @@ def _inversion(text: str) -> tuple[Path, str]:
     if not Path(path).expanduser().is_file():
         raise ModelError(f"{path}: no such file", "textual_inversion")
     return Path(path).expanduser(), token
-
-
-def _prediction_type(checkpoint: Path) -> str | None:
-    """What a checkpoint says its output is, by its metadata (modelspec) or a tensor `v_pred`; None if it does not."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(checkpoint), framework="pt") as file:
-            said = (file.metadata() or {}).get("modelspec.prediction_type", "")
-            marked = "v_pred" in file.keys()  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{checkpoint}: cannot be read: {error}") from error
-    return "v_prediction" if said.startswith("v") or marked else "epsilon" if said.startswith("eps") else None

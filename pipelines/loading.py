@@ -50,6 +50,7 @@ def load(folder: ModelFolder, device: str = "auto", dtype: str = "auto") -> Diff
 
     target = find_device(device)
     kind = DTYPES[resolve_dtype(dtype, target)]
+    full_mantissas()
     diffusers.utils.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
@@ -78,6 +79,15 @@ def load(folder: ModelFolder, device: str = "auto", dtype: str = "auto") -> Diff
         raise
     except Exception as error:  # the libraries raise whatever a wrong value leads to
         raise ModelError(f"{folder.name}: cannot be loaded: {first_line(error)}") from error
+
+
+def full_mantissas() -> None:
+    """Keep float32 what it says on NVIDIA's GPUs: torch lets cuDNN round convolutions to TF32, 10 bits, by default.
+
+    Whatever the model's dtype, since VAEs of half-precision models decode in float32.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def _load_folder(folder: ModelFolder, dtype: torch.dtype) -> Any:

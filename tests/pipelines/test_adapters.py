@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -121,6 +123,94 @@ def test_a_lora_is_merged(
     assert folder.adapters()["lora"][0].endswith(f":{scale:g}")
 
 
+def headed(pipe: Any, settings: dict[str, Any], file: Path) -> None:
+    """A LoRA of two layers as diffusers' save_lora_weights leaves it: no `.alpha`, peft's settings in the header."""
+    said = {
+        **{"peft_type": "LORA", "bias": "none", "init_lora_weights": True, "lora_dropout": 0.1, "use_dora": False},
+        **{"target_modules": ["to_q"], "megatron_core": "megatron.core", "qalora_group_size": 16, "loftq_config": {}},
+        **{"r": RANK, "lora_alpha": ALPHA, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False},
+        **settings,
+    }
+    header = {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in said.items()})}
+    save_file(of_peft(pipe, [("unet", ATTENTION), ("unet", FEED)]), file, metadata=header)
+
+
+@pytest.mark.parametrize(
+    "settings, attention, feed",
+    [
+        ({}, ALPHA / RANK, ALPHA / RANK),
+        ({"lora_alpha": 1, "use_rslora": True}, 1 / math.sqrt(RANK), 1 / math.sqrt(RANK)),
+        ({"alpha_pattern": {"attn1.to_q": 1.5}}, 1.5 / RANK, ALPHA / RANK),
+        ({"r": 16, "rank_pattern": {"to_q": RANK, r"ff\.net\.\d": RANK}}, ALPHA / RANK, ALPHA / RANK),
+        ({"alpha_pattern": {"q": 1.5, f"x.{ATTENTION}": 2, ATTENTION: 3}}, 3 / RANK, ALPHA / RANK),
+    ],
+)
+def test_a_lora_is_as_strong_as_its_header_says(
+    pipe: Any, model_folders: dict[str, Path], tmp_path: Path, settings: dict[str, Any], attention: float, feed: float
+) -> None:
+    """alpha / r of peft (0.21: LoraLayer.update_layer, get_pattern_key), by hand."""
+    headed(pipe, settings, tmp_path / "my.safetensors")
+    folder = find_model(str(model_folders["sd1"]), loras=(f"{tmp_path}/my.safetensors:0.5",))
+    merged = load(folder, "cpu", "float32").pipeline
+    for seed, (name, factor) in enumerate(((ATTENTION, attention), (FEED, feed))):
+        weight = layer(pipe, "unet", name)
+        down, up = factors(weight, seed)
+        torch.testing.assert_close(layer(merged, "unet", name), weight + 0.5 * factor * up @ down, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"use_dora": True}, "its header sets unet.use_dora to True, which changes more than the product"),
+        ({"bias": "all"}, "unet.bias to 'all'"),
+        ({"fan_in_fan_out": True}, "unet.fan_in_fan_out to True"),
+        ({"init_lora_weights": "pissa"}, "unet.init_lora_weights to 'pissa'"),
+        ({"layer_replication": [[0, 2]]}, r"unet.layer_replication to \[\[0, 2\]\]"),
+        ({"use_something_new": {"of": 2031}}, "unet.use_something_new to"),
+        ({"r": 4}, f"{ATTENTION}: rank 4, where its factors have {RANK}"),
+        ({"lora_alpha": "strong"}, "lora_alpha 'strong' is no number"),
+        ({"alpha_pattern": {"(": 1}}, "is not understood"),
+        ({"alpha_pattern": 3}, "is not understood"),
+    ],
+)
+def test_a_header_that_says_anything_else_is_refused(
+    pipe: Any, model_folders: dict[str, Path], tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    headed(pipe, settings, tmp_path / "my.safetensors")
+    with pytest.raises(ModelError, match=message) as refused:
+        load(find_model(str(model_folders["sd1"]), loras=(str(tmp_path / "my.safetensors"),)), "cpu")
+    said = str(refused.value)
+    assert refused.value.about == "lora" and said.startswith(f"{tmp_path}/my.safetensors: ") and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    "header, extra, message",
+    [
+        ("{", {}, "lora_adapter_metadata of its header is not understood"),
+        ("[1]", {}, "lora_adapter_metadata of its header is not understood"),
+        ('{"lora_alpha": 4}', {}, "lora_alpha is of no part of this model"),
+        ('{"unet.r": 3}', {f"unet.{ATTENTION}.alpha": torch.tensor(2.0)}, "alpha and its header both say how strong"),
+        ("{}", {"unet.conv_in.alpha": torch.tensor(2.0)}, "1 tensors are not understood, unet.conv_in.alpha"),
+    ],
+)
+def test_strengths_that_are_of_nothing_or_said_twice_are_refused(
+    pipe: Any, model_folders: dict[str, Path], tmp_path: Path, header: str, extra: State, message: str
+) -> None:
+    state = {**of_peft(pipe, [("unet", ATTENTION)]), **extra}
+    save_file(state, tmp_path / "my.safetensors", metadata={"lora_adapter_metadata": header})
+    with pytest.raises(ModelError, match=message) as refused:
+        load(find_model(str(model_folders["sd1"]), loras=(str(tmp_path / "my.safetensors"),)), "cpu")
+    assert refused.value.about == "lora" and "\n" not in str(refused.value)
+
+
+def test_a_strength_of_no_layer_is_named(pipe: Any, model_folders: dict[str, Path], tmp_path: Path) -> None:
+    state = {**kohya(pipe, [("unet", ATTENTION)]), "lora_unet_conv_in.alpha": torch.tensor(2.0)}
+    save_file(state, tmp_path / "my.safetensors")
+    with pytest.raises(ModelError, match=r"names are not understood: .*lora_unet_conv_in\.alpha") as refused:
+        load(find_model(str(model_folders["sd1"]), loras=(str(tmp_path / "my.safetensors"),)), "cpu")
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     "key, message",
     [
@@ -196,6 +286,35 @@ def test_a_textual_inversion_of_another_width(model_folders: dict[str, Path], tm
     save_file({"<style>": torch.zeros(3, 31)}, tmp_path / "style.safetensors")
     with pytest.raises(ModelError, match=r"style.safetensors: ") as refused:
         load(find_model(str(model_folders["sd1"]), inversions=(f"{tmp_path}/style.safetensors:<style>",)), "cpu")
+    assert refused.value.about == "textual_inversion" and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "kind, tensors, message",
+    [
+        ("sdxl", ("<style>",), "has no vectors of <style> for text_encoder_2: it was made for another model"),
+        ("sdxl", ("clip_l",), "has no vectors of <style> for text_encoder_2: it was made for another model"),
+        ("sdxl", ("clip_g",), "has no vectors of <style> for text_encoder: it was made for another model"),
+        ("sd1", ("clip_l", "clip_g"), "clip_g is for text_encoder_2, which this model does not have"),
+        ("sdxl", ("clip_l", "clip_g"), ""),
+    ],
+)
+def test_a_textual_inversion_has_vectors_for_every_encoder(
+    model_folders: dict[str, Path], tmp_path: Path, kind: str, tensors: tuple[str, ...], message: str
+) -> None:
+    """Stable Diffusion 1's fit SDXL's first encoder; the second would read the token as letters."""
+    vectors = {name: torch.full((2, 32), float(place)) for place, name in enumerate(tensors)}
+    save_file(vectors, tmp_path / "style.safetensors")
+    folder = find_model(str(model_folders[kind]), inversions=(f"{tmp_path}/style.safetensors:<style>",))
+    if not message:
+        pipe = load(folder, "cpu", "float32").pipeline
+        for place, number in enumerate(("", "_2")):
+            encoder, tokenizer = (getattr(pipe, f"{part}{number}") for part in ("text_encoder", "tokenizer"))
+            token = tokenizer.convert_tokens_to_ids("<style>")
+            assert (encoder.get_input_embeddings().weight[token] == place).all()
+        return
+    with pytest.raises(ModelError, match=f"style.safetensors: {message}") as refused:
+        load(folder, "cpu")
     assert refused.value.about == "textual_inversion" and "\n" not in str(refused.value)
 
 
@@ -315,9 +434,10 @@ def test_a_checkpoint_scores_as_its_folder(
 def test_the_prediction_type_is_the_files(single: State, config: str, tmp_path: Path, how: str) -> None:
     state = {**single, "v_pred": torch.zeros(1)} if how == "tensor" else single
     metadata = {"modelspec.prediction_type": "v"} if how == "metadata" else None
+    how = how if how == "metadata" else "tensor v_pred"
     save_file(state, tmp_path / "v.safetensors", metadata=metadata)
     folder = find_model(str(tmp_path / "v.safetensors"), model_config=config)
-    assert folder.notes == [f"{tmp_path}/v.safetensors: prediction type v_prediction, from the file's metadata"]
+    assert folder.notes == [f"{tmp_path}/v.safetensors: prediction type v_prediction, from the file's {how}"]
     model = load(folder, "cpu", "float32")
     assert model.schedule.scheduler.config.prediction_type == "v_prediction"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from pipelines import ModelError, find_model, load
-from pipelines.loading import resolve_dtype, slow_dtype
+from pipelines.loading import full_mantissas, resolve_dtype, slow_dtype
 from tests.reference import Reference
 
 CAPTIONS = ["a red house", "", "a much too long text " * 30, "cat <|endoftext|> dog"]
@@ -213,6 +214,19 @@ def test_half_precision_that_a_cpu_has_no_instructions_for_is_said(
     if words is not None:
         cpuinfo.write_text(f"processor : 0\n{words}\n")
     assert slow_dtype(dtype, torch.device(device), cpuinfo).startswith(f"{dtype}: this CPU") == said
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_float32_is_not_rounded_on_gpus(model_folders: dict[str, Path], dtype: str) -> None:
+    """torch's default has cuDNN's convolutions in TF32; a half-precision model's VAE may decode in float32, too."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        full_mantissas()
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    load(find_model(str(model_folders["sd1"])), "cpu", dtype)
+    assert not torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize("device", ("cpu", "mps"))
