@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipelines.errors import ModelError
 from pipelines.formulas import attention_probabilities, resize_mask
 
 TOKENS: tuple[str, ...] = ("eos", "bos", "padding")
@@ -45,6 +46,18 @@ class MaskSource:
             return self.step
         layers = f":{'+'.join(self.layers)}" if self.layers else ""
         return f"{self.step}:{self.token}{layers}"
+
+
+def check_token(token: str, start_tokens: int) -> None:
+    """Refuse a mask of a start token where prompts have none: it would be the first word's.
+
+    Args:
+        token: of a MaskSource. start_tokens: how many a model's prompts begin with (`DiffusionModel.fixed_tokens`).
+    Raises:
+        ModelError: `bos` of prompts without one.
+    """
+    if token == "bos" and not start_tokens:
+        raise ModelError("bos: this model's prompts have no start token: give eos or padding", "mask_token")
 
 
 def cross_attention_layers(unet: nn.Module) -> list[str]:

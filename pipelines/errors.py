@@ -8,8 +8,8 @@ class ModelError(ValueError):
 
     Args:
         message: one line that begins with the value: `my/model: no such folder; give ...`.
-        about: what the value is: `model`, `device`, `dtype`, `clip` or `mask_layers`. A command line puts its flag
-            before the message.
+        about: what the value is: `model`, `device`, `dtype`, `clip`, `mask_layers`, `mask_token` or `steps`. A command
+            line puts its flag before the message.
     """
 
     def __init__(self, message: str, about: str = "model") -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines import formulas
-from pipelines.attention import MaskSource
+from pipelines.attention import MaskSource, check_token
 from pipelines.batching import AdaptiveBatches, BatchSize, one_behind
 from pipelines.detectors import FirstStep, scores
 from pipelines.model import DiffusionModel, Embeddings
@@ -69,7 +69,8 @@ class FirstStepScorer:
         null_maps: of the noises that are used; without them there is no `excess`.
 
     Raises:
-        ValueError: a mask of another step (that of the final one takes a trajectory), or layers the model has not.
+        ValueError: a mask of another step (that of the final one takes a trajectory), or layers or a token the model
+            has not.
     """
 
     def __init__(
@@ -90,6 +91,8 @@ class FirstStepScorer:
         if self.mask_source.step not in ("first", "none"):
             raise ValueError(f"a mask of step {self.mask_source.step} is no attention of the first step")
         self.layers = model.check_layers(self.mask_source.layers)
+        if self.layers:
+            check_token(self.mask_source.token, model.fixed_tokens)
         self.guidance_scale, self.extra_evaluation = guidance_scale, extra_evaluation
         self.batches = AdaptiveBatches(batch_size)
         self.texts_at_once = self.batches.batch_size

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FORMULA_VERSION = 3  # part of every fingerprint: raise it when a formula's value changes
+FORMULA_VERSION = 4  # part of every fingerprint: raise it when a formula's value changes
 
 
 def noise_from_v(v: Tensor, latents: Tensor, alpha_bar: Tensor) -> Tensor:

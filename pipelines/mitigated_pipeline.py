@@ -11,14 +11,9 @@ from torch import Tensor
 from pipelines.attention import MaskSource
 from pipelines.errors import ModelError
 from pipelines.families import find_family, supported
+from pipelines.families.defaults import call_default, encode_options
 from pipelines.mitigation import Mitigator
 from pipelines.model import DiffusionModel, Embeddings
-
-ENCODED_OPTIONS = (
-    *("negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3"),
-    *("complex_human_instruction", "max_sequence_length"),
-)
-"""Options of a call that end in its encode_prompt."""
 
 
 class MitigatedPipeline:
@@ -92,7 +87,7 @@ class MitigatedPipeline:
             ValueError: embeddings given instead of prompts, or an IP-Adapter.
         """
         for name in options:
-            if "_embeds" in name or name.startswith("ip_adapter"):
+            if "_embeds" in name or name in self.family.encoded or name.startswith("ip_adapter"):
                 raise ValueError(f"{name}: MitigatedPipeline makes the embeddings itself; pass the prompt alone")
         captions = [prompt] if isinstance(prompt, str) else list(prompt)
         copies = options.pop("num_images_per_prompt", 1) or 1
@@ -100,7 +95,8 @@ class MitigatedPipeline:
         #    device and dtype are the caller's to change
         network = getattr(self.pipe, self.family.denoiser_part)
         model = self.family(self.pipe, self.pipe._execution_device, network.dtype)
-        guidance = float(options.get("guidance_scale", model.guidance_default))
+        default = call_default(self.pipe, "guidance_scale", model.guidance_default)
+        guidance = float(options.get("guidance_scale", default))
         encoded, facts = self._encode(model, captions, copies, guidance, options)
         repeated = [fact.repeat_interleave(copies) for fact in facts]
         latents = self._noise(model, len(captions) * copies, encoded["prompt_embeds"].dtype, options)
@@ -122,13 +118,10 @@ class MitigatedPipeline:
         self, model: DiffusionModel, captions: list[str], copies: int, guidance: float, options: dict[str, Any]
     ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor, Tensor]]:
         """The pipeline's own embeddings by the name of the option they go back in; takes their options out."""
-        takes = inspect.signature(self.pipe.encode_prompt).parameters
-        taken = {name: options.pop(name) for name in ENCODED_OPTIONS if name in options}
-        if options.get("clip_skip") is not None:
-            taken["clip_skip"] = options["clip_skip"]
-        if "lora_scale" in takes:
-            attention = options.get("cross_attention_kwargs") or options.get("joint_attention_kwargs") or {}
-            taken["lora_scale"] = attention.get("scale")
+        taken = {name: options.pop(name) for name in encode_options(self.pipe) if name in options}
+        if "lora_scale" in inspect.signature(self.pipe.encode_prompt).parameters:
+            given = [options[name] or {} for name in options if name.endswith("attention_kwargs")]  # cross, joint, ...
+            taken["lora_scale"] = next((each["scale"] for each in given if "scale" in each), None)
         encoded, facts = model.embed(
             captions,
             num_images_per_prompt=copies,

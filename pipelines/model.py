@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipelines.attention import AttentionCapture, capture_attention, cross_attention
+from pipelines.attention import AttentionCapture, capture_attention, check_token, cross_attention
 from pipelines.batching import AdaptiveBatches
 from pipelines.errors import ModelError
 from pipelines.schedules import NoiseLevel, Schedule, Unit, VariancePreserving, schedule_of
@@ -241,7 +241,7 @@ class DiffusionModel(ABC):
 
     @torch.inference_mode()
     def encode(self, captions: list[str]) -> Embeddings:
-        """Captions to embeddings, through the pipeline's own encode_prompt; the text is not cleaned.
+        """Captions to embeddings, through the pipeline's own encode_prompt: cleaned where its call does and can.
 
         Of a caption longer than LONGEST the beginning is tokenized, which fills the text encoder all the same: 5 MB
         took a minute. Its `num_tokens` are those of that beginning.
@@ -290,7 +290,9 @@ class DiffusionModel(ABC):
     def capture(
         self, layers: tuple[str, ...], prompts: Embeddings, token: str = "eos", token_layers: tuple[str, ...] = ()
     ) -> AbstractContextManager[AttentionCapture]:
-        """Capture attention in the block, as `capture_attention`."""
+        """Capture attention in the block, as `capture_attention`. Raises ModelError as `check_token`."""
+        if layers:
+            check_token(token, self.fixed_tokens)
         grid = self.latent_shape[1:]
         known, reader = self.layers(self.denoiser), self.attention
         return capture_attention(self.denoiser, layers, prompts.eos_positions, grid, token, token_layers, known, reader)

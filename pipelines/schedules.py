@@ -7,6 +7,7 @@ first and brought to a unit then: converting both outputs and subtracting cancel
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -19,6 +20,10 @@ from pipelines.errors import ModelError
 Unit = Literal["epsilon", "velocity"]
 """What scores are differences of: noise predictions, or velocities where the first level has no signal (a = 0), since
 the noise prediction does not depend on the prompt there by definition."""
+NO_SIGNAL = 1e-6
+"""A signal below this in magnitude is float32's rounding of none (1.2e-7 in the sigmas of flow matching)."""
+SOME_PICTURE = 0.05
+"""Share of the variance of a first level that may be a picture's and nothing is said; 0.6 % for 50 steps of SD 1."""
 
 
 class NoiseLevel(NamedTuple):
@@ -46,9 +51,20 @@ class Schedule(ABC):
     sigma_max: float | None
     most_steps: int
 
-    @abstractmethod
     def levels(self, steps: int, device: torch.device) -> list[NoiseLevel]:
-        """The levels of a sampling, noisiest first."""
+        """The levels of a sampling, noisiest first; a signal that is rounding is 0.
+
+        Raises:
+            ModelError: more steps than the schedule has levels.
+        """
+        if steps > self.most_steps:
+            raise ModelError(f"{steps}: this model has {self.most_steps} timesteps", "steps")
+        found = self.own_levels(steps, device)
+        return [level._replace(signal=0.0) if abs(level.signal) < NO_SIGNAL else level for level in found]
+
+    @abstractmethod
+    def own_levels(self, steps: int, device: torch.device) -> list[NoiseLevel]:
+        """The levels as diffusers' scheduler computes them, noisiest first."""
 
     @abstractmethod
     def predictions(self, output: Tensor, latents: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
@@ -67,14 +83,42 @@ class Schedule(ABC):
         clean, noise = self.predictions(output, latents, level)
         return (level.next_signal * clean + level.next_noise * noise).to(latents.dtype)
 
-    def check(self) -> None:
-        """Raise ModelError where a level has no noise, or signal and noise are not numbers that fit together."""
-        for level in self.levels(min(50, self.most_steps), torch.device("cpu")):
+    def check(self, steps: int | None = None) -> None:
+        """Raise ModelError where a level has no noise, or signal and noise are not numbers that fit together.
+
+        Args:
+            steps: of the sampling whose levels are looked at; default 50, or as many as there are.
+        """
+        for level in self.levels(steps or min(50, self.most_steps), torch.device("cpu")):
             if not (0 <= level.signal <= 1 and 0 < level.noise < float("inf")):
                 raise ModelError(
                     f"its scheduler's level {float(level.timestep):g} has signal {level.signal:g} and noise "
                     f"{level.noise:g}: nothing is diffused so"
                 )
+
+    def check_steps(self, steps: int) -> str:
+        """What is to be said of a sampling of so many steps; empty where it begins near noise.
+
+        It begins with noise alone, whatever its first level, where the model expects a x_0 + s eps: a picture's share
+        of that variance is a^2 / (a^2 + s^2).
+
+        Raises:
+            ModelError: levels that `check` refuses, or a first one with more of the picture than of noise: what is
+                predicted there of noise alone says nothing.
+        """
+        self.check(steps)
+        first = self.levels(steps, torch.device("cpu"))[0]
+        share = first.signal**2 / (first.signal**2 + first.noise**2)
+        if share < SOME_PICTURE:
+            return ""
+        told = (
+            f"{steps}: sampling begins at timestep {float(first.timestep):g}, where the model expects {share:.0%} of "
+            "the variance to be a picture's, and is given noise alone: give more steps (50), or set timestep_spacing "
+            "to trailing in scheduler/scheduler_config.json if it is distilled to so few"
+        )
+        if share > 0.5:
+            raise ModelError(told, "steps")
+        return told
 
     def unit(self, steps: int) -> Unit:
         """Unit of scores: noise predictions where the first level has signal, else velocities."""
@@ -98,7 +142,8 @@ class VariancePreserving(Schedule):
     """a^2 + s^2 = 1, betas of a DDPM; sampled by DDIM with eta 0 (Song et al. 2021), as any of its samplers could be.
 
     Args:
-        scheduler: any of `classes`; its betas, spacing and prediction type are taken over, its solver is not.
+        scheduler: any of `classes`; its betas, spacing and prediction type are taken over, its solver is not. Those of
+            distilled models (LCM, TCD: `original_inference_steps`) space from the last level whatever they are told.
         thresholding: keep dynamic thresholding (models of pixels need it); off for latents.
     """
 
@@ -131,22 +176,30 @@ class VariancePreserving(Schedule):
                     f"its scheduler sets {field} to {config.get(field)!r}: that is no schedule of betas, and none of "
                     "those this family was published with"
                 )
-        options = {} if thresholding else {"thresholding": False}
+        options: dict[str, Any] = {} if thresholding else {"thresholding": False}
+        if "original_inference_steps" in inspect.signature(type(scheduler).__init__).parameters:
+            options["timestep_spacing"] = "trailing"
         self.scheduler = DDIMScheduler.from_config(config, clip_sample=False, **options)
         self.noise_scale = float(self.scheduler.init_noise_sigma)
         self.most_steps = int(self.scheduler.config.num_train_timesteps)
         self.v_prediction = prediction == "v_prediction"
         last = float(self.scheduler.alphas_cumprod[-1])
-        self.sigma_max = ((1 - last) / last) ** 0.5 if last > 0 else None
-        if last == 0 and not self.v_prediction:
+        self.sigma_max = ((1 - last) / last) ** 0.5 if last**0.5 > NO_SIGNAL else None
+        if self.sigma_max is None and not self.v_prediction:
             raise ModelError(
                 "its schedule ends without signal (rescale_betas_zero_snr) but it predicts noise, which says nothing "
                 "of the prompt there: set prediction_type to v_prediction if it was trained so"
             )
 
-    def levels(self, steps: int, device: torch.device) -> list[NoiseLevel]:
+    def own_levels(self, steps: int, device: torch.device) -> list[NoiseLevel]:
         scheduler = self.scheduler
         scheduler.set_timesteps(steps, device=device)
+        first, last = int(scheduler.timesteps[0]), self.most_steps - 1
+        if first > last:
+            raise ModelError(
+                f"its scheduler's steps_offset {scheduler.config.steps_offset} puts the first of {steps} steps at "
+                f"timestep {first}, beyond its last, {last}: give fewer --steps"
+            )
         before = scheduler.config.num_train_timesteps // steps
         levels = []
         for timestep in scheduler.timesteps:
@@ -193,7 +246,7 @@ class Edm(Schedule):
         self.most_steps = int(config.num_train_timesteps)
         self.sign = 1.0 if config.prediction_type == "epsilon" else -1.0
 
-    def levels(self, steps: int, device: torch.device) -> list[NoiseLevel]:
+    def own_levels(self, steps: int, device: torch.device) -> list[NoiseLevel]:
         self.scheduler.set_timesteps(steps, device=device)
         sigmas = self.scheduler.sigmas.tolist()
         places = zip(self.scheduler.timesteps, sigmas[:-1], sigmas[1:], strict=True)
@@ -234,7 +287,7 @@ class FlowMatching(Schedule):
         self.most_steps = int(scheduler.config.num_train_timesteps)
         self.mu = mu if scheduler.config.get("use_dynamic_shifting") else None
 
-    def levels(self, steps: int, device: torch.device) -> list[NoiseLevel]:
+    def own_levels(self, steps: int, device: torch.device) -> list[NoiseLevel]:
         options = {} if self.mu is None else {"mu": self.mu}
         self.scheduler.set_timesteps(steps, device=device, **options)
         sigmas = self.scheduler.sigmas.tolist()
@@ -253,7 +306,11 @@ class FlowMatching(Schedule):
 
 
 class FlowSigmas(FlowMatching):
-    """The same flow by a solver that was written for betas: Sana's. Its shift is taken over, its solver is not."""
+    """The same flow by a solver that was written for betas: Sana's. Its shift is taken over, its solver is not.
+
+    Args:
+        scheduler: one of `classes`. A field that moves its levels and is not the shift is refused.
+    """
 
     classes = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
 
@@ -267,7 +324,35 @@ class FlowSigmas(FlowMatching):
                 f"{config.get('use_flow_sigmas')!r}: read are flow_prediction with flow sigmas"
             )
         steps, shift = config["num_train_timesteps"], config["flow_shift"]
+        taken = {"num_train_timesteps": steps, "flow_shift": shift}
+        taken |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+        if moved := moving_fields(type(scheduler), taken, config):
+            raise ModelError(
+                f"its scheduler sets {moved[0]} to {config[moved[0]]!r}, which moves its levels from those of its "
+                "flow_shift and is not read: take it out of scheduler/scheduler_config.json if the model does without"
+            )
         super().__init__(FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, shift=shift))
+
+
+def moving_fields(kind: Any, taken: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+    """Fields of a scheduler's configuration that move its levels from where the fields `taken` alone have them.
+
+    Args:
+        kind: diffusers' class. taken: fields of it. config: all of its fields.
+    """
+
+    def sigmas(**field: Any) -> list[float] | None:
+        scheduler = kind(**taken, **field)
+        try:
+            scheduler.set_timesteps(min(50, taken["num_train_timesteps"]))
+        except ValueError:  # a field that wants what no pipeline of the family gives (mu of UniPC's dynamic shifting)
+            return None
+        found: list[float] = scheduler.sigmas.tolist()
+        return found
+
+    plain, usual = sigmas(), kind(**taken).config
+    others = [field for field in usual if not field.startswith("_") and config[field] != usual[field]]
+    return [field for field in others if field not in taken and sigmas(**{field: config[field]}) != plain]
 
 
 def open_scheduler(class_name: str, config: Mapping[str, Any], allowed: tuple[type[Schedule], ...]) -> Any:
@@ -286,7 +371,8 @@ def open_scheduler(class_name: str, config: Mapping[str, Any], allowed: tuple[ty
         )
     kind = getattr(diffusers, class_name)
     try:
-        return kind.from_config(dict(config))
+        whole = kind.from_config(dict(config)).config  # marks defaults, which another class's from_config would drop
+        return kind.from_config({name: value for name, value in whole.items() if name != "_use_default_values"})
     except Exception as error:  # diffusers checks little: a wrong value raises whatever its arithmetic happens to
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"its scheduler's configuration is not taken by {class_name}: {reason}") from error

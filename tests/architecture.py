@@ -26,7 +26,10 @@ LAZY = {
     "audit.scores.model": {"pipelines.folders", "pipelines.loading"},
     "audit.scores.null_maps": {"pipelines", "pipelines.null_maps"},
     "audit.scores.prompt": {"pipelines"},
-    "audit.scores.scan": {"pipelines.formulas", "pipelines.loading"},
+    "audit.scores.scan": {
+        *("pipelines.attention", "pipelines.configurations", "pipelines.families.defaults"),
+        *("pipelines.formulas", "pipelines.loading"),
+    },
     "audit.scores.scorer": {"pipelines", "pipelines.batching"},
     "audit.scores.trajectories": {"pipelines", "pipelines.batching"},
     "audit.verdicts.compare": {"pipelines.formulas"},

@@ -19,6 +19,7 @@ from audit.mitigation.config import MASK_LOSS, open_clip, trigger_column
 from audit.mitigation.mitigate import MitigateConfig, MitigateFingerprint
 from audit.run.run import Run
 from audit.run.schema import MASKS, MITIGATED_COLUMNS, TRAJECTORY_MASKS, table_of, tensor_values
+from audit.run.select import exceeds
 from audit.run.stage import CONFIRM, MITIGATE, TRAJECTORIES, Stage
 from audit.scores.model import load_run_model
 from audit.scores.trajectories import NOT_FINITE, decode_png, encode_png, is_finite, open_sampler
@@ -141,20 +142,20 @@ class MitigateJob:
         table = self.trajectories.table(shard)
         whole = table.filter(pc.is_null(table["error"]))
         masks = {name: tensor_values(whole[name]) for name in TRAJECTORY_MASKS if not whole[name].null_count}
-        known = {}
+        threshold, known = self.config.threshold, {}
+        above = [True] * len(whole) if threshold is None else exceeds(whole[self.trigger], threshold).to_pylist()
         for at, of in enumerate(whole.drop_columns(list(TRAJECTORY_MASKS)).to_pylist()):
             found = {name: values[at] for name, values in masks.items()}
-            known[of["row_id"], of["image_index"]] = {**of, "masks": found}
+            known[of["row_id"], of["image_index"]] = {**of, "masks": found, "above": above[at]}
         settings = {"loss": self.config.loss, "target": self.target}
         rows = []
         for row in self.stage.rows(shard).to_pylist():
             of = known.get((row["row_id"], row["image_index"]))
             row |= {**settings, "error": None if of else "confirm's trajectory failed", "triggered": None}
             if of:
-                threshold = self.config.threshold
                 row |= {f"{name}_before": of[column] for name, column in self.scores.items()}
                 row |= {f"{name}_after": of[column] for name, column in self.scores.items()}
-                row |= {"triggered": threshold is None or of[self.trigger] > threshold, "iterations": 0}
+                row |= {"triggered": of["above"], "iterations": 0}
                 row |= {"image_before": of["image"], "image_after": of["image"]}
                 row |= {"masks": of["masks"], "best": best[row["row_id"]]}
             rows.append(row)

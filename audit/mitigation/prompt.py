@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from audit.mitigation.config import MASK_LOSS, MovingConfig, find_clip, open_cli
 from audit.mitigation.mitigate_shard import move_and_sample
 from audit.run.schema import MASKS
 from audit.scores.config import DEFAULT_MODEL, DTYPES, MODEL_HELP
-from audit.scores.model import find_model_folder, load_model
+from audit.scores.model import few_steps, find_model_folder, load_model
 from audit.scores.prompt import draw
 
 FRACTION = 0.15  # of its own loss, the target where none is given: ordinary captions against copies on the testbed
@@ -58,6 +59,8 @@ def mitigate_prompt(config: MitigatePromptConfig) -> dict[str, tuple[float, floa
     index = None if config.index is None else Index.open(config.index)
     descriptor = None if index is None else index.load_descriptor(config.sscd, config.device)
     folder, clip_folder = find_model_folder(config), find_clip(config.clip, config.model)
+    for note in few_steps(folder, config.steps):
+        print(note, file=sys.stderr)
     model = load_model(folder, config.device, config.dtype)
     clip = open_clip(clip_folder, config.device)
     # 1. unmitigated

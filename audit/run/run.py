@@ -35,12 +35,14 @@ class ModelFacts:
     Attributes:
         weights_sha256: over every file that is loaded. revision: the hub's commit where they came from there.
         lora, textual_inversion: hashes of what is added to them, with scale or token, in order.
+        clean_captions: its pipeline cleans captions and this machine has what it cleans them with (bs4 and ftfy).
     """
 
     weights_sha256: str
     revision: str | None = None
     lora: list[str] = field(default_factory=list)
     textual_inversion: list[str] = field(default_factory=list)
+    clean_captions: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from audit.base.text import duration, size
 from audit.captions import AUTO, MOST_SECONDS, CaptionPlan, is_empty, read_shard, rows_in_time
 from audit.run.select import rows_of
 from audit.scores.model import load_model
+from audit.scores.null_maps import few_lines
 from audit.scores.scan import ScanConfig, check_config, fingerprint_of, plan_of
 from audit.scores.scorer import open_scorer
 from audit.scores.trajectories import open_sampler
@@ -93,7 +94,7 @@ def estimate(config: ScanConfig, say: Callable[[str], None]) -> Estimate:
     with tempfile.TemporaryDirectory() as temporary:
         staging = Folder(temporary)
         plan = plan_of(config, staging)
-        for line in plan.facts.lines(plan.num_rows, plan.num_unique, plan.num_empty):
+        for line in [*plan.facts.lines(plan.num_rows, plan.num_unique, plan.num_empty), *few_lines(len(plan.sample))]:
             say(line)
         # no search for the fastest with `auto`: it may take long
         batch_size = MEASURED if config.batch_size == AUTO else config.batch_size

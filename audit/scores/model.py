@@ -88,8 +88,24 @@ def absolute_paths(config: ModelConfig) -> dict[str, Any]:
 
 
 def model_facts(folder: ModelFolder) -> ModelFacts:
-    """What a fingerprint says of a model."""
-    return ModelFacts(folder.weights_sha256(), folder.revision, **folder.adapters())
+    """What a fingerprint says of a model, and of the captions it is given on this machine."""
+    from pipelines.families.defaults import cleans_captions, published_pipeline
+
+    clean = cleans_captions(published_pipeline(folder.family.pipeline_class))
+    return ModelFacts(folder.weights_sha256(), folder.revision, **folder.adapters(), clean_captions=clean)
+
+
+def few_steps(folder: ModelFolder, steps: int) -> list[str]:
+    """What is to be said of a sampling that begins far from noise.
+
+    Raises:
+        AuditError: steps the model's schedule has not, or so few that nothing comes of them.
+    """
+    from pipelines.configurations import naming
+
+    with naming_the_flag(), naming(folder.name):
+        few = folder.schedule().check_steps(steps)
+    return [f"--steps {few}"] if few else []
 
 
 def no_mask_reason(folder: ModelFolder, mask_layers: tuple[str, ...]) -> str:
@@ -127,8 +143,14 @@ def load_run_model(run: Run, device: str) -> DiffusionModel:
     config: Mapping[str, Any] = run.facts.config
     added = [tuple(config.get(name) or ()) for name in ("lora", "textual_inversion")]
     folder = _find(run.facts.model, run.facts.revision, config.get("model_config"), *added)
-    begun = run.fingerprint.model
-    if replace(model_facts(folder), revision=begun.revision) != begun:
+    begun, now = run.fingerprint.model, model_facts(folder)
+    if now.clean_captions != begun.clean_captions:
+        way = "install" if begun.clean_captions else "do without"
+        raise AuditError(
+            f"{run.url}: its captions were {'' if begun.clean_captions else 'not '}cleaned (clean_caption), as this "
+            f"machine would not do: {way} beautifulsoup4 and ftfy, or scan into a new folder"
+        )
+    if replace(now, revision=begun.revision) != begun:
         raise AuditError(f"--model {run.facts.model}: other weights than the run was begun with")
     kept, key = _kept.get(), (run.digest, device)
     if kept is None:

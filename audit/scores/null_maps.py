@@ -121,12 +121,23 @@ def sample_of(run: Run) -> NullMapsFingerprint | None:
     return None if stage is None else stage.fingerprint(NullMapsFingerprint)
 
 
-def few_lines(run: Run) -> list[str]:
-    """Said of a run whose null maps rest on fewer captions than they should; [] where they do not."""
-    count = len(run.plan.sample)
+def few_lines(count: int) -> list[str]:
+    """Said of a run whose null maps are of so many captions; [] where these are as many as they should be."""
     if not count or count >= SAMPLE:
         return []
     return [f"note: excess rests on few captions: the null maps are of all {count:,} there are, not of {SAMPLE:,}"]
+
+
+def lost_lines(stage: Stage | None) -> list[str]:
+    """Said of null maps of which captions could not be scored: under one of the noises so many."""
+    lost = max((each.counts["error"] for each in stage.done().values()), default=0) if stage else 0
+    if stage is None or not lost:
+        return []
+    count = len(stage.run.plan.sample)
+    return [
+        f"note: excess rests on {count - lost:,} captions: {lost:,} of the {count:,} of its null maps could not be "
+        f"scored; why: column error of {stage.run.folder.path(stage.kind.files)}"
+    ]
 
 
 def read_null_maps(run: Run, *kinds: StageKind) -> NullMaps | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from audit.base.errors import AuditError
 from audit.base.options import option
 from audit.scores.config import DEVICE_HELP, DTYPES, ModelFlags
-from audit.scores.model import find_model_folder, load_model
+from audit.scores.model import few_steps, find_model_folder, load_model, naming_the_flag
 
 STRIP = 10  # steps shown in the strip
 
@@ -58,10 +59,14 @@ def score(config: ScoreConfig) -> dict[str, float]:
         "guidance_scale": config.guidance_scale,
     }
     source = MaskSource("first", config.mask_token, config.mask_layers)
-    model = load_model(find_model_folder(config), config.device, config.dtype)
+    folder = find_model_folder(config)
+    for note in few_steps(folder, config.steps):
+        print(note, file=sys.stderr)
+    model = load_model(folder, config.device, config.dtype)
     try:
-        scorer = FirstStepScorer(model, source, extra_evaluation=True, **shared)
-        sampler = TrajectorySampler(model, source, **shared) if config.trajectory else None
+        with naming_the_flag():
+            scorer = FirstStepScorer(model, source, extra_evaluation=True, **shared)
+            sampler = TrajectorySampler(model, source, **shared) if config.trajectory else None
     except ValueError as error:
         raise AuditError(f"--mask-layers: {error}") from error
     found = scorer([config.prompt])

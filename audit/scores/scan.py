@@ -22,8 +22,16 @@ from audit.run.run import Fingerprint, Run, check_output
 from audit.run.schema import DEFAULT_SCORE, DETECTORS, EXTRA_DETECTORS, MASK_DETECTORS, SCORE_COLUMNS
 from audit.run.stage import NULL_MAPS, REFINE, SCAN, SECOND_LOOK, Stage, run_stage
 from audit.scores.config import ScoringConfig
-from audit.scores.model import absolute_paths, find_model_folder, model_facts, no_mask_reason, one_model
-from audit.scores.null_maps import few_lines, make_null_maps
+from audit.scores.model import (
+    absolute_paths,
+    few_steps,
+    find_model_folder,
+    model_facts,
+    naming_the_flag,
+    no_mask_reason,
+    one_model,
+)
+from audit.scores.null_maps import few_lines, lost_lines, make_null_maps
 from audit.scores.refine import RefineFingerprint, begin_refine, run_refine
 from audit.scores.second_look import (
     SECOND_LOOK_NOISES,
@@ -136,7 +144,8 @@ def scan(config: ScanConfig, stop: Stop | None = None, say: Callable[[str], None
     for line in plan_lines(run):
         say(line)
     # 2. what is usual of its captions, before any of them is scored
-    make_null_maps(run, NULL_MAPS, range(run.fingerprint.num_noises), config, stop, new)
+    for line in lost_lines(make_null_maps(run, NULL_MAPS, range(run.fingerprint.num_noises), config, stop, new)):
+        say(line)
     # 3. this machine's shards
     stage = Stage.open(run, SCAN)
     done = stage.done()
@@ -240,6 +249,8 @@ def check_config(config: ScanConfig) -> ModelFolder:
     Raises:
         AuditError: naming the flag.
     """
+    from pipelines.attention import check_token
+
     if config.mask == "final" and config.extra_evaluation:
         raise AuditError("--extra-evaluation: goes with --mask first")
     picks = [("--refine-by", config.refine_by)] if config.refine else []
@@ -248,24 +259,40 @@ def check_config(config: ScanConfig) -> ModelFolder:
         if by in EXTRA_DETECTORS and not config.extra_evaluation:
             raise AuditError(f"{flag} {by}: needs --extra-evaluation")
     model = find_model_folder(config)
-    trained = model.schedule().most_steps
-    if config.steps > trained:
-        raise AuditError(f"--steps {config.steps}: this model has {trained} timesteps")
+    few = few_steps(model, config.steps)
     known, _ = model.mask_layers() if config.mask_layers else ([], ())
     for name in config.mask_layers:
         if name not in known:
             raise AuditError(f"--mask-layers {name}: the model has no such layer to read; it has {', '.join(known)}")
+    if config.mask_layers:
+        with naming_the_flag():
+            check_token(config.mask_token, model.family.fixed_tokens)
     reason = no_mask_reason(model, config.mask_layers)
     if reason and config.mask != "first":
         raise AuditError(f"--mask {config.mask}: {reason}: leave it out, or name layers with --mask-layers")
     for flag, by in picks:
         if reason and by in MASK_DETECTORS:
             raise AuditError(f"{flag} {by}: {reason}: give {DEFAULT_SCORE}")
-    own = model.family.guidance_default
-    if own != config.guidance_scale == ScanConfig.guidance_scale:
-        says = f"--guidance-scale {own:g} is what {model.family.pipeline_class} takes by itself"
-        print(f"{says}: give it for images like its own ({config.guidance_scale:g} now)", file=sys.stderr)
+    for note in few + _unlike_its_own(config, model):
+        print(note, file=sys.stderr)
     return model
+
+
+def _unlike_its_own(config: ScanConfig, model: ModelFolder) -> list[str]:
+    """Where captions are scored otherwise than the model's own pipeline draws them when it is told nothing."""
+    from pipelines.families.defaults import call_default, missing_cleaners, published_pipeline
+
+    pipeline = published_pipeline(str(model.index["_class_name"]), model.family.pipeline_class)
+    own, notes = call_default(pipeline, "guidance_scale"), []
+    if own != config.guidance_scale == ScanConfig.guidance_scale:
+        says = f"--guidance-scale {own:g} is what {pipeline.__name__} takes by itself"
+        notes.append(f"{says}: give it for images like its own ({config.guidance_scale:g} now)")
+    if call_default(pipeline, "clean_caption") and (missing := missing_cleaners()):
+        notes.append(
+            f"captions are scored as they are, where {pipeline.__name__} takes URLs, HTML and the like out of them: "
+            f"pip install {' '.join(missing)} for prompts like its own"
+        )
+    return notes
 
 
 def plan_of(config: ScanConfig, staging: Folder) -> CaptionPlan:
@@ -284,7 +311,8 @@ def plan_of(config: ScanConfig, staging: Folder) -> CaptionPlan:
 
 def plan_lines(run: Run) -> list[str]:
     """What a run reads and what was left out, for people."""
-    return [*run.facts.captions.lines(run.facts.rows, run.facts.unique, run.facts.empty), *few_lines(run)]
+    found = run.facts.captions.lines(run.facts.rows, run.facts.unique, run.facts.empty)
+    return [*found, *few_lines(len(run.plan.sample))]
 
 
 def _input_facts(file: CaptionFile) -> dict[str, str | int | None]:

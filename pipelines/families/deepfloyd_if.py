@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from pipelines.errors import ModelError
+from pipelines.families.defaults import cleanable, encode_defaults, facts_of_whole
 from pipelines.families.stable_diffusion import CONDITIONS
 from pipelines.model import DiffusionModel, Embeddings, Part, TextFacts, check_text_width, encoded_ids, text_facts
 from pipelines.schedules import Schedule, VariancePreserving
@@ -57,12 +58,14 @@ class DeepFloydIF(DiffusionModel):
         return VariancePreserving(scheduler, thresholding=True)
 
     def embed(self, captions: list[str], **options: Any) -> tuple[dict[str, Tensor], TextFacts]:
-        plain = {"do_classifier_free_guidance": False, "device": self.device, "clean_caption": False}
+        plain = {**encode_defaults(self.pipeline), "device": self.device, "do_classifier_free_guidance": False}
+        plain |= options
+        given = cleanable(captions, plain["clean_caption"])
         with encoded_ids(self.pipeline.text_encoder) as ids:
-            encoded = self.pipeline.encode_prompt(captions, **{**plain, **options})
+            encoded = self.pipeline.encode_prompt(given, **plain)
         found = dict(zip(self.encoded, encoded, strict=True))
-        cleaned = self.pipeline._text_preprocessing(captions, clean_caption=False)
-        facts = text_facts(ids[0], cleaned, self.pipeline.tokenizer, special=1)
+        cleaned = self.pipeline._text_preprocessing(given, clean_caption=plain["clean_caption"])
+        facts = facts_of_whole(text_facts(ids[0], cleaned, self.pipeline.tokenizer, special=1), given, captions)
         return {name: value for name, value in found.items() if value is not None}, facts
 
     def denoise(self, latents: Tensor, timestep: Tensor, prompts: Embeddings, guidance_scale: float | None) -> Tensor:

@@ -10,18 +10,14 @@ from torch import Tensor, nn
 
 from pipelines.attention import cross_attention_layers, masked_cross_attention
 from pipelines.errors import ModelError
+from pipelines.families.defaults import cleanable, encode_defaults, facts_of_whole
 from pipelines.model import DiffusionModel, Embeddings, Part, TextFacts
 
 
 class PixArtSigma(DiffusionModel):
-    """PixArt-Sigma: captions of up to 300 tokens.
-
-    Class attributes:
-        max_tokens: where its pipeline cuts captions.
-    """
+    """PixArt-Sigma: captions of up to 300 tokens."""
 
     pipelines: ClassVar[tuple[str, ...]] = ("PixArtSigmaPipeline", "PixArtSigmaPAGPipeline")
-    max_tokens: ClassVar[int] = 300
     parts: ClassVar[dict[str, Part]] = {
         "transformer": Part("diffusers", ("PixArtTransformer2DModel", "Transformer2DModel")),
         "vae": Part("diffusers", ("AutoencoderKL",)),
@@ -55,15 +51,17 @@ class PixArtSigma(DiffusionModel):
         return cross_attention_layers(denoiser)
 
     def embed(self, captions: list[str], **options: Any) -> tuple[dict[str, Tensor], TextFacts]:
-        plain = {"do_classifier_free_guidance": False, "device": self.device, "clean_caption": False}
-        encoded = self.pipeline.encode_prompt(captions, **{**plain, "max_sequence_length": self.max_tokens, **options})
-        found = dict(zip(self.encoded, encoded, strict=True))
-        return {name: value for name, value in found.items() if value is not None}, self.facts(captions, found)
+        plain = {**encode_defaults(self.pipeline), "device": self.device, "do_classifier_free_guidance": False}
+        plain |= options
+        given = cleanable(captions, plain["clean_caption"])
+        found = dict(zip(self.encoded, self.pipeline.encode_prompt(given, **plain), strict=True))
+        cleaned = self.pipeline._text_preprocessing(given, clean_caption=plain["clean_caption"])
+        facts = facts_of_whole(self.facts(cleaned, found), given, captions)
+        return {name: value for name, value in found.items() if value is not None}, facts
 
-    def facts(self, captions: list[str], encoded: Mapping[str, Tensor]) -> TextFacts:
-        """T5 ends a prompt with its end token, the last one that is not padding; the pipeline lower-cases captions."""
-        mask = encoded["prompt_attention_mask"][:: max(1, len(encoded["prompt_attention_mask"]) // len(captions))]
-        cleaned = self.pipeline._text_preprocessing(captions, clean_caption=False)
+    def facts(self, cleaned: list[str], encoded: Mapping[str, Tensor]) -> TextFacts:
+        """T5 ends a prompt with its end token, the last one that is not padding."""
+        mask = encoded["prompt_attention_mask"][:: max(1, len(encoded["prompt_attention_mask"]) // len(cleaned))]
         lengths = torch.tensor([len(row) for row in self.pipeline.tokenizer(cleaned, truncation=False)["input_ids"]])
         return TextFacts(mask.sum(1).long().cpu() - 1, lengths - 1, lengths > mask.shape[1])
 
@@ -90,7 +88,6 @@ class PixArtAlpha(PixArtSigma):
 
     pipelines: ClassVar[tuple[str, ...]] = ("PixArtAlphaPipeline",)
     pipeline_class = "PixArtAlphaPipeline"
-    max_tokens = 120
 
     def size_conditions(self, batch: int, dtype: torch.dtype) -> dict[str, Tensor | None]:
         if self.denoiser.config.sample_size != 128:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -11,10 +10,9 @@ from torch import Tensor, nn
 
 from pipelines.attention import cross_attention_layers, masked_cross_attention
 from pipelines.errors import ModelError
+from pipelines.families.defaults import cleanable, encode_defaults, facts_of_whole
 from pipelines.model import DiffusionModel, Embeddings, Part, TextFacts, check_text_width, encoded_ids
 from pipelines.schedules import FlowMatching, FlowSigmas
-
-MAX_TOKENS = 300
 
 
 class Sana(DiffusionModel):
@@ -52,29 +50,23 @@ class Sana(DiffusionModel):
     def layers(cls, denoiser: nn.Module) -> list[str]:
         return cross_attention_layers(denoiser)
 
-    @property
-    def instruction(self) -> list[str]:
-        """Lines before every prompt: the default of the pipeline's call."""
-        found: list[str] = (
-            inspect.signature(type(self.pipeline).__call__).parameters["complex_human_instruction"].default
-        )
-        return found
-
     def embed(self, captions: list[str], **options: Any) -> tuple[dict[str, Tensor], TextFacts]:
-        plain: dict[str, Any] = {"do_classifier_free_guidance": False, "device": self.device, "clean_caption": False}
-        plain |= {"max_sequence_length": MAX_TOKENS, "complex_human_instruction": self.instruction, **options}
+        plain = {**encode_defaults(self.pipeline), "device": self.device, "do_classifier_free_guidance": False}
+        plain |= options
+        given = cleanable(captions, plain["clean_caption"])
         with encoded_ids(self.pipeline.text_encoder) as ids:
-            encoded = self.pipeline.encode_prompt(captions, **plain)
+            encoded = self.pipeline.encode_prompt(given, **plain)
         found = dict(zip(self.encoded, encoded, strict=True))
         copies = len(found["prompt_attention_mask"]) // len(captions)
         places = found["prompt_attention_mask"][::copies].sum(1).long().cpu() - 1
-        facts = self.facts(captions, ids[0], places, plain["complex_human_instruction"])
+        cleaned = self.pipeline._text_preprocessing(given, clean_caption=plain["clean_caption"])
+        facts = self.facts(cleaned, ids[0], places, plain["complex_human_instruction"])
+        facts = facts_of_whole(facts, given, captions)
         return {name: value for name, value in found.items() if value is not None}, facts
 
-    def facts(self, captions: list[str], ids: Tensor, places: Tensor, instruction: list[str] | None) -> TextFacts:
+    def facts(self, cleaned: list[str], ids: Tensor, places: Tensor, instruction: list[str] | None) -> TextFacts:
         """Gemma has a start token and no end: its place is the last real token's. The instruction is not counted."""
         before = "\n".join(instruction or [])
-        cleaned = self.pipeline._text_preprocessing(captions, clean_caption=False)
         rows = self.pipeline.tokenizer([before + each for each in cleaned], truncation=False)["input_ids"]
         lengths = torch.tensor([len(row) for row in rows])
         counted = lengths - len(self.pipeline.tokenizer(before)["input_ids"])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pipelines.attention import cross_attention_layers, entropy_layer, paper_layers
 from pipelines.errors import ModelError
+from pipelines.families.defaults import encode_defaults
 from pipelines.model import DiffusionModel, Embeddings, Part, TextFacts, check_text_width, encoded_ids, text_facts
 
 CONDITIONS = ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "addition_embed_type")
@@ -64,7 +65,7 @@ class StableDiffusion(DiffusionModel):
         return () if layer is None else (layer,)
 
     def embed(self, captions: list[str], **options: Any) -> tuple[dict[str, Tensor], TextFacts]:
-        plain = {"device": self.device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        plain = {**encode_defaults(self.pipeline), "device": self.device, "do_classifier_free_guidance": False}
         with encoded_ids(self.pipeline.text_encoder) as ids:
             encoded = self.pipeline.encode_prompt(captions, **{**plain, **options})
         return dict(zip(self.encoded, encoded, strict=False)), self.facts(captions, ids[0])

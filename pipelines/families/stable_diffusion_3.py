@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from pipelines.attention import joint_attention
 from pipelines.errors import ModelError
+from pipelines.families.defaults import encode_defaults
 from pipelines.model import DiffusionModel, Embeddings, Part, TextFacts, encoded_ids, text_facts
 from pipelines.schedules import FlowMatching, Schedule, schedule_of
-
-T5_LENGTH = 256
 
 
 class StableDiffusion3(DiffusionModel):
@@ -78,21 +77,22 @@ class StableDiffusion3(DiffusionModel):
         return [f"transformer_blocks.{number}.attn" for number in range(len(blocks))]
 
     def embed(self, captions: list[str], **options: Any) -> tuple[dict[str, Tensor], TextFacts]:
-        plain = {"device": self.device, "do_classifier_free_guidance": False, "max_sequence_length": T5_LENGTH}
-        prompts = {"prompt_2": None, "prompt_3": None}
+        plain = {**encode_defaults(self.pipeline), "device": self.device, "do_classifier_free_guidance": False}
+        plain |= options
         with encoded_ids(self.pipeline.text_encoder) as ids:
-            encoded = self.pipeline.encode_prompt(captions, **{**prompts, **plain, **options})
+            encoded = self.pipeline.encode_prompt(captions, **plain)
         found = dict(zip(self.encoded, encoded, strict=True))
-        return {name: value for name, value in found.items() if value is not None}, self.facts(captions, ids[0])
+        facts = self.facts(captions, ids[0], plain["max_sequence_length"])
+        return {name: value for name, value in found.items() if value is not None}, facts
 
-    def facts(self, captions: list[str], ids: Tensor) -> TextFacts:
+    def facts(self, captions: list[str], ids: Tensor, longest: int) -> TextFacts:
         """The end token is the first CLIP's; a caption is cut only where the longest encoder, T5, cuts it."""
         clip = text_facts(ids, captions, self.pipeline.tokenizer, special=2)
         if self.pipeline.text_encoder_3 is None:
             return clip
         rows = self.pipeline.tokenizer_3(captions, truncation=False)["input_ids"]
         lengths = torch.tensor([len(row) for row in rows])
-        return TextFacts(clip.eos_positions, lengths - 1, lengths > T5_LENGTH)
+        return TextFacts(clip.eos_positions, lengths - 1, lengths > longest)
 
     def conditions(self, encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"pooled_projections": encoded["pooled_prompt_embeds"]}

@@ -218,6 +218,7 @@ def test_dry_run_writes_nothing(config: ScanConfig, tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     found = be_audit("scan", *config.captions, "--model", config.model, "--rows-per-shard", 25, "--dry-run")
+    assert "excess rests on few captions: the null maps are of all 50 there are" in found.out
     assert found.code == 0, found
     for line in ("rows             60 (5 empty)", "unique captions  50", "shards           3 of 25 rows"):
         assert line in found.out

@@ -38,6 +38,7 @@ def test_a_row_that_always_fails_is_a_row_with_an_error(
     for _ in range(2):  # the second time from what is committed
         found = be_audit(*arguments)
         assert found.code == 3 and "4 scored, 1 duplicates, 0 empty, 1 failed." in found.out, found
+        assert "excess rests on 4 captions: 1 of the 5 of its null maps could not be scored" in found.err
     rows = read_scores(Run.open(str(run))).to_pylist()
     assert [row["status"] for row in rows] == ["ok", "ok", "error", "ok", "error", "ok"]
     reason = (
