@@ -171,16 +171,19 @@ def build_index(config: IndexConfig, stop: Stop | None = None) -> IndexSummary:
 
 
 def _outdated(folder: Folder, work: list[tuple[Source, Slice]], done: dict[int, Commit]) -> list[int]:
-    """Parts to describe again: their files have changed, or a picture that could not be read can be read now."""
+    """Parts to describe again: damaged ones, of files that have changed, or with a picture that can be read by now."""
 
     def is_outdated(number: int) -> bool:
         source, part = work[number]
-        made, mark = part_mark(folder, number), source.mark(part)
-        if made and mark and made != mark:
+        try:
+            made, mark = part_mark(folder, number), source.mark(part)
+            if made and mark and made != mark:
+                return True
+            if not done[number].counts.get("error"):
+                return False
+            table = read_part(folder, number, ["status", "locator"])
+        except (pa.ArrowInvalid, OSError):  # damaged
             return True
-        if not done[number].counts.get("error"):
-            return False
-        table = read_part(folder, number, ["status", "locator"])
         bad = table.filter(pc.equal(table["status"], "error"))["locator"].to_pylist()
         return any(_can_be_read(json.loads(locator)) for locator in bad)
 

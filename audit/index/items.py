@@ -165,13 +165,16 @@ def files_mark(paths: Iterable[str]) -> str:
 
 
 def _stamp(path: str) -> str:
-    if "://" not in path:
-        made = os.stat(path)
-        return f"{made.st_size} {made.st_mtime_ns}"
-    fs, name = fsspec.core.url_to_fs(path)
     if path.startswith("http"):
         return ""  # a request a file
-    found = fs.info(name)  # of the listing that the source was made of
+    try:
+        if "://" not in path:
+            made = os.stat(path)
+            return f"{made.st_size} {made.st_mtime_ns}"
+        fs, name = fsspec.core.url_to_fs(path)
+        found = fs.info(name)  # of the listing that the source was made of
+    except OSError:  # its row will say so
+        return "gone"
     tells = (found.get(key) for key in ("ETag", "etag", "LastModified", "last_modified", "updated", "mtime"))
     return next((f"{found.get('size')} {value}" for value in tells if value), "")
 

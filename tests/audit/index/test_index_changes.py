@@ -91,6 +91,16 @@ def test_a_picture_that_lies_in_the_place_of_another_is_not_taken_for_it(
         opened.picture(int(opened.ids()[0]))
 
 
+def test_a_part_that_is_no_arrow_file_any_more_is_described_again(tmp_path: Path) -> None:
+    as_folder(tmp_path / "in", [10, 20, 30, 40])
+    _, before = build(tmp_path, tmp_path / "in")
+    part = next((tmp_path / "index" / "parts").rglob("00001.arrow"))
+    part.write_bytes(b"\0" * part.stat().st_size)
+    done, index = build(tmp_path, tmp_path / "in")
+    assert (done.again, done.resumed) == (1, 1) and index.contents == before.contents
+    assert index.verify(deep=True) == []
+
+
 def test_texts_that_came_or_changed_are_read(tmp_path: Path) -> None:
     as_folder(tmp_path / "in", [10, 20, 30, 40])
     (tmp_path / "in" / "0.txt").write_text("old")
