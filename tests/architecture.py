@@ -23,12 +23,13 @@ LAZY = {
     "audit.mitigation.config": {"pipelines.alignment"},
     "audit.mitigation.mitigate_shard": {"pipelines"},
     "audit.mitigation.prompt": {"pipelines"},
-    "audit.scores.model": {"pipelines.folders", "pipelines.loading"},
+    "audit.scores.model": {
+        *("pipelines.configurations", "pipelines.families.defaults", "pipelines.folders", "pipelines.loading"),
+    },
     "audit.scores.null_maps": {"pipelines", "pipelines.null_maps"},
     "audit.scores.prompt": {"pipelines"},
     "audit.scores.scan": {
-        *("pipelines.attention", "pipelines.configurations", "pipelines.families.defaults"),
-        *("pipelines.formulas", "pipelines.loading"),
+        *("pipelines.attention", "pipelines.families.defaults", "pipelines.formulas", "pipelines.loading"),
     },
     "audit.scores.scorer": {"pipelines", "pipelines.batching"},
     "audit.scores.trajectories": {"pipelines", "pipelines.batching"},

@@ -3,9 +3,11 @@
 sources.py      what was given: which kind of source it is, and where its pixels are
 items.py        a picture on its way into the index
 files.py        folders and webdataset tars
-tables.py       parquet, saved and hub data sets, embeddings
+tables.py       parquet, saved and hub data sets
+embeddings.py   embeddings already computed
 descriptors.py  which copy descriptor is used
 embed.py        one part: read, decoded, described, committed
+parts.py        parts as they lie in the folder: read, outdated, taken together
 ann.py          nearest neighbours: FAISS proposes, exact cosines decide
 build.py        `be-audit index build`
 facts.py        index.json and index_info.json

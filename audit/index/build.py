@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import threading
@@ -15,12 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
-import xxhash
 
 from audit.base.claims import CLAIMS, held
-from audit.base.commits import Commit, Ledger, shard_name
+from audit.base.commits import Commit, Ledger
 from audit.base.devices import find_devices
 from audit.base.errors import AuditError, Drained
 from audit.base.facts import to_json
@@ -31,7 +28,7 @@ from audit.base.stopping import Stop
 from audit.base.storage import Folder
 from audit.index import ann
 from audit.index.descriptors import find_descriptor, open_descriptor
-from audit.index.embed import LEFT_OUT, MARK, embed_part
+from audit.index.embed import LEFT_OUT, embed_part
 from audit.index.facts import (
     FACTS,
     FAISS,
@@ -48,8 +45,9 @@ from audit.index.facts import (
     read_index_facts,
     read_index_info,
 )
-from audit.index.items import EMBEDDINGS, KEY, Columns, Slice, Source, decode
-from audit.index.sources import find_sources, read_bytes
+from audit.index.items import EMBEDDINGS, Columns, Slice, Source
+from audit.index.parts import contents_of, outdated, read_part
+from audit.index.sources import find_sources
 
 if TYPE_CHECKING:
     from pipelines.descriptor import Descriptor
@@ -143,7 +141,7 @@ def build_index(config: IndexConfig, stop: Stop | None = None) -> IndexSummary:
         ledger = Ledger(folder, STAGE, plan(folder, descriptor.name, identity), PARTS)
         folder.sweep()
         done = dict(ledger.done(range(len(work))))
-        again = _outdated(folder, work, done)
+        again = outdated(folder, work, done)
         for number in again:
             ledger.drop(number)
             del done[number]
@@ -168,37 +166,6 @@ def build_index(config: IndexConfig, stop: Stop | None = None) -> IndexSummary:
     columns_taken = tuple(dict.fromkeys(words for source in sources if (words := source.columns())))
     parts = len(work), resumed
     return IndexSummary(config.output, *counts, info.error_examples, *parts, info, len(again), columns_taken)
-
-
-def _outdated(folder: Folder, work: list[tuple[Source, Slice]], done: dict[int, Commit]) -> list[int]:
-    """Parts to describe again: damaged ones, of files that have changed, or with a picture that can be read by now."""
-
-    def is_outdated(number: int) -> bool:
-        source, part = work[number]
-        try:
-            made, mark = part_mark(folder, number), source.mark(part)
-            if made and mark and made != mark:
-                return True
-            if not done[number].counts.get("error"):
-                return False
-            table = read_part(folder, number, ["status", "locator"])
-        except (pa.ArrowInvalid, OSError):  # damaged
-            return True
-        bad = table.filter(pc.equal(table["status"], "error"))["locator"].to_pylist()
-        return any(_can_be_read(json.loads(locator)) for locator in bad)
-
-    with ThreadPoolExecutor(16, "look") as pool:
-        return [number for number, again in zip(done, pool.map(is_outdated, done), strict=True) if again]
-
-
-def _can_be_read(locator: dict[str, Any]) -> bool:
-    """Whether there is a picture where one could not be read."""
-    try:
-        if locator:
-            decode(read_bytes({name: value for name, value in locator.items() if name != "xxh3"}))
-    except Exception:  # decoders raise anything on broken input
-        return False
-    return bool(locator)
 
 
 def _beside(
@@ -342,7 +309,7 @@ def _finish(
         errors=counts["error"],
         error_examples=examples,
         left_out=dict(left_out + _left_out(counts)),
-        contents=_contents(folder, done, blind),
+        contents=contents_of(folder, done, blind),
         blind=blind,
         **facts,
         **recall,
@@ -354,22 +321,6 @@ def _finish(
     )
     folder.write(INFO, to_json(info))
     return info
-
-
-def _contents(folder: Folder, done: dict[int, Commit], blind: list[int]) -> str:
-    """A digest of the pictures, of what is known of them and of which could not be read; of vectors where given."""
-    found, given = xxhash.xxh3_128(), set(blind)
-    for number in sorted(done):
-        table = read_part(folder, number, ["key", "url", "caption", "locator", "status", "embedding"])
-        for name in ("key", "url", "caption", "locator", "status"):
-            for chunk in table[name].chunks:
-                values = chunk.cast(pa.large_binary())
-                found.update(pc.binary_length(values).fill_null(-1).to_numpy(zero_copy_only=False).tobytes())
-                found.update(b"".join(value for value in values.to_pylist() if value))
-        if number in given:
-            for chunk in table["embedding"].chunks:
-                found.update(np.asarray(chunk.flatten()).tobytes())
-    return found.hexdigest()
 
 
 def _first_error(folder: Folder, done: dict[int, Commit]) -> str:
@@ -402,26 +353,6 @@ def _gather(folder: Folder, done: dict[int, Commit], total: int, dim: int, scrat
     vectors.flush()
     np.save(scratch / IDS, ids)
     return examples
-
-
-def part_mark(folder: Folder, number: int) -> str:
-    """`Source.mark` of the files a part was made from; "" where it does not say."""
-    with folder.open(f"{PARTS}/{shard_name(number)}.arrow") as file:
-        return (pa.ipc.open_file(file).schema.metadata or {}).get(MARK, b"").decode()
-
-
-def read_part(folder: Folder, number: int, columns: list[str]) -> pa.Table:
-    """Some columns of a part; on a local disk the others are not even read. One of before has no `key_from`."""
-    path = folder.path(f"{PARTS}/{shard_name(number)}.arrow")
-    source = (
-        pa.memory_map(path) if folder.local else pa.BufferReader(folder.read(f"{PARTS}/{shard_name(number)}.arrow"))
-    )
-    names = pa.ipc.open_file(source).schema.names
-    options = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in columns if name in names])
-    table = pa.ipc.open_file(source, options=options).read_all()
-    if "key_from" in columns and "key_from" not in names:
-        table = table.append_column("key_from", pa.array([KEY] * table.num_rows, pa.string()))
-    return table.select(columns)
 
 
 def _progress(work: list[tuple[Source, Slice]], done: dict[int, Commit]) -> Progress:

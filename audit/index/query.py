@@ -21,7 +21,6 @@ from audit.base.errors import AuditError, Damaged
 from audit.base.fingerprint import diff_lines
 from audit.base.storage import Folder
 from audit.index import ann
-from audit.index.build import read_part
 from audit.index.descriptors import find_descriptor, open_descriptor
 from audit.index.facts import (
     FAISS,
@@ -36,6 +35,7 @@ from audit.index.facts import (
     read_index_info,
 )
 from audit.index.items import KEY, NUMBER, PLACE, decode, read_file
+from audit.index.parts import read_part
 from audit.index.sources import read_bytes
 
 if TYPE_CHECKING:

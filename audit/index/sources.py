@@ -20,9 +20,10 @@ from audit.base.errors import AuditError
 from audit.base.ours import our_files
 from audit.base.parquet import open_parquet
 from audit.base.storage import check_name, is_saved_dataset, list_tree, why_no_file
+from audit.index.embeddings import NpySource
 from audit.index.files import TEXTS, FolderSource, TarSource, first_dot
 from audit.index.items import PICTURES, Columns, Source, TooLarge, check_size, content_mark, read_file
-from audit.index.tables import DatasetSource, NpySource, ParquetSource, holds_pictures, read_cell
+from audit.index.tables import DatasetSource, ParquetSource, holds_pictures, read_cell
 
 
 def read_bytes(locator: dict[str, Any]) -> bytes:
