@@ -21,8 +21,9 @@ from fsspec.utils import glob_translate
 
 from audit.base.errors import AuditError
 from audit.base.ours import our_files
-from audit.base.storage import NO_FILE, SAME_FILE, check_name, is_saved_dataset, list_tree, why_no_file
+from audit.base.storage import check_name, is_saved_dataset
 from audit.base.text import reasons
+from audit.base.tree import NO_FILE, SAME_FILE, list_tree, why_no_file
 from audit.captions.streams import HUB_NAME
 from audit.captions.text_lines import PACKED, first_line, packing, unpacked_name
 

@@ -19,7 +19,8 @@ import pyarrow.compute as pc
 from audit.base.errors import AuditError
 from audit.base.ours import our_files
 from audit.base.parquet import open_parquet
-from audit.base.storage import check_name, is_saved_dataset, list_tree, why_no_file
+from audit.base.storage import check_name, is_saved_dataset
+from audit.base.tree import list_tree, why_no_file
 from audit.index.embeddings import NpySource
 from audit.index.files import TEXTS, FolderSource, TarSource, first_dot
 from audit.index.items import PICTURES, Columns, Source, TooLarge, check_size, content_mark, read_file

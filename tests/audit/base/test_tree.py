@@ -8,7 +8,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from audit.base.storage import AGAIN, NO_FILE, list_tree, why_no_file
+from audit.base.tree import AGAIN, NO_FILE, list_tree, why_no_file
 
 
 def write(path: Path, content: str = "12") -> Path:
