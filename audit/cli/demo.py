@@ -15,8 +15,7 @@ from audit.base.stopping import Stop
 from audit.index import IndexConfig, build_index
 from audit.reports.report import ReportConfig, report
 from audit.run.run import Run
-from audit.run.schema import DEFAULT_SCORE
-from audit.scores.refine import best_rows
+from audit.run.select import best_rows, default_score
 from audit.scores.scan import ScanConfig, scan
 from audit.verdicts.confirm import ConfirmConfig, confirm
 
@@ -66,8 +65,9 @@ def demo(config: DemoConfig, say: Callable[[str], None], stop: Stop | None = Non
     return max(scanned.exit_code, confirmed.exit_code)
 
 
-def ranking_lines(run: Run, by: str = DEFAULT_SCORE) -> list[str]:
+def ranking_lines(run: Run) -> list[str]:
     """The best-scored captions with their true labels, and how many of the best are truly memorised."""
+    by = default_score(run)
     ranked = best_rows(run, by).to_pylist()
     truth = {row["TEXT"]: row for row in pq.read_table(testbed.CAPTIONS).to_pylist()}
     rows = [(row, truth[row["caption"]]) for row in ranked]

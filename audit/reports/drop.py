@@ -24,12 +24,12 @@ from audit.captions.files import CaptionFile, describe
 from audit.captions.find import Source
 from audit.captions.streams import BATCH_BYTES, BATCH_ROWS, open_input, reading
 from audit.captions.values import text
-from audit.reports.flagged import default_score, read_verdicts
+from audit.reports.flagged import picked_by, read_verdicts
 from audit.run.run import DEFAULT_RUN, Run
 from audit.run.schema import COPIES, SCORES
-from audit.run.select import best_rows, unlooked, unlooked_line
+from audit.run.select import DEFAULT_SCORE_HELP, best_rows, unlooked, unlooked_line
 from audit.run.status import run_status
-from audit.scores.calibrate import load_thresholds
+from audit.scores.cut import find_cut
 from audit.scores.second_look import not_begun
 
 SHOWN = 20  # captions that a dry run prints
@@ -45,7 +45,9 @@ class DropConfig:
         None, "File or, of several, folder of the clean table; nothing is written without.", short="-o"
     )
     caption_col: str | None = option(None, "Caption column; found as scan finds it.")
-    by: str | None = option(None, "Score of --threshold; default the one confirm picked by.", choices=SCORES)
+    by: str | None = option(
+        None, f"Score of --threshold; default the one confirm picked by, else {DEFAULT_SCORE_HELP}.", choices=SCORES
+    )
     threshold: float | None = option(None, "Drop the captions scored above this too, confirmed or not.")
     thresholds: str | None = option(None, "Drop those above the threshold in this file too (be-audit calibrate).")
 
@@ -113,14 +115,9 @@ def drop(config: DropConfig) -> DropSummary:
 
 def _flagged_captions(run: Run, config: DropConfig) -> tuple[list[str], list[str]]:
     """Captions with a verdict of a copy, and those above a threshold where one is given; and what that passed over."""
-    by, threshold, num_noises = config.by or default_score(run), config.threshold, None
-    if config.thresholds is not None:
-        if threshold is not None:
-            raise AuditError("--threshold and --thresholds: give one of them")
-        thresholds = load_thresholds(config.thresholds, run)
-        threshold, num_noises = thresholds.threshold(by), thresholds.num_noises
+    cut = find_cut(run, config.by, config.threshold, config.thresholds, picked_by(run))
     verdicts = read_verdicts(run)
-    if verdicts is None and threshold is None:
+    if verdicts is None and cut.threshold is None:
         raise AuditError(
             f"{run.url}: no verdicts yet: run `be-audit confirm {run.url}`, or drop by score with --threshold"
         )
@@ -129,12 +126,12 @@ def _flagged_captions(run: Run, config: DropConfig) -> tuple[list[str], list[str
         copies = verdicts.filter(pc.is_in(verdicts["verdict"], pa.array(COPIES)))
         found.update(dict.fromkeys(copies["caption"].to_pylist()))
     beyond = 0
-    if threshold is not None:
+    if cut.threshold is not None:
         own = config.thresholds is None  # a calibrated one is of the scan's scores, not of confirm's images
-        above = best_rows(run, by, threshold=threshold, num_noises=num_noises, confirmed=own)
+        above = best_rows(run, cut.by, threshold=cut.threshold, num_noises=cut.num_noises, confirmed=own)
         found.update(dict.fromkeys(above["caption"].to_pylist()))
-        beyond = unlooked(run, by, threshold, num_noises)
-    return list(found), [unlooked_line(beyond, by)] if beyond else []
+        beyond = unlooked(run, cut.by, cut.threshold, cut.num_noises)
+    return list(found), [unlooked_line(beyond, cut.by)] if beyond else []
 
 
 def _table(source: Source, scanned: str | None, named: str | None) -> CaptionFile:

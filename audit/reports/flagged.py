@@ -16,7 +16,6 @@ from audit.run.run import Run
 from audit.run.schema import (
     CONFIRMED_COLUMNS,
     COPIES,
-    DEFAULT_SCORE,
     MATCH_COLUMNS,
     SCORE_COLUMNS,
     SCORE_MASKS,
@@ -25,7 +24,7 @@ from audit.run.schema import (
 from audit.run.select import best_scores, check_score, exceeds, rows_of, unlooked
 from audit.run.stage import CONFIRM, TRAJECTORIES, Stage
 from audit.statistics.multiple import q_values
-from audit.verdicts.candidates import ConfirmConfig
+from audit.verdicts.candidates import TrajectoriesFingerprint
 
 DEFAULT_FRACTION, DEFAULT_TOP_K = 0.1, 1000  # listed without a threshold: this part of the captions, at most so many
 MOST = 50_000  # rows a report lists, at most: what its table was built for
@@ -178,10 +177,10 @@ def read_verdicts(run: Run) -> pa.Table | None:
     return table.append_column("q_value", q)
 
 
-def default_score(run: Run) -> str:
-    """The score confirm picked its candidates by; DEFAULT_SCORE without a confirm."""
-    stage = Stage.find(run, CONFIRM) or Stage.find(run, TRAJECTORIES)
-    return stage.config(ConfirmConfig).by if stage else DEFAULT_SCORE
+def picked_by(run: Run) -> str | None:
+    """The score confirm picked its candidates by; None without a confirm."""
+    stage = Stage.find(run, TRAJECTORIES)
+    return stage.fingerprint(TrajectoriesFingerprint).by if stage else None
 
 
 def _flagged_table(run: Run, rows: pa.Table, repeats: pa.Table, by: str, verdicts: pa.Table | None) -> pa.Table:

@@ -12,12 +12,13 @@ from audit.base.options import option
 from audit.base.storage import Folder, join
 from audit.reports.export import EXPORTS, table_as, write_exports
 from audit.reports.facts import report_facts
-from audit.reports.flagged import default_score, find_flagged
+from audit.reports.flagged import find_flagged, picked_by
 from audit.reports.html import write_page
 from audit.reports.statement import write_statement
 from audit.run.run import DEFAULT_RUN, Run
 from audit.run.schema import SCORES
-from audit.scores.calibrate import load_thresholds
+from audit.run.select import DEFAULT_SCORE_HELP
+from audit.scores.cut import find_cut
 
 FORMATS = ("html", *EXPORTS)
 _OURS = (
@@ -41,7 +42,11 @@ class ReportConfig:
     run: str = option(DEFAULT_RUN, "Run folder.", argument=True, envvar="BE_AUDIT_RUN")
     output: str | None = option(None, "Folder of the report (any fsspec URL); default RUN/report.", short="-o")
     format: tuple[str, ...] = option(FORMATS, f"Any of {', '.join(FORMATS)}; comma-separated.")
-    by: str | None = option(None, "Score the rows are ranked by; default the one confirm picked by.", choices=SCORES)
+    by: str | None = option(
+        None,
+        f"Score the rows are ranked by; default the one confirm picked by, else {DEFAULT_SCORE_HELP}.",
+        choices=SCORES,
+    )
     threshold: float | None = option(None, "List the captions scored above this, beside confirm's candidates.")
     thresholds: str | None = option(None, "List those above the threshold in this file (be-audit calibrate).")
     top_k: int | None = option(
@@ -85,13 +90,9 @@ def report(config: ReportConfig) -> ReportSummary:
     run = Run.open(config.run)
     folder = Folder(config.output or join(config.run, "report"))
     _check_output(folder)
-    threshold, by, num_noises = config.threshold, config.by or default_score(run), None
-    if config.thresholds is not None:
-        if threshold is not None:
-            raise AuditError("--threshold and --thresholds: give one of them")
-        thresholds = load_thresholds(config.thresholds, run)
-        threshold, num_noises = thresholds.threshold(by), thresholds.num_noises
-    flagged = find_flagged(run, by, threshold, config.top_k, num_noises, confirmed=config.thresholds is None)
+    cut = find_cut(run, config.by, config.threshold, config.thresholds, picked_by(run))
+    own = config.thresholds is None  # a calibrated one is of the scan's scores, not of confirm's images
+    flagged = find_flagged(run, cut.by, cut.threshold, config.top_k, cut.num_noises, confirmed=own)
     facts = report_facts(run, flagged)
     with held(folder, CLAIMS, asdict(run.fingerprint), lambda: False, "writes a report here", None):
         for name in _OURS:

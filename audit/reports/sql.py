@@ -2,7 +2,7 @@
 
 Views: `scores` (a row an input row; duplicates, second looks and refinement resolved), `trajectories`, `confirmed`,
 `matches`, `mitigated`, `commits`, `attempts`. A stage that has not begun is an empty view with its columns, so a query
-works at any time.
+works at any time. `default_score(excess, ld_energy)` is the one of the two that the run's captions are picked by.
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ from audit.run.schema import (
     MITIGATED_COLUMNS,
     SCORE_COLUMNS,
     SCORE_MASKS,
+    SCORES,
     SECOND_LOOK_COLUMNS,
+    STEADY_SCORE,
     TRAJECTORY_COLUMNS,
     TRAJECTORY_MASKS,
     WINDOWS,
 )
+from audit.run.select import LARGE_RUN_SCORE, default_score
 from audit.run.stage import CONFIRM, MITIGATE, REFINE, SCAN, TRAJECTORIES, Stage, StageKind
 
 _PICTURES = ("image", "image_before", "image_after", *TRAJECTORY_MASKS)  # left in the files
@@ -194,6 +197,9 @@ def _scores(connection: duckdb.DuckDBPyConnection, run: Run) -> None:
         elif name in LOOKED_AT:
             column = f"CASE WHEN s.row_id IS NULL THEN {column} ELSE s.{_quoted(name)} END"
         shown.append(f"{column} AS {_quoted(name)}")
+    # a score that is younger than the run
+    shown += [f"NULL::FLOAT AS {name}" for name in SCORES if name not in names]
+    connection.execute(f"CREATE MACRO default_score({LARGE_RUN_SCORE}, {STEADY_SCORE}) AS {default_score(run)}")
     url, key = source_columns(list(keep.names))
     for name, source in (("source_url", url), ("source_key", key)):
         if name not in [each.lower() for each in names]:

@@ -46,8 +46,8 @@ EXTRA_DETECTORS = tuple(name for name, found in _DETECTORS.items() if "low" in f
 """Those that take `--extra-evaluation`."""
 MASK_DETECTORS = tuple(name for name, found in _DETECTORS.items() if {"mask", "token_attention"} & set(found.needs))
 """Those that take an attention a model may not have."""
-DEFAULT_SCORE = "ld_energy"
-"""What candidates are picked by: on local copies of the testbed no worse than magnitude (docs/tables.md)."""
+STEADY_SCORE = "ld_energy"
+"""Every model has it and it means the same in every run, so that a threshold of it holds for other captions too."""
 RUN_DETECTORS = tuple(name for name, found in _DETECTORS.items() if {"null", "residual"} & set(found.needs))
 """Those measured against the run's own captions: no trajectory and no single prompt has them."""
 WINDOWS = ("ld_first", "ld_10", "ld_all", "magnitude_10", "magnitude_all")

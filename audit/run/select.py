@@ -10,9 +10,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from audit.base.errors import AuditError
+from audit.captions import SAMPLE
 from audit.run.read import PART_ROWS, distinct_parts, read_rows
 from audit.run.run import Run
-from audit.run.schema import SCORES
+from audit.run.schema import SCORES, STEADY_SCORE
+
+LARGE_RUN_SCORE = "excess"
+"""What finds most where a run has captions enough to say what is usual of them (docs/detection.md)."""
+DEFAULT_SCORE_HELP = f"{LARGE_RUN_SCORE}, or {STEADY_SCORE} in a run of fewer than {SAMPLE} captions"
+
+
+def default_score(run: Run) -> str:
+    """The score a run's captions are picked by where none is named: it depends on how many its null maps are of."""
+    return LARGE_RUN_SCORE if len(run.plan.sample) >= SAMPLE else STEADY_SCORE
 
 
 def check_score(by: str) -> str:

@@ -12,5 +12,6 @@ second_look.py   `scan --second-look`: more noises for the best-scored rows
 refine.py        `scan --refine`: trajectories of the best-scored rows
 trajectories.py  one shard of trajectories, for refine and confirm
 calibrate.py     `be-audit calibrate`: thresholds from clean captions
+cut.py           which rows a command takes: by which score, above what
 prompt.py        `be-audit score`: one prompt, printed and drawn
 """

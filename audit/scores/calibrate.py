@@ -23,7 +23,7 @@ from audit.base.storage import Folder
 from audit.base.text import grid
 from audit.run.read import read_scores
 from audit.run.run import Run
-from audit.run.schema import DEFAULT_SCORE, EXTRA_DETECTORS, RUN_DETECTORS, SCORES, WINDOWS
+from audit.run.schema import EXTRA_DETECTORS, RUN_DETECTORS, SCORES, STEADY_SCORE, WINDOWS
 from audit.run.stage import SCAN, SECOND_LOOK, Stage
 from audit.scores.config import ScoringConfig
 from audit.scores.null_maps import sample_of
@@ -52,7 +52,7 @@ class CalibrateConfig(ScoringConfig):
         min=1,
         max=4096,
     )
-    method: str = option(DEFAULT_SCORE, "Score to say the threshold of; the file has them all.", choices=SCORES)
+    method: str = option(STEADY_SCORE, "Score to say the threshold of; the file has them all.", choices=SCORES)
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,10 @@ class Thresholds:
         self.path, self.facts, self.known = path, facts, known
         self.num_noises, self.null_maps = num_noises, null_maps
 
+    def holds_for(self, score: str) -> bool:
+        """Whether there is a threshold of this score that holds for the run: `excess` has null maps of its own."""
+        return score in self.known and (score not in RUN_DETECTORS or self.facts.null_maps == self.null_maps)
+
     def threshold(self, score: str) -> float:
         """Flag a caption when its `score` is above this.
 
@@ -167,7 +171,7 @@ class Thresholds:
             raise AuditError(
                 f"--thresholds {self.path}: none for {score}; it has {', '.join(self.known)}: pass another --by"
             )
-        if score in RUN_DETECTORS and self.facts.null_maps != self.null_maps:
+        if not self.holds_for(score):
             raise AuditError(
                 f"--thresholds {self.path}: {score} is measured against a run's own captions, and these are another "
                 "run's: pass another --by, or calibrate the run itself (one scanned with --second-look 1 or 0)"

@@ -19,7 +19,8 @@ from audit.engines.rank import find_rank
 from audit.engines.ray_cluster import one_connection
 from audit.run.claim import claimed
 from audit.run.run import Fingerprint, Run, check_output
-from audit.run.schema import DEFAULT_SCORE, DETECTORS, EXTRA_DETECTORS, MASK_DETECTORS, SCORE_COLUMNS
+from audit.run.schema import DETECTORS, EXTRA_DETECTORS, MASK_DETECTORS, SCORE_COLUMNS, STEADY_SCORE
+from audit.run.select import DEFAULT_SCORE_HELP, default_score
 from audit.run.stage import NULL_MAPS, REFINE, SCAN, SECOND_LOOK, Stage, run_stage
 from audit.scores.config import ScoringConfig
 from audit.scores.model import (
@@ -56,11 +57,15 @@ class ScanConfig(ScoringConfig):
     second_look_noises: int = option(
         SECOND_LOOK_NOISES, "Noises of the second look, the first ones included.", min=2, max=4096
     )
-    second_look_by: str = option(DEFAULT_SCORE, "Score the second look is chosen by.", choices=DETECTORS)
+    second_look_by: str | None = option(
+        None, f"Score the second look is chosen by; default {DEFAULT_SCORE_HELP}.", choices=DETECTORS
+    )
     refine: float = option(
         0.0, "Then run the full trajectory on this fraction of the rows, the best-scored.", min=0.0, max=1.0
     )
-    refine_by: str = option(DEFAULT_SCORE, "Score the fraction is chosen by.", choices=DETECTORS)
+    refine_by: str | None = option(
+        None, f"Score the fraction is chosen by; default {DEFAULT_SCORE_HELP}.", choices=DETECTORS
+    )
     replace: bool = option(False, "Discard an earlier second look or refinement that was begun differently.")
     store_masks: str = option("bits", "Store the masks of ld and ld_energy.", choices=("none", "bits", "float16"))
     keep_cols: tuple[str, ...] | None = option(
@@ -161,15 +166,15 @@ def scan(config: ScanConfig, stop: Stop | None = None, say: Callable[[str], None
     # 4. more noises for the best-scored rows
     looks, ready = dict[str, int](), complete
     if config.added_noises and complete and counts.get("ok"):
-        noises = config.second_look_noises
-        look = begin_second_look(run, config.second_look, config.second_look_by, noises, config, stop, config.replace)
+        noises, by = config.second_look_noises, config.second_look_by or default_score(run)
+        look = begin_second_look(run, config.second_look, by, noises, config, stop, config.replace)
         quarantined = quarantined + run_second_look(look, config, rank, world, stop).quarantined
         looks, ready = look.done().counts, look.complete
     elif complete:
         _check_no_look(run)
     # 5. trajectories of the best-scored rows
     if config.refine and ready and counts.get("ok"):
-        refine = begin_refine(run, config.refine, config.refine_by, config.replace)
+        refine = begin_refine(run, config.refine, config.refine_by or default_score(run), config.replace)
         more = run_refine(refine, config, rank, world, stop)
         extra = refine.done().counts
         refined, quarantined = extra.get("ok", 0), quarantined + more.quarantined
@@ -272,7 +277,7 @@ def check_config(config: ScanConfig) -> ModelFolder:
         raise AuditError(f"--mask {config.mask}: {reason}: leave it out, or name layers with --mask-layers")
     for flag, by in picks:
         if reason and by in MASK_DETECTORS:
-            raise AuditError(f"{flag} {by}: {reason}: give {DEFAULT_SCORE}")
+            raise AuditError(f"{flag} {by}: {reason}: give {STEADY_SCORE}")
     for note in few + _unlike_its_own(config, model):
         print(note, file=sys.stderr)
     return model

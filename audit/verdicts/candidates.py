@@ -22,10 +22,10 @@ from audit.engines.config import EngineFlags
 from audit.index.build import DEFAULT_INDEX
 from audit.run.read import read_distinct, read_rows
 from audit.run.run import DEFAULT_RUN, Run
-from audit.run.schema import DEFAULT_SCORE, MASK_DETECTORS, MASKS, SCORES, WINDOWS
-from audit.run.select import best_rows, unlooked, unlooked_line, with_images
-from audit.scores.calibrate import load_thresholds
+from audit.run.schema import MASK_DETECTORS, MASKS, SCORES, STEADY_SCORE, WINDOWS
+from audit.run.select import DEFAULT_SCORE_HELP, best_rows, unlooked, unlooked_line, with_images
 from audit.scores.config import DEVICE_HELP, ScoreFlags
+from audit.scores.cut import find_cut
 from audit.statistics.null import sample_needed
 
 DEFAULT_TOP_K = 100
@@ -39,7 +39,11 @@ class CandidateFlags:
     run: str = option(DEFAULT_RUN, "Run folder.", argument=True, envvar="BE_AUDIT_RUN")
     index: str = option(DEFAULT_INDEX, "Index of the training pictures.", envvar="BE_AUDIT_INDEX")
     sscd: str | None = option(None, "Copy descriptor file; default the one the index was made with.")
-    by: str = option(DEFAULT_SCORE, "Score the candidates are picked by.", choices=SCORES)
+    by: str | None = option(
+        None,
+        f"Score the candidates are picked by; default that of --thresholds, else {DEFAULT_SCORE_HELP}.",
+        choices=SCORES,
+    )
     threshold: float | None = option(None, "Candidates: rows scored above this.")
     thresholds: str | None = option(None, "Candidates: rows above the threshold in this file (be-audit calibrate).")
     top_fraction: float | None = option(None, "Candidates: this fraction of the captions.", min=0.0, max=1.0)
@@ -92,31 +96,25 @@ def choose(run: Run, config: ConfirmConfig) -> tuple[TrajectoriesFingerprint, pa
     Raises:
         AuditError: nothing to confirm, or too few clean captions for the rate.
     """
-    by = config.by
-    threshold, num_noises = config.threshold, None
+    cut = find_cut(run, config.by, config.threshold, config.thresholds)
     if run.fingerprint.mask == "none":
         if config.match_mask != "energy":
             raise AuditError(f"--match-mask {config.match_mask}: the run's model has no attention masks: give energy")
-        if by in (*MASK_DETECTORS, *(name for name in WINDOWS if name.startswith("ld"))):
-            raise AuditError(f"--by {by}: the run's model has no attention masks: give {DEFAULT_SCORE}")
-    if config.thresholds is not None:
-        if threshold is not None:
-            raise AuditError("--threshold and --thresholds: give one of them")
-        thresholds = load_thresholds(config.thresholds, run)
-        threshold, num_noises = thresholds.threshold(by), thresholds.num_noises
+        if cut.by in (*MASK_DETECTORS, *(name for name in WINDOWS if name.startswith("ld"))):
+            raise AuditError(f"--by {cut.by}: the run's model has no attention masks: give {STEADY_SCORE}")
     top_k = config.top_k
-    if top_k is None and threshold is None and config.top_fraction is None:
+    if top_k is None and cut.threshold is None and config.top_fraction is None:
         top_k = DEFAULT_TOP_K
     # not by what its own images tell, or a confirm that is gone on with would choose others
-    chosen = best_rows(run, by, top_k, config.top_fraction, threshold, num_noises, confirmed=False)
+    chosen = best_rows(run, cut.by, top_k, config.top_fraction, cut.threshold, cut.num_noises, confirmed=False)
     if not chosen.num_rows:
         why = f"--top-fraction {config.top_fraction:g}" if config.top_fraction is not None else ""
-        why = why if threshold is None else f"no caption scores above {threshold:g} by {by}"
+        why = why if cut.threshold is None else f"no caption scores above {cut.threshold:g} by {cut.by}"
         raise AuditError(f"{run.url}: {why}: nothing to confirm")
     rows = digest({"row_ids": chosen["row_id"].to_pylist()})
     clean = _clean_captions(run, chosen, config)
     fingerprint = TrajectoriesFingerprint(
-        by=by,
+        by=cut.by,
         candidates=chosen.num_rows,
         rows=rows,
         clean=None if clean is None else digest({"captions": clean["caption"].to_pylist()}),
@@ -137,9 +135,10 @@ def passed_over(run: Run, config: ConfirmConfig) -> str:
     """What a thresholds file passed over, in words (`select.unlooked`); "" where nothing was."""
     if config.thresholds is None:
         return ""
-    found = load_thresholds(config.thresholds, run)
-    count = unlooked(run, config.by, found.threshold(config.by), found.num_noises)
-    return unlooked_line(count, config.by) if count else ""
+    cut = find_cut(run, config.by, None, config.thresholds)
+    assert cut.threshold is not None, "a file has one"
+    count = unlooked(run, cut.by, cut.threshold, cut.num_noises)
+    return unlooked_line(count, cut.by) if count else ""
 
 
 def _clean_captions(run: Run, chosen: pa.Table, config: ConfirmConfig) -> pa.Table | None:
