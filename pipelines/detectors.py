@@ -207,8 +207,8 @@ def excess(first: FirstStep) -> Tensor:
 
 @detector(
     "largest cell of the log energy map, smoothed by 3 x 3, above what is usual there, of what the noise difference "
-    "does not share with the run's calmer captions (less their mean and first 16 principal components); not for a list of "
-    "which more than a fifth is copied",
+    "does not share with the run's calmer captions (less their mean and first 16 principal components); not for a "
+    "list of which more than a fifth is copied",
     "ours",
     ("residual",),
 )

@@ -21,9 +21,9 @@ from audit.run.schema import MATCH_COLUMNS, TRAJECTORY_COLUMNS, TRAJECTORY_MASKS
 from audit.run.select import best_rows, with_images
 from audit.run.stage import CONFIRM, SCAN, TRAJECTORIES, Stage
 from audit.scores.refine import begin_refine
-from audit.scores.trajectories import Images
 from audit.statistics.null import PICTURES, Null, NullFacts
-from audit.verdicts.confirm import NULL_FILE, ConfirmConfig
+from audit.verdicts.candidates import ConfirmConfig, TrajectoriesFingerprint
+from audit.verdicts.confirm import NULL_FILE
 from audit.verdicts.confirm_shard import confirmed_table
 
 SIDE, MASK_SIDE = 32, 8
@@ -183,7 +183,8 @@ def add_confirm(
     chosen = chosen.append_column("clean", pa.array(np.zeros(chosen.num_rows, bool)))
     items = with_images(chosen.append_column("shard", pa.array(np.zeros(chosen.num_rows), pa.int32())), num_images)
     config = ConfirmConfig(num_images=num_images, neighbours=2, index="pictures-index")
-    trajectories = Stage.begin(run, TRAJECTORIES, Images(num_images), items, config)
+    asked = TrajectoriesFingerprint("ld_energy", len(verdicts), "", None, num_images)
+    trajectories = Stage.begin(run, TRAJECTORIES, asked, items, config)
     first = items.filter(pa.array(items["image_index"].to_numpy() == 0))
     null = null or Null.of(PICTURES, np.linspace(0.3, 0.9, 400), 0.01)
     beside = {NULL_FILE: to_json(NullFacts.of(null))}

@@ -28,9 +28,8 @@ from audit.index import Index, IndexConfig, build_index
 from audit.run.schema import TRAJECTORY_MASKS
 from audit.run.select import best_rows, with_images
 from audit.run.stage import MATCH, TRAJECTORIES, Stage, run_stage
-from audit.scores.trajectories import Images
 from audit.verdicts.beside import Beside
-from audit.verdicts.candidates import ConfirmConfig
+from audit.verdicts.candidates import ConfirmConfig, TrajectoriesFingerprint
 from audit.verdicts.compare import Neighbour, References, match_image
 from audit.verdicts.crops import TrainingCrops
 from audit.verdicts.match_shard import MatchFingerprint
@@ -86,12 +85,13 @@ def beside(folder: Path, index: str, size: int, candidates: int) -> tuple[float,
     shards = pa.array(np.arange(candidates) // SHARD, pa.int32())
     captions = chosen.append_column("shard", shards).append_column("clean", pa.array(np.zeros(candidates, bool)))
     config = ConfirmConfig(run.url, index=index)
-    alone = generate(Stage.begin(run, TRAJECTORIES, Images(1), with_images(captions, 1), config), pictures)
+    asked = TrajectoriesFingerprint("ld_energy", captions.num_rows, "", None, 1)
+    alone = generate(Stage.begin(run, TRAJECTORIES, asked, with_images(captions, 1), config), pictures)
     Stage.open(run, TRAJECTORIES).discard()
-    trajectories = Stage.begin(run, TRAJECTORIES, Images(1), with_images(captions, 1), config)
+    trajectories = Stage.begin(run, TRAJECTORIES, asked, with_images(captions, 1), config)
     opened = Index.open(index)
-    asked = MatchFingerprint(trajectories.facts.digest, opened.contents, "", config.neighbours)
-    matching = Stage.begin(run, MATCH, asked, captions, config)
+    matched_by = MatchFingerprint(trajectories.facts.digest, opened.contents, "", config.neighbours)
+    matching = Stage.begin(run, MATCH, matched_by, captions, config)
     with Beside(matching, trajectories, config, None):
         together = generate(trajectories, pictures)
         matched = len(matching.done())
