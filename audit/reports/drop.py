@@ -29,7 +29,7 @@ from audit.run.run import DEFAULT_RUN, Run
 from audit.run.schema import COPIES, SCORES
 from audit.run.select import DEFAULT_SCORE_HELP, best_rows, unlooked, unlooked_line
 from audit.run.status import run_status
-from audit.scores.cut import find_cut
+from audit.scores.cut import Cut, find_cut
 from audit.scores.second_look import not_begun
 
 SHOWN = 20  # captions that a dry run prints
@@ -59,7 +59,8 @@ class DropSummary:
     Attributes:
         captions: different captions to drop. files: of each table its path, rows and rows dropped, and where it was
             written (None in a dry run). examples: the first captions that were found. unfinished: what of the run is
-            not done. left_out: reason -> files of the folders given that are no caption tables.
+            not done. left_out: reason -> files of the folders given that are no caption tables. above: the threshold
+            that drops captions beside those with a verdict, in words.
     """
 
     captions: int
@@ -67,10 +68,12 @@ class DropSummary:
     examples: list[str]
     unfinished: list[str]
     left_out: dict[str, int]
+    above: str = ""
 
     def lines(self) -> list[str]:
         """For people."""
         lines = [f"left out: {reasons(self.left_out)}"] if self.left_out else []
+        lines += [self.above] if self.above else []
         for path, rows, dropped, written in self.files:
             where = f", the other {rows - dropped:,} are in {written}" if written else " would go"
             lines.append(f"{path}: {dropped:,} of {rows:,} rows{' dropped' if written else ''}{where}")
@@ -92,7 +95,8 @@ def drop(config: DropConfig) -> DropSummary:
     if not config.captions:
         raise AuditError("give the run and the caption tables: be-audit drop RUN CAPTIONS -o CLEAN")
     run = Run.open(config.run)
-    flagged, beyond = _flagged_captions(run, config)
+    cut = find_cut(run, config.by, config.threshold, config.thresholds, picked_by(run))
+    flagged, beyond = _flagged_captions(run, cut, config.thresholds is None)
     captions = pa.array(flagged, pa.string())
     found = find_captions(config.captions)
     scanned = {file.path: file.caption_col for file in run.plan.files}
@@ -108,14 +112,18 @@ def drop(config: DropConfig) -> DropSummary:
         for stage in run_status(run.url).stages
         if not stage.complete
     ]
+    above = "" if cut.threshold is None else f"captions above {cut.threshold:g} by {cut.by} go too, confirmed or not"
     return DropSummary(
-        len(captions), files, list(examples), [*unfinished, *not_begun(run), *beyond], dict(found.left_out)
+        len(captions), files, list(examples), [*unfinished, *not_begun(run), *beyond], dict(found.left_out), above
     )
 
 
-def _flagged_captions(run: Run, config: DropConfig) -> tuple[list[str], list[str]]:
-    """Captions with a verdict of a copy, and those above a threshold where one is given; and what that passed over."""
-    cut = find_cut(run, config.by, config.threshold, config.thresholds, picked_by(run))
+def _flagged_captions(run: Run, cut: Cut, own: bool) -> tuple[list[str], list[str]]:
+    """Captions with a verdict of a copy, and those above a threshold where one is given; and what that passed over.
+
+    Args:
+        own: scores are compared as confirm's images made them, too; a calibrated threshold is of the scan's.
+    """
     verdicts = read_verdicts(run)
     if verdicts is None and cut.threshold is None:
         raise AuditError(
@@ -127,7 +135,6 @@ def _flagged_captions(run: Run, config: DropConfig) -> tuple[list[str], list[str
         found.update(dict.fromkeys(copies["caption"].to_pylist()))
     beyond = 0
     if cut.threshold is not None:
-        own = config.thresholds is None  # a calibrated one is of the scan's scores, not of confirm's images
         above = best_rows(run, cut.by, threshold=cut.threshold, num_noises=cut.num_noises, confirmed=own)
         found.update(dict.fromkeys(above["caption"].to_pylist()))
         beyond = unlooked(run, cut.by, cut.threshold, cut.num_noises)

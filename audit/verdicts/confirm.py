@@ -61,7 +61,8 @@ class ConfirmSummary:
     """What a confirm did.
 
     Attributes:
-        candidates: rows confirmed. verdicts: how many of each. null: the local threshold and what it rests on.
+        candidates: rows confirmed; by: the score they were picked by. verdicts: how many of each.
+        null: the local threshold and what it rests on.
         failed: trajectories that failed. quarantined: shards given up. unreadable: comparisons with training pictures
             that could not be read any more; why_unreadable: the first reason.
         before: the null that this call replaced, because pictures it was made without are back.
@@ -84,6 +85,7 @@ class ConfirmSummary:
     unlooked: str = ""
     with_picture: int = 0
     dead_urls: int = 0
+    by: str = ""
 
     @property
     def decided(self) -> int:
@@ -100,7 +102,7 @@ class ConfirmSummary:
         """For people."""
         shown = [name for name in VERDICTS if self.verdicts[name] or name != "no_reference"]
         counts = ", ".join(f"{self.verdicts[name]} {name}" for name in shown)
-        lines = [f"{self.run}: {self.candidates} candidates: {counts} ({self.seconds:.1f} s)."]
+        lines = [f"{self.run}: {self.candidates} candidates by {self.by}: {counts} ({self.seconds:.1f} s)."]
         null = self.null
         if len(null):
             low, high = null.rate
@@ -227,6 +229,7 @@ def confirm(config: ConfirmConfig, stop: Stop | None = None) -> ConfirmSummary:
         unlooked=passed_over(run, config),
         with_picture=len(own_pictures(run, index, candidates)),
         dead_urls=index.info.left_out.get("dead URLs", 0),
+        by=fingerprint.by,
     )
 
 

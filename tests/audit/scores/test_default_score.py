@@ -72,7 +72,7 @@ def test_every_command_goes_by_the_same_score(large: Run, tmp_path: Path) -> Non
     )
     captions = Path(run.facts.config["captions"][0])
     dropped = be_audit("drop", run.url, captions, "--threshold", repr(at[-11]), "-o", tmp_path / "kept.parquet")
-    assert dropped.code == 0, dropped.err
+    assert dropped.code == 0 and f"by {by} go too" in dropped.out, dropped.err
     kept = pq.read_table(tmp_path / "kept.parquet")
     assert kept.num_rows == 2 * (run.facts.unique - 10)
     texts = {

@@ -67,6 +67,7 @@ def test_verdicts_name_the_picture_and_store_the_proof(
 ) -> None:
     run, done = confirmed
     assert (done.candidates, done.exit_code, done.failed) == (24, 0, 0)
+    assert "24 candidates by ld_energy: " in done.lines()[0]  # a run this small does not go by excess
     truth = {row["TEXT"]: row for row in pq.read_table(work / "captions.parquet").to_pylist()}
     rows = read_stage(Run.open(run.run), "confirm").to_pylist()
     assert len(rows) == 24 and len({row["row_id"] for row in rows}) == 24
