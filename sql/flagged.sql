@@ -3,5 +3,5 @@ SELECT s.row_id, s.excess, s.ld_energy, s.ld, s.magnitude, c.verdict, c.best.ssc
 FROM scores s
 LEFT JOIN confirmed c USING (row_id)
 WHERE s.status = 'ok' AND s.duplicate_of IS NULL
-ORDER BY default_score(s.excess, s.ld_energy) DESC, s.row_id
+ORDER BY default_score(s) DESC, s.row_id
 LIMIT 100;

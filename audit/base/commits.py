@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from audit.base.checkpoint import COLUMNS_AND_FILES, MANY, known_places, load_checkpoint, save_checkpoint, stamp_number
 from audit.base.committed import Commit, Committed, Worker, as_one, columns_of
-from audit.base.errors import AuditError, Damaged, StorageError
+from audit.base.errors import AuditError, Damaged, StorageError, check_machine
 from audit.base.facts import read_facts
 from audit.base.storage import AT_ONCE, Folder
 
@@ -52,6 +52,7 @@ def damaged(path: str, way_out: str = "be-audit verify --repair does it again") 
     except AuditError:
         raise
     except (pa.ArrowException, OSError, KeyError, ValueError, IndexError, TypeError, OverflowError) as error:
+        check_machine(path, error)
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise Damaged(f"{path}: damaged: {reason}: {way_out}") from error
 
@@ -335,7 +336,10 @@ class Ledger:
                 return f"{made.file}: contents do not match the commit's sha256"
             try:
                 rows = pa.ipc.open_file(pa.BufferReader(data)).read_all().num_rows
+            except MemoryError:  # the bytes are the commit's
+                raise
             except (pa.ArrowException, OSError) as error:
+                check_machine(self.folder.path(made.file), error)
                 return f"{made.file}: cannot be read: {str(error).splitlines()[0]}"
             if rows != made.rows:
                 return f"{made.file}: {rows} rows where the commit says {made.rows}"

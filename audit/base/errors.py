@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+
+import pyarrow as pa
+
+_NOTHING_LEFT = {errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
+
 
 class AuditError(Exception):
     """Bad input, a mismatch or a missing file: one line that names the file, the field and the way out.
@@ -27,6 +33,20 @@ class Broken(Exception):
 
     What is done stays done; the command exits 3 and goes on when it is given again.
     """
+
+
+def check_machine(path: str, error: BaseException) -> None:
+    """Raise StorageError where what a reader met says that no thread, file handle or memory is left here.
+
+    Nothing is known of the file then: to call it damaged would have it thrown away. pyarrow raises a plain
+    ArrowException, of no kind, for a thread that it cannot start. Its ArrowMemoryError may be either: damaged lengths
+    ask for any memory.
+    """
+    if type(error) is pa.ArrowException or (isinstance(error, OSError) and error.errno in _NOTHING_LEFT):
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise StorageError(
+            f"{path}: cannot be read: {reason}: too little memory, or too many processes or open files, here"
+        ) from error
 
 
 def ends_the_job(error: Exception) -> bool:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from audit.base.errors import check_machine
+
 MARK = {b"be-audit": b"written by a scan"}
 """Schema metadata of Arrow files that a run holds before its run.json."""
 
@@ -66,6 +68,7 @@ def _is_marked(fs: Any, path: str) -> bool:
     try:
         with fs.open(path, "rb") as file:
             metadata = pa.ipc.open_file(file).schema.metadata or {}
-    except (OSError, pa.ArrowException):
+    except (OSError, pa.ArrowException) as error:
+        check_machine(path, error)
         return False
     return MARK.items() <= metadata.items()

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
 
-from audit.base.errors import AuditError
+from audit.base.errors import AuditError, check_machine
 from audit.base.identity import caption_columns
 from audit.base.parquet import open_parquet
 from audit.captions.csv_rows import header_hint
@@ -271,6 +271,7 @@ def _arrow_facts(path: str, file: IO[bytes]) -> tuple[int, pa.Schema]:
         fragment = pyarrow.dataset.IpcFileFormat().make_fragment(pa.PythonFile(file, mode="r"))
         return fragment.count_rows(), fragment.physical_schema
     except (pa.ArrowInvalid, OSError) as error:
+        check_machine(path, error)
         raise AuditError(f"{path}: the Arrow file is cut short or damaged: {first_line(error)}") from error
 
 

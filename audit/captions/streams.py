@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from audit.base.errors import AuditError, StorageError
+from audit.base.errors import AuditError, StorageError, check_machine
 from audit.base.identity import id_text
 from audit.base.parquet import rows_at_once
 from audit.base.progress import Progress
@@ -56,6 +56,7 @@ def reading(path: str) -> Iterator[None]:
     try:
         yield
     except _DAMAGE as error:
+        check_machine(path, error)
         raise AuditError(f"{path}: cannot be read, cut short or damaged: {first_line(error)}") from error
 
 

@@ -15,8 +15,9 @@ from audit.base.stopping import Stop
 from audit.index import IndexConfig, build_index
 from audit.reports.report import ReportConfig, report
 from audit.run.run import Run
-from audit.run.select import best_rows, default_score
+from audit.run.select import best_rows
 from audit.scores.scan import ScanConfig, scan
+from audit.scores.second_look import default_score
 from audit.verdicts.confirm import ConfirmConfig, confirm
 
 COPIED = 0.15  # a copy_error below this is a copy that anyone sees (audit/testbed/README.md)

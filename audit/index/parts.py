@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import xxhash
 
 from audit.base.commits import Commit, shard_name
+from audit.base.errors import check_machine
 from audit.base.storage import Folder
 from audit.index.embed import MARK
 from audit.index.facts import PARTS
@@ -51,7 +52,8 @@ def outdated(folder: Folder, work: list[tuple[Source, Slice]], done: dict[int, C
             if not done[number].counts.get("error"):
                 return False
             table = read_part(folder, number, ["status", "locator"])
-        except (pa.ArrowInvalid, OSError):  # damaged
+        except (pa.ArrowInvalid, OSError) as error:  # damaged
+            check_machine(folder.path(f"{PARTS}/{shard_name(number)}.arrow"), error)
             return True
         bad = table.filter(pc.equal(table["status"], "error"))["locator"].to_pylist()
         return any(_can_be_read(json.loads(locator)) for locator in bad)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from audit.base.errors import AuditError
+from audit.base.errors import AuditError, check_machine
 from audit.base.identity import KEYS, ROW_NUMBERS, TITLES, URLS, caption_columns, id_text
 from audit.base.parquet import open_parquet
 from audit.index.items import (
@@ -204,6 +204,7 @@ def parquet_facts(path: str) -> tuple[int, pa.Schema, str, list[str]]:
             opened.seek(-(8 + length), 2)
             return *facts, hashlib.sha256(opened.read()).hexdigest(), blank
     except (pa.ArrowInvalid, OSError) as error:
+        check_machine(path, error)
         raise AuditError(f"{path}: not a whole parquet file: {str(error).splitlines()[0]}") from error
 
 

@@ -27,10 +27,10 @@ from audit.captions.values import text
 from audit.reports.flagged import picked_by, read_verdicts
 from audit.run.run import DEFAULT_RUN, Run
 from audit.run.schema import COPIES, SCORES
-from audit.run.select import DEFAULT_SCORE_HELP, best_rows, unlooked, unlooked_line
+from audit.run.select import best_rows, unlooked, unlooked_line
 from audit.run.status import run_status
 from audit.scores.cut import Cut, find_cut
-from audit.scores.second_look import not_begun
+from audit.scores.second_look import DEFAULT_SCORE_HELP, not_begun
 
 SHOWN = 20  # captions that a dry run prints
 
@@ -46,7 +46,9 @@ class DropConfig:
     )
     caption_col: str | None = option(None, "Caption column; found as scan finds it.")
     by: str | None = option(
-        None, f"Score of --threshold; default the one confirm picked by, else {DEFAULT_SCORE_HELP}.", choices=SCORES
+        None,
+        f"Score of --threshold; default that of --thresholds, else of confirm, else {DEFAULT_SCORE_HELP}.",
+        choices=SCORES,
     )
     threshold: float | None = option(None, "Drop the captions scored above this too, confirmed or not.")
     thresholds: str | None = option(None, "Drop those above the threshold in this file too (be-audit calibrate).")

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from audit.base.errors import AuditError
 from audit.captions import SAMPLE
 from audit.index.query import index_info
-from audit.reports.flagged import Flagged
+from audit.reports.flagged import Flagged, picked_by
 from audit.run.run import Run
 from audit.run.schema import COPIES, VERDICTS
 from audit.run.select import unlooked_line
@@ -113,6 +113,7 @@ def _confirm_facts(run: Run, flagged: Flagged) -> dict[str, Any] | None:
     bound = {name: None if stored is None else getattr(stored, name) for name in ("threshold", "low", "high")}
     return {
         "candidates": stage.items.num_rows,
+        "by": picked_by(run),
         "num_images": config.num_images,
         "neighbours": config.neighbours,
         "match_mask": config.match_mask,

@@ -17,8 +17,8 @@ from audit.reports.html import write_page
 from audit.reports.statement import write_statement
 from audit.run.run import DEFAULT_RUN, Run
 from audit.run.schema import SCORES
-from audit.run.select import DEFAULT_SCORE_HELP
 from audit.scores.cut import find_cut
+from audit.scores.second_look import DEFAULT_SCORE_HELP
 
 FORMATS = ("html", *EXPORTS)
 _OURS = (
@@ -44,7 +44,7 @@ class ReportConfig:
     format: tuple[str, ...] = option(FORMATS, f"Any of {', '.join(FORMATS)}; comma-separated.")
     by: str | None = option(
         None,
-        f"Score the rows are ranked by; default the one confirm picked by, else {DEFAULT_SCORE_HELP}.",
+        f"Score the rows are ranked by; default that of --thresholds, else of confirm, else {DEFAULT_SCORE_HELP}.",
         choices=SCORES,
     )
     threshold: float | None = option(None, "List the captions scored above this, beside confirm's candidates.")

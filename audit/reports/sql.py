@@ -2,7 +2,7 @@
 
 Views: `scores` (a row an input row; duplicates, second looks and refinement resolved), `trajectories`, `confirmed`,
 `matches`, `mitigated`, `commits`, `attempts`. A stage that has not begun is an empty view with its columns, so a query
-works at any time. `default_score(excess, ld_energy)` is the one of the two that the run's captions are picked by.
+works at any time. `default_score(s)` is the score by which the run's captions are picked, of a row of `scores s`.
 """
 
 from __future__ import annotations
@@ -36,13 +36,12 @@ from audit.run.schema import (
     SCORE_MASKS,
     SCORES,
     SECOND_LOOK_COLUMNS,
-    STEADY_SCORE,
     TRAJECTORY_COLUMNS,
     TRAJECTORY_MASKS,
     WINDOWS,
 )
-from audit.run.select import LARGE_RUN_SCORE, default_score
 from audit.run.stage import CONFIRM, MITIGATE, REFINE, SCAN, TRAJECTORIES, Stage, StageKind
+from audit.scores.second_look import default_score
 
 _PICTURES = ("image", "image_before", "image_after", *TRAJECTORY_MASKS)  # left in the files
 _COUNTS = ("ok", "error", "empty", "duplicate")
@@ -199,11 +198,11 @@ def _scores(connection: duckdb.DuckDBPyConnection, run: Run) -> None:
         shown.append(f"{column} AS {_quoted(name)}")
     # a score that is younger than the run
     shown += [f"NULL::FLOAT AS {name}" for name in SCORES if name not in names]
-    connection.execute(f"CREATE MACRO default_score({LARGE_RUN_SCORE}, {STEADY_SCORE}) AS {default_score(run)}")
     url, key = source_columns(list(keep.names))
     for name, source in (("source_url", url), ("source_key", key)):
         if name not in [each.lower() for each in names]:
             shown.append(f"{f'r.{_quoted(source)}::VARCHAR' if source else 'NULL::VARCHAR'} AS {name}")
+    connection.execute(f"CREATE MACRO default_score(of) AS of.{default_score(run)}")
     connection.execute(
         f"CREATE VIEW scores AS SELECT {', '.join(shown)} FROM _scores r "
         "LEFT JOIN _scores f ON r.duplicate_of = f.row_id "

@@ -140,7 +140,8 @@ def _result(confirmed: dict[str, Any], result: dict[str, Any], rates: dict[str, 
         "",
         "### What was reproduced",
         "",
-        f"Of the {result['candidates']:,} captions with the highest scores, {result['decided']:,} could be decided; "
+        f"Of the {result['candidates']:,} captions that score highest by `{confirmed['by']}`, "
+        f"{result['decided']:,} could be decided; "
         f"**{result['reproduced']:,} reproduce a training picture**: {result['global']:,} as a whole (SSCD above 0.5), "
         f"{result['local']:,} in a region (correlation distance under the {confirmed['match_mask']} mask below "
         f"{_figure(confirmed['threshold'])}).",

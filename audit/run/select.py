@@ -17,11 +17,11 @@ from audit.run.schema import SCORES, STEADY_SCORE
 
 LARGE_RUN_SCORE = "excess"
 """What finds most where a run has captions enough to say what is usual of them (docs/detection.md)."""
-DEFAULT_SCORE_HELP = f"{LARGE_RUN_SCORE}, or {STEADY_SCORE} in a run of fewer than {SAMPLE} captions"
+SCORE_OF_SIZE_HELP = f"{LARGE_RUN_SCORE}, or {STEADY_SCORE} in a run of fewer than {SAMPLE} captions"
 
 
-def default_score(run: Run) -> str:
-    """The score a run's captions are picked by where none is named: it depends on how many its null maps are of."""
+def score_of_size(run: Run) -> str:
+    """The score a run's second look is chosen by where none is named: by how many captions its null maps can be of."""
     return LARGE_RUN_SCORE if len(run.plan.sample) >= SAMPLE else STEADY_SCORE
 
 

@@ -157,10 +157,6 @@ class Thresholds:
         self.path, self.facts, self.known = path, facts, known
         self.num_noises, self.null_maps = num_noises, null_maps
 
-    def holds_for(self, score: str) -> bool:
-        """Whether there is a threshold of this score that holds for the run: `excess` has null maps of its own."""
-        return score in self.known and (score not in RUN_DETECTORS or self.facts.null_maps == self.null_maps)
-
     def threshold(self, score: str) -> float:
         """Flag a caption when its `score` is above this.
 
@@ -171,7 +167,7 @@ class Thresholds:
             raise AuditError(
                 f"--thresholds {self.path}: none for {score}; it has {', '.join(self.known)}: pass another --by"
             )
-        if not self.holds_for(score):
+        if score in RUN_DETECTORS and self.facts.null_maps != self.null_maps:
             raise AuditError(
                 f"--thresholds {self.path}: {score} is measured against a run's own captions, and these are another "
                 "run's: pass another --by, or calibrate the run itself (one scanned with --second-look 1 or 0)"
@@ -325,8 +321,9 @@ def _scan(config: CalibrateConfig, stop: Stop | None, say: Callable[[str], None]
         raise AuditError(f"--method {config.method}: needs --mask final")
     shared = {place.name: getattr(config, place.name) for place in dataclasses.fields(ScoringConfig)}
     output = f"{config.output}.run"
-    looks = {"num_noises": 1, "second_look": 1.0 if config.num_noises > 1 else 0.0}
+    looks: dict[str, Any] = {"num_noises": 1, "second_look": 1.0 if config.num_noises > 1 else 0.0}
     looks["second_look_noises"] = max(2, config.num_noises)
+    looks["second_look_by"] = STEADY_SCORE  # every row is looked at again, whatever it is by
     alone = {"output": output, **looks, "store_masks": "none", "keep_cols": (), "rank": 0, "world_size": 1}
     begun = Run.find(Folder(output))
     if begun is not None and looks_noises(begun) not in (None, config.num_noises):

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from audit.base.errors import AuditError
 from audit.run.run import Run
-from audit.run.select import default_score
 from audit.scores.calibrate import load_thresholds
+from audit.scores.second_look import default_score
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Cut:
 def find_cut(
     run: Run, by: str | None, threshold: float | None, thresholds: str | None, picked_by: str | None = None
 ) -> Cut:
-    """What the flags say; where they name no score, the one picked by before, a file's own, or the run's default.
+    """What the flags say; where they name no score, that of the file, the one picked by before, or the run's default.
 
     Args:
         by, threshold, thresholds: the flags of these names; None where they were not given.
@@ -40,5 +40,5 @@ def find_cut(
     if threshold is not None:
         raise AuditError("--threshold and --thresholds: give one of them")
     file = load_thresholds(thresholds, run)
-    by = by or (picked_by if picked_by and file.holds_for(picked_by) else file.facts.method)
+    by = by or file.facts.method
     return Cut(by, file.threshold(by), file.num_noises)

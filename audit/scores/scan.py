@@ -20,7 +20,7 @@ from audit.engines.ray_cluster import one_connection
 from audit.run.claim import claimed
 from audit.run.run import Fingerprint, Run, check_output
 from audit.run.schema import DETECTORS, EXTRA_DETECTORS, MASK_DETECTORS, SCORE_COLUMNS, STEADY_SCORE
-from audit.run.select import DEFAULT_SCORE_HELP, default_score
+from audit.run.select import SCORE_OF_SIZE_HELP, score_of_size
 from audit.run.stage import NULL_MAPS, REFINE, SCAN, SECOND_LOOK, Stage, run_stage
 from audit.scores.config import ScoringConfig
 from audit.scores.model import (
@@ -35,9 +35,11 @@ from audit.scores.model import (
 from audit.scores.null_maps import few_lines, lost_lines, make_null_maps
 from audit.scores.refine import RefineFingerprint, begin_refine, run_refine
 from audit.scores.second_look import (
+    DEFAULT_SCORE_HELP,
     SECOND_LOOK_NOISES,
     SecondLookFingerprint,
     begin_second_look,
+    default_score,
     not_begun,
     run_second_look,
 )
@@ -58,13 +60,15 @@ class ScanConfig(ScoringConfig):
         SECOND_LOOK_NOISES, "Noises of the second look, the first ones included.", min=2, max=4096
     )
     second_look_by: str | None = option(
-        None, f"Score the second look is chosen by; default {DEFAULT_SCORE_HELP}.", choices=DETECTORS
+        None, f"Score the second look is chosen by; default {SCORE_OF_SIZE_HELP}.", choices=DETECTORS
     )
     refine: float = option(
         0.0, "Then run the full trajectory on this fraction of the rows, the best-scored.", min=0.0, max=1.0
     )
     refine_by: str | None = option(
-        None, f"Score the fraction is chosen by; default {DEFAULT_SCORE_HELP}.", choices=DETECTORS
+        None,
+        f"Score the fraction is chosen by; default that of the second look, else {DEFAULT_SCORE_HELP}.",
+        choices=DETECTORS,
     )
     replace: bool = option(False, "Discard an earlier second look or refinement that was begun differently.")
     store_masks: str = option("bits", "Store the masks of ld and ld_energy.", choices=("none", "bits", "float16"))
@@ -166,7 +170,7 @@ def scan(config: ScanConfig, stop: Stop | None = None, say: Callable[[str], None
     # 4. more noises for the best-scored rows
     looks, ready = dict[str, int](), complete
     if config.added_noises and complete and counts.get("ok"):
-        noises, by = config.second_look_noises, config.second_look_by or default_score(run)
+        noises, by = config.second_look_noises, config.second_look_by or score_of_size(run)
         look = begin_second_look(run, config.second_look, by, noises, config, stop, config.replace)
         quarantined = quarantined + run_second_look(look, config, rank, world, stop).quarantined
         looks, ready = look.done().counts, look.complete

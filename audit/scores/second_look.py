@@ -19,7 +19,7 @@ from audit.engines.retries import Outcome
 from audit.run.read import read_rows
 from audit.run.run import Run
 from audit.run.schema import LOOKED_AT, SECOND_LOOK_COLUMNS
-from audit.run.select import best_scores
+from audit.run.select import SCORE_OF_SIZE_HELP, best_scores, score_of_size
 from audit.run.stage import SECOND_LOOK, SECOND_NULL_MAPS, Stage, run_stage
 from audit.scores.model import load_run_model
 from audit.scores.null_maps import make_null_maps, read_null_maps
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 SECOND_LOOK_NOISES = 4
 """Noises of a second look, the first ones included."""
+DEFAULT_SCORE_HELP = f"that of the second look, without one {SCORE_OF_SIZE_HELP}"
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,12 @@ def looks_noises(run: Run) -> int | None:
     """Noises that the rows of a run's second look are scored with; None where it had none."""
     stage = Stage.find(run, SECOND_LOOK)
     return None if stage is None else stage.fingerprint(SecondLookFingerprint).num_noises
+
+
+def default_score(run: Run) -> str:
+    """The score that is gone by where none is named: the one that chose which rows have the means of more noises."""
+    stage = Stage.find(run, SECOND_LOOK)
+    return score_of_size(run) if stage is None else stage.fingerprint(SecondLookFingerprint).by
 
 
 def not_begun(run: Run) -> list[str]:

@@ -23,9 +23,10 @@ from audit.index.build import DEFAULT_INDEX
 from audit.run.read import read_distinct, read_rows
 from audit.run.run import DEFAULT_RUN, Run
 from audit.run.schema import MASK_DETECTORS, MASKS, SCORES, STEADY_SCORE, WINDOWS
-from audit.run.select import DEFAULT_SCORE_HELP, best_rows, unlooked, unlooked_line, with_images
+from audit.run.select import best_rows, unlooked, unlooked_line, with_images
 from audit.scores.config import DEVICE_HELP, ScoreFlags
 from audit.scores.cut import find_cut
+from audit.scores.second_look import DEFAULT_SCORE_HELP
 from audit.statistics.null import sample_needed
 
 DEFAULT_TOP_K = 100

@@ -29,7 +29,7 @@ from audit.scores.second_look import not_begun
 from audit.scores.trajectories import decode_png
 from audit.statistics.null import CAPTIONS, PICTURES, Null, NullFacts, sample_needed
 from audit.verdicts.beside import Beside
-from audit.verdicts.candidates import ConfirmConfig, choose, passed_over
+from audit.verdicts.candidates import ConfirmConfig, TrajectoriesFingerprint, choose, passed_over
 from audit.verdicts.compare import COPY, VERDICT_VERSION, References, statistic_of
 from audit.verdicts.crops import TrainingCrops
 from audit.verdicts.match_shard import MatchFingerprint, own_pictures
@@ -266,7 +266,8 @@ def _take_back(matching: Stage, index: Index) -> None:
 def resume(run: Run, stop: Stop | None = None) -> None:
     """Go on with a run's confirm as it was begun (`verify --repair`)."""
     stage = Stage.find(run, CONFIRM) or Stage.find(run, MATCH) or Stage.open(run, TRAJECTORIES)
-    confirm(replace(stage.config(ConfirmConfig), run=run.url, replace=False), stop)
+    by = Stage.open(run, TRAJECTORIES).fingerprint(TrajectoriesFingerprint).by  # whatever would be taken by now
+    confirm(replace(stage.config(ConfirmConfig), run=run.url, by=by, replace=False), stop)
 
 
 def read_null(run: Run) -> NullFacts | None:

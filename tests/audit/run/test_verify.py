@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -315,3 +318,31 @@ def test_another_fraction_is_refused_or_replaces(original: ScanConfig, run: Path
     with pytest.raises(AuditError, match="--replace"):
         scan(other)
     assert scan(replace(other, replace=True)).refined == 8  # half of the 16 distinct captions
+
+
+SHORT = """
+import resource, sys
+from audit.base.errors import AuditError
+from audit.run.run import Run
+from audit.run.stage import SCAN, Stage
+stage = Stage.open(Run.open(sys.argv[1]), SCAN)
+made = stage.ledger.read(0)
+size = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) << 10
+resource.setrlimit(resource.RLIMIT_AS, (size + (2 << 20), resource.RLIM_INFINITY))  # no room for a thread's stack
+for look in (lambda: stage.ledger.problem(made, deep=True), lambda: stage.table(0)):
+    try:
+        print("no error:", look())
+    except AuditError as error:
+        print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit on address space is Linux's")
+def test_a_machine_without_room_for_a_thread_finds_nothing_damaged(run: Path) -> None:
+    """What is whole would be taken back by a repair, and done again for hours, because of where it was read."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-c", SHORT, str(run)]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and all(line.startswith("StorageError ") for line in lines), done.stdout
+    assert all("too little memory" in line and "damaged" not in line for line in lines), done.stdout

@@ -13,11 +13,11 @@ from audit.captions import SAMPLE
 from audit.reports.sql import run_query
 from audit.run.read import read_scores
 from audit.run.run import Run
-from audit.run.select import default_score
+from audit.run.select import score_of_size
 from audit.run.stage import REFINE, SECOND_LOOK, Stage
 from audit.scores.cut import Cut, find_cut
 from audit.scores.refine import RefineFingerprint
-from audit.scores.second_look import SecondLookFingerprint
+from audit.scores.second_look import SecondLookFingerprint, default_score
 from audit.verdicts.candidates import ConfirmConfig, choose
 from tests.command import be_audit
 from tests.conftest import some_captions
@@ -49,8 +49,9 @@ def best(run: Run, by: str, count: int, first: bool = False) -> list[int]:
 
 def test_it_takes_as_many_captions_as_null_maps_should_be_of(tmp_path: Path) -> None:
     texts = some_captions(SAMPLE)
-    assert default_score(make_run(tmp_path / "all", texts * 2)) == "excess"
-    assert default_score(make_run(tmp_path / "fewer", [*texts[1:], *texts[1:], ""])) == "ld_energy"
+    whole, fewer = make_run(tmp_path / "all", texts * 2), make_run(tmp_path / "fewer", [*texts[1:], *texts[1:], ""])
+    assert score_of_size(whole) == default_score(whole) == "excess"
+    assert score_of_size(fewer) == default_score(fewer) == "ld_energy"
 
 
 def test_every_command_goes_by_the_same_score(large: Run, tmp_path: Path) -> None:
@@ -94,6 +95,11 @@ def test_the_same_command_goes_on_with_the_run(large: Run, sd1: str) -> None:
 def test_a_score_that_was_named_is_not_left_for_the_default(sd1: str, tmp_path: Path) -> None:
     looks = ("--second-look", 0.1, "--second-look-by", "magnitude")
     run = scanned(tmp_path, 20, sd1, *looks, "--refine", 0.1, "--refine-by", "ld")
+    assert best(run, "magnitude", 20) != best(run, "ld_energy", 20)
+    # the rows that have the means of more noises are those that are best by it
+    assert default_score(run) == "magnitude" and find_cut(run, None, None, None).by == "magnitude"
+    assert choose(run, ConfirmConfig(run.url, top_k=2))[0].by == "magnitude"
+    assert run_query("flagged", run.url)["row_id"].to_pylist() == best(run, "magnitude", 20)
     assert Stage.open(run, SECOND_LOOK).fingerprint(SecondLookFingerprint).by == "magnitude"
     assert Stage.open(run, REFINE).fingerprint(RefineFingerprint).by == "ld"
     flags = ("--steps", 2, "--store-masks", "none", "--device", "cpu")
@@ -101,24 +107,26 @@ def test_a_score_that_was_named_is_not_left_for_the_default(sd1: str, tmp_path: 
     said = be_audit(*again, "--second-look", 0.1)
     assert said.code == 2 and "magnitude -> ld_energy" in said.err
     said = be_audit(*again, *looks, "--refine", 0.1)
-    assert said.code == 2 and "ld -> ld_energy" in said.err
+    assert said.code == 2 and "ld -> magnitude" in said.err
 
 
 def test_a_file_of_thresholds_says_which_score_it_is_for(large: Run, sd1: str, tmp_path: Path) -> None:
     """`excess` has none that holds for another run, so the file's own score is taken and nobody has to know."""
     clean, file = tmp_path / "clean.csv", tmp_path / "thresholds.json"
-    clean.write_text("\n".join(["caption", *(f"{text} again" for text in some_captions(40))]))
-    made = ("calibrate", clean, "--model", sd1, "--steps", 2, "--fpr", 0.5, "--num-noises", 2, "-o", file)
-    assert be_audit(*made).code == 0
+    clean.write_text("\n".join(["caption", *(f"{text} again" for text in some_captions(SAMPLE))]))
+    made = ("calibrate", clean, "--model", sd1, "--steps", 2, "--num-noises", 2, "-o", file, "--fpr")
+    assert be_audit(*made, 0.5).code == 0
+    # every row was looked at again, so that the file can be made again whatever a scan of that size goes by
+    assert default_score(Run.open(f"{file}.run")) == "ld_energy"
     facts = json.loads(file.read_text())
     at = facts["thresholds"]["ld_energy"]["threshold"]
     assert facts["method"] == "ld_energy"
     assert find_cut(large, None, None, str(file)) == Cut("ld_energy", at, 2)
     assert find_cut(large, None, None, str(file), "excess") == Cut("ld_energy", at, 2)  # after a default confirm
+    assert find_cut(large, None, None, str(file), "magnitude") == Cut("ld_energy", at, 2)  # as the same file in confirm
     by_magnitude = facts["thresholds"]["magnitude"]["threshold"]
-    assert find_cut(large, None, None, str(file), "magnitude") == Cut("magnitude", by_magnitude, 2)
     assert find_cut(large, "magnitude", None, str(file), "ld") == Cut("magnitude", by_magnitude, 2)
-    assert be_audit(*made, "--method", "magnitude").code == 0
+    assert be_audit(*made, 0.1, "--method", "magnitude").code == 0
     assert find_cut(large, None, None, str(file)).by == "magnitude"
     report = ("report", large.url, "--thresholds", file, "--format", "csv", "-o", tmp_path / "report")
     assert be_audit(*report).code in (0, 3)

@@ -18,7 +18,7 @@ from audit.scores.scan import scan
 from audit.verdicts.candidates import ConfirmConfig
 from audit.verdicts.confirm import confirm
 from tests.audit.verdicts.conftest import config_at, confirm_at
-from tests.command import be_audit
+from tests.command import be_audit, tree
 
 pytestmark = pytest.mark.sampling
 
@@ -84,3 +84,18 @@ def test_a_threshold_above_every_score_leaves_nothing_to_confirm(run: ConfirmCon
     with pytest.raises(AuditError, match="--top-fraction 0: nothing to confirm"):
         confirm(replace(run, top_fraction=0.0))
     assert confirm(replace(run, threshold=0.0, top_k=2)).candidates == 2
+
+
+def test_a_repair_goes_on_by_the_score_that_was_taken_whatever_its_file_says_by_now(work: Path, tmp_path: Path) -> None:
+    run, file = tmp_path / "run", tmp_path / "thresholds.json"
+    scan(config_at(work, output=str(run), second_look=0.0, limit=8))
+    calibrate = ("calibrate", run, "--fpr", 0.5, "-o", file)
+    assert be_audit(*calibrate).code == 0
+    index = ("--index", work / "be-audit-index", "--ls-threshold", 0.01)
+    done = be_audit("confirm", run, *index, "--thresholds", file)
+    assert done.code == 0 and " candidates by ld_energy: " in done.out, done.err
+    before = tree(run / "confirm")
+    assert be_audit(*calibrate, "--method", "magnitude").code == 0
+    next((run / "_commits").glob("confirm*/**/*.json")).unlink()
+    done = be_audit("verify", run, "--repair")
+    assert done.code == 0 and tree(run / "confirm") == before, done.err
