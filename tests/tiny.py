@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from audit import testbed
 from tests.tiny_transformers import save_if, save_pixart, save_sana, save_sd3
 
-SIZE = 16  # latents; pictures are twice as wide
+SIZE = 8  # latents; pictures are twice as wide
 SCHEDULE: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,

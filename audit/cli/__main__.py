@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 
 def main() -> None:
@@ -11,14 +12,25 @@ def main() -> None:
     _open_standard_streams()
     try:
         from audit.cli.commands import cli
-
+    except MemoryError:  # the interpreter has none to end in order, either
+        os.write(2, b"Error: be-audit cannot start: MemoryError: be-audit needs about 4 GB of address space\n")
+        os._exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ImportError, OSError, SystemError) as error:
+        _cannot_start(error)
+    try:
         cli()
     except KeyboardInterrupt:
         sys.exit(130)
     except (ImportError, MemoryError, OSError, SystemError) as error:  # no memory for a library, or a broken install
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        sys.stderr.write(f"Error: be-audit cannot start: {first}: be-audit needs about 4 GB of address space\n")
-        sys.exit(2)
+        _cannot_start(error)
+
+
+def _cannot_start(error: BaseException) -> NoReturn:
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    sys.stderr.write(f"Error: be-audit cannot start: {first}: be-audit needs about 4 GB of address space\n")
+    sys.exit(2)
 
 
 def _open_standard_streams() -> None:

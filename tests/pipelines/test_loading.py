@@ -15,6 +15,7 @@ import torch
 from pipelines import ModelError, find_model, load
 from pipelines.loading import full_mantissas, resolve_dtype, slow_dtype
 from tests.reference import Reference
+from tests.tiny import SIZE
 
 CAPTIONS = ["a red house", "", "a much too long text " * 30, "cat <|endoftext|> dog"]
 
@@ -51,7 +52,7 @@ def test_embeddings_and_token_places(model_folders: dict[str, Path], kind: str) 
 
 def test_noise_bank_can_be_made_by_anyone(model_folders: dict[str, Path]) -> None:
     model = load(find_model(str(model_folders["sd1"])), "cpu")
-    expected = torch.randn((3, 4, 16, 16), generator=torch.Generator("cpu").manual_seed(7))
+    expected = torch.randn((3, 4, SIZE, SIZE), generator=torch.Generator("cpu").manual_seed(7))
     assert torch.equal(model.noise_bank(3, 7), expected)
     assert torch.equal(model.noise_bank(1, 7), expected[:1])  # a larger bank begins with the smaller one
 

@@ -175,7 +175,7 @@ def test_loss_falls_to_the_target_and_rows_stop_alone(sd1: DiffusionModel) -> No
 def test_untriggered_rows_are_bit_identical_and_the_rest_does_not_notice_them(sd1: DiffusionModel) -> None:
     noises, masks = sd1.noise_bank(4, 0), some_masks(sd1, 4)
     scores = Mitigator(sd1, "ld", 0.0, steps=STEPS, iterations=0)(CAPTIONS, noises, masks).score
-    threshold = float(np.sort(scores)[1])
+    threshold = float(np.sort(scores)[1:3].mean())  # at a score itself, rounding would decide
     options: dict[str, Any] = {"target": 0.0, "steps": STEPS, "iterations": 3}
     found = Mitigator(sd1, "ld", threshold=threshold, **options)(CAPTIONS, noises, masks)
     assert found.triggered.tolist() == (scores > threshold).tolist() and found.triggered.sum() == 2

@@ -39,6 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, testbed_index: str) -> Run:
             limit=250,
             rows_per_shard=64,
             refine=0.02,
+            second_look_noises=2,
             device="cpu",
         )
     )

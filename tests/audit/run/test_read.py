@@ -31,6 +31,7 @@ from audit.run.stage import REFINE, SCAN, Stage
 from audit.scores.scan import ScanConfig, scan
 from tests.command import be_audit
 from tests.fabricate import make_run
+from tests.tiny import SIZE
 
 
 def scores(rows: list[dict[str, object]]) -> pa.Table:
@@ -181,7 +182,7 @@ def test_chosen_columns_and_masks(run: Run) -> None:
     for name in SCORE_MASKS:
         masks = read_scores(run, [name], masks=True)[name]
         assert masks.null_count == 4  # three duplicates and the empty row
-        assert tensor_values(masks.drop_null()).shape == (8, 16, 2)
+        assert tensor_values(masks.drop_null()).shape == (8, SIZE, SIZE // 8)
 
 
 def test_a_score_that_is_younger_than_the_run_or_a_part_of_it_has_nulls(run: Run, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from tests.audit.conftest import Watched
 from tests.command import be_audit
 from tests.conftest import some_captions
 from tests.reference import Reference
+from tests.tiny import SIZE
 
 SCORES = ("magnitude", "ld", "ld_energy", "webster", "attention_entropy", "cosine")
 
@@ -177,7 +178,7 @@ def test_masks_are_stored_as_asked(config: ScanConfig, tmp_path: Path, sd1: str)
         assert exact is not None
         full = tensor_values(table(config)[name].drop_null()).astype(np.float32)
         packed = tensor_values(table(bits)[name].drop_null())
-        assert packed.dtype == np.uint8 and packed.shape == (50, 16, 2)
+        assert packed.dtype == np.uint8 and packed.shape == (50, SIZE, SIZE // 8)
         above = np.unpackbits(packed, axis=-1)[:49].astype(bool)
         assert (above == (exact > exact.mean((1, 2), keepdims=True))).mean() > 0.999  # but for ties of rounding
         np.testing.assert_allclose(full[:49], exact, rtol=2e-3, atol=1e-4)
@@ -224,7 +225,7 @@ def test_dry_run_writes_nothing(config: ScanConfig, tmp_path: Path, monkeypatch:
         assert line in found.out
     assert "captions/s on one worker, one batch of 32)" in found.out
     assert "--guidance-scale" not in found.err  # 7.5 is Stable Diffusion's own
-    assert "masks            3.2 kB (--store-masks bits" in found.out
+    assert "masks            800 Bytes (--store-masks bits" in found.out
     flags = ("--model", config.model, "--batch-size", "auto", "--dry-run")
     found = be_audit("scan", *config.captions, *flags)
     assert found.code == 0 and "one batch of 32; --batch-size auto may find a faster size)" in found.out
