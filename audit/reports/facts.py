@@ -18,8 +18,8 @@ from audit.run.run import Run
 from audit.run.schema import COPIES, VERDICTS
 from audit.run.select import unlooked_line
 from audit.run.stage import CONFIRM, NULL_MAPS, SECOND_LOOK, SECOND_NULL_MAPS, TRAJECTORIES, Stage
-from audit.run.status import RunStatus, run_status
-from audit.scores.second_look import SecondLookFingerprint, looks_noises, not_begun
+from audit.run.status import RunStatus, not_begun, run_status
+from audit.scores.second_look import SecondLookFingerprint, looks_noises
 from audit.statistics.multiple import expected_false
 from audit.statistics.null import Null
 from audit.verdicts.candidates import ConfirmConfig

@@ -9,7 +9,7 @@ import os
 import platform
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -183,6 +183,11 @@ class Run:
             run.check_same(fingerprint)
             return run
         return cls(folder, facts)
+
+    def record(self, **flags: Any) -> None:
+        """Keep flags of the scan that a later command gave otherwise, to go on with those."""
+        self.facts = replace(self.facts, config={**self.facts.config, **flags})
+        self.folder.write("run.json", to_json(self.facts))
 
     @property
     def url(self) -> str:

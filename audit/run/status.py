@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from audit.base.committed import Committed
 from audit.base.text import duration
 from audit.run.run import Run
-from audit.run.stage import Stage
+from audit.run.stage import REFINE, SCAN, SECOND_LOOK, SECOND_NULL_MAPS, STAGES, Stage, StageKind
 from audit.run.workers import stuck_workers
 
 
@@ -49,7 +50,8 @@ class StageStatus:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How far a run is: rows and distinct captions planned, every stage that was begun, workers that stand still."""
+    """How far a run is: rows and distinct captions planned, every stage that was begun, workers that stand still,
+    and what no stage tells of (`not_begun`)."""
 
     run: str
     model: str
@@ -57,10 +59,11 @@ class RunStatus:
     unique: int
     stages: list[StageStatus]
     stuck: list[str]
+    not_begun: list[str] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
-        return all(stage.complete for stage in self.stages)
+        return not self.not_begun and all(stage.complete for stage in self.stages)
 
     @property
     def exit_code(self) -> int:
@@ -91,7 +94,7 @@ class RunStatus:
                 shares = ", ".join(f"{key} {duration(value)}" for key, value in took.items())
                 lines.append(f"{'':<13} {shares}; {duration(stage.seconds['wall'])} in all")
             lines += [f"{'':<13} shard {shard} given up: {error}" for shard, error in stage.errors.items()]
-        return [*lines, *(f"stuck: {line}" for line in self.stuck)]
+        return [*lines, *self.not_begun, *(f"stuck: {line}" for line in self.stuck)]
 
 
 def run_status(url: str) -> RunStatus:
@@ -105,7 +108,38 @@ def run_status(url: str) -> RunStatus:
     tries = tries if isinstance(tries, int) else 3
     stages = [stage_status(stage, tries) for stage in Stage.begun(run)]
     stuck = [] if all(stage.complete for stage in stages) else stuck_workers(run.folder)
-    return RunStatus(url, run.facts.model, run.facts.rows, run.facts.unique, stages, stuck)
+    return RunStatus(url, run.facts.model, run.facts.rows, run.facts.unique, stages, stuck, not_begun(run))
+
+
+def not_begun(run: Run, kinds: Collection[StageKind] = tuple(STAGES.values())) -> list[str]:
+    """What is missing of a run that no stage tells of, for people: stages that its scan was asked for and has not come
+    to, and those whose own file is lost, with which all that rests on them is left out. [] where nothing is amiss.
+
+    Args:
+        kinds: of these stages.
+    """
+    later = [kind for kind in STAGES.values() if kind in kinds and kind != SCAN]
+    missing = [kind for kind in later if not run.folder.exists(f"stages/{kind.name}.json")]
+    lost = [kind for kind in missing if run.folder.list(f"_commits/{kind.name}")]
+    lines = [
+        f"stages/{kind.name}.json: missing, while results of that stage are there: give its command again"
+        for kind in lost
+    ]
+    waiting = [kind for kind in (SECOND_LOOK, REFINE) if kind in missing and kind not in lost]
+    if not waiting:
+        return lines
+    asked = run.facts.config
+    looks = asked.get("second_look") and asked.get("second_look_noises", 0) > run.fingerprint.num_noises
+    wanted = {SECOND_LOOK: bool(looks), REFINE: bool(asked.get("refine"))}
+    begun = Stage.find(run, SECOND_NULL_MAPS) is not None  # the maps of a second look
+    if any(wanted[kind] for kind in waiting) and not begun:
+        scan = Stage.open(run, SCAN)
+        done = scan.done()
+        if len(done) < len(scan.shards) or not done.counts.get("ok"):
+            return lines  # it has not come to that
+    return lines + [
+        f"{kind.name}: not begun yet" for kind in waiting if wanted[kind] or (kind == SECOND_LOOK and begun)
+    ]
 
 
 def stage_status(stage: Stage, max_failed: int = 1) -> StageStatus:

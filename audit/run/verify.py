@@ -15,6 +15,7 @@ from audit.captions import is_empty, read_shard
 from audit.run.run import Run
 from audit.run.schema import RUN_DETECTORS
 from audit.run.stage import NULL_MAPS, SCAN, STAGES, Stage
+from audit.run.status import not_begun
 
 RESTORE_PLAN = "audit.scores.scan:restore_plan"
 OPTIONAL = ("ld", "excess_pca")  # a model without an attention to read; null maps made before there was the score
@@ -88,6 +89,9 @@ def _check(run: Run, deep: bool) -> Verified:
     checked = sum(_check_stage(stage, found) for stage in Stage.begun(run))
     if run.plan.sample and Stage.find(run, NULL_MAPS) is None and any(map(scan.ledger.read, scan.ledger.shards())):
         found.problems.append(f"stages/{NULL_MAPS.name}.json: missing")
+        found.bad.setdefault(SCAN.name, [])
+    if left := not_begun(run):
+        found.problems += left
         found.bad.setdefault(SCAN.name, [])
     if deep:
         for shard in sorted(set(range(len(run.plan))) - set(found.bad.get(SCAN.name, []))):

@@ -24,11 +24,12 @@ from audit.base.text import grid
 from audit.run.read import read_scores
 from audit.run.run import Run
 from audit.run.schema import EXTRA_DETECTORS, RUN_DETECTORS, SCORES, STEADY_SCORE, WINDOWS
-from audit.run.stage import SCAN, SECOND_LOOK, Stage
+from audit.run.stage import SCAN, SECOND_LOOK, SECOND_NULL_MAPS, Stage
+from audit.run.status import not_begun
 from audit.scores.config import ScoringConfig
 from audit.scores.null_maps import sample_of
 from audit.scores.scan import ScanConfig, scan
-from audit.scores.second_look import SECOND_LOOK_NOISES, SecondLookFingerprint, looks_noises, not_begun
+from audit.scores.second_look import SECOND_LOOK_NOISES, SecondLookFingerprint, looks_noises
 from audit.statistics.thresholds import CleanThreshold, sample_size_note, threshold_at_fpr
 
 FORMAT = 1
@@ -195,7 +196,7 @@ def calibrate(
         raise AuditError(
             f"{run.url}: {len(left)} of {len(stage.shards)} shards are not scanned: go on with `be-audit scan`"
         )
-    for line in not_begun(run):
+    for line in not_begun(run, (SECOND_NULL_MAPS, SECOND_LOOK)):
         raise AuditError(f"{run.url}: {line}: go on with `be-audit scan`")
     first_noises, looks = run.fingerprint.num_noises, looks_noises(run)
     clean, failed = _clean(run, looks or first_noises)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from audit.scores.config import DEVICE_HELP, DTYPES, ModelFlags
 from audit.scores.model import few_steps, find_model_folder, load_model, naming_the_flag
 
 STRIP = 10  # steps shown in the strip
+OVERFLOW = "give a smaller --guidance-scale, or --dtype float32"
 
 
 @dataclass(frozen=True)
@@ -41,17 +45,15 @@ def score(config: ScoreConfig) -> dict[str, float]:
     Returns:
         every score by name; windows under the BE mask too with `trajectory`.
     Raises:
-        AuditError: an empty prompt, a model that cannot be loaded, a picture that cannot be written.
+        AuditError: a prompt that is empty or no text, a model that cannot be loaded, scores or pictures that are not
+            finite, a picture that cannot be written.
     """
     import torch
 
     from pipelines import FirstStepScorer, MaskSource, Trajectories, TrajectorySampler, formulas
 
-    if not config.prompt.strip():
-        raise AuditError("--prompt: is empty; give the caption to score")
-    output = Path(config.output)
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        raise AuditError(f"-o {config.output}: cannot be written: give a file in a folder that is there")
+    check_prompt(config.prompt, "score")
+    check_picture(config.output)
     shared: dict[str, Any] = {
         "num_noises": config.num_noises,
         "seed": config.seed,
@@ -77,7 +79,7 @@ def score(config: ScoreConfig) -> dict[str, float]:
         panels = {"EOS attention,\nfirst step": found.mask[0], **panels}
     strip: dict[str, Any] = {}
     if sampler is not None:
-        with torch.inference_mode():
+        with naming_what_overflows(), torch.inference_mode():
             prompts = model.encode([config.prompt] * config.num_noises)
             columns = sampler.sample(prompts, sampler.noises, every_step=True)
         every = {name: value.cpu().numpy() for name, value in columns.items()}
@@ -92,8 +94,47 @@ def score(config: ScoreConfig) -> dict[str, float]:
         if steps is not None:
             chosen = np.unique(np.linspace(0, config.steps - 1, STRIP).round().astype(int))
             strip = {f"step {step + 1}": steps[step] for step in chosen}
+    check_finite(scores)
     draw(config.prompt, panels, strip, config.output)
     return scores
+
+
+def check_prompt(prompt: str, what: str) -> None:
+    """Raise AuditError where a prompt is empty, or holds bytes of the command line that are not UTF-8."""
+    if not prompt.strip():
+        raise AuditError(f"--prompt: is empty; give the caption to {what}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise AuditError(f"--prompt: character {error.start + 1} is not UTF-8: give the caption in UTF-8") from error
+
+
+def check_picture(output: str) -> None:
+    """Raise AuditError, before any work, where a picture cannot be written."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    path = Path(output)
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise AuditError(f"-o {output}: cannot be written: give a file in a folder that is there")
+    kinds = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix and path.suffix[1:].lower() not in kinds:
+        raise AuditError(f"-o {output}: cannot be written: no kind of picture; there are {', '.join(kinds)}")
+
+
+def check_finite(scores: Mapping[str, float]) -> None:
+    """Raise AuditError where a score is no number."""
+    if told := ", ".join(f"{name} {value}" for name, value in scores.items() if not np.isfinite(value)):
+        raise AuditError(f"--prompt: scores are not finite: {told}: {OVERFLOW}")
+
+
+@contextmanager
+def naming_what_overflows() -> Iterator[None]:
+    """Turn what sampling says of a picture that is not finite into one line that names the flags."""
+    try:
+        yield
+    except ValueError as error:
+        raise AuditError(f"--prompt: {error}: {OVERFLOW}") from error
 
 
 def draw(prompt: str, panels: dict[str, Any], strip: dict[str, Any], output: str) -> None:

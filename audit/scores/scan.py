@@ -21,7 +21,7 @@ from audit.run.claim import claimed
 from audit.run.run import Fingerprint, Run, check_output
 from audit.run.schema import DETECTORS, EXTRA_DETECTORS, MASK_DETECTORS, SCORE_COLUMNS, STEADY_SCORE
 from audit.run.select import SCORE_OF_SIZE_HELP, score_of_size
-from audit.run.stage import NULL_MAPS, REFINE, SCAN, SECOND_LOOK, Stage, run_stage
+from audit.run.stage import NULL_MAPS, REFINE, SCAN, SECOND_LOOK, SECOND_NULL_MAPS, Stage, run_stage
 from audit.scores.config import ScoringConfig
 from audit.scores.model import (
     absolute_paths,
@@ -40,13 +40,16 @@ from audit.scores.second_look import (
     SecondLookFingerprint,
     begin_second_look,
     default_score,
-    not_begun,
     run_second_look,
 )
 from audit.scores.self_check import LONG
 
 if TYPE_CHECKING:
     from pipelines.folders import ModelFolder
+
+
+LATER = ("second_look", "second_look_noises", "refine")
+"""Flags that a later command may give otherwise: what they say rests on the scan, and not the other way round."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,9 @@ def scan(config: ScanConfig, stop: Stop | None = None, say: Callable[[str], None
         extra = refine.done().counts
         refined, quarantined = extra.get("ok", 0), quarantined + more.quarantined
         counts["error"] = counts.get("error", 0) + extra.get("error", 0)
+    later = {name: getattr(config, name) for name in LATER}
+    if any(run.facts.config.get(name) != value for name, value in later.items()):
+        run.record(**later)
     return ScanSummary(
         output=config.output,
         rows=run.facts.rows,
@@ -362,7 +368,9 @@ def _plan(config: ScanConfig, folder: Folder, fingerprint: Fingerprint, files: l
 
 def _check_no_look(run: Run) -> None:
     """Raise AuditError where a second look was begun and is not done: a run is not whole without it."""
-    look, left = Stage.find(run, SECOND_LOOK), not_begun(run)
+    look, left = Stage.find(run, SECOND_LOOK), list[str]()
+    if look is None and Stage.find(run, SECOND_NULL_MAPS) is not None:
+        left = ["not begun yet"]
     if look is not None and (missing := look.missing()):
         left = [f"{len(missing)} of {len(look.shards)} shards have none yet"]
     for line in left:

@@ -21,6 +21,7 @@ from audit.run.run import Run
 from audit.run.schema import LOOKED_AT, SECOND_LOOK_COLUMNS
 from audit.run.select import SCORE_OF_SIZE_HELP, best_scores, score_of_size
 from audit.run.stage import SECOND_LOOK, SECOND_NULL_MAPS, Stage, run_stage
+from audit.run.status import not_begun as not_begun
 from audit.scores.model import load_run_model
 from audit.scores.null_maps import make_null_maps, read_null_maps
 from audit.scores.scorer import Scored, open_scorer, score_captions
@@ -91,13 +92,6 @@ def default_score(run: Run) -> str:
     """The score that is gone by where none is named: the one that chose which rows have the means of more noises."""
     stage = Stage.find(run, SECOND_LOOK)
     return score_of_size(run) if stage is None else stage.fingerprint(SecondLookFingerprint).by
-
-
-def not_begun(run: Run) -> list[str]:
-    """That a run's second look is still to begin, where its null maps were, for people; [] where nothing is amiss."""
-    if Stage.find(run, SECOND_NULL_MAPS) is None or Stage.find(run, SECOND_LOOK) is not None:
-        return []
-    return [f"{SECOND_LOOK.name}: not begun yet"]
 
 
 def open_job(spec: JobSpec) -> SecondLookJob:

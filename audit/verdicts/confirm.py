@@ -24,8 +24,8 @@ from audit.engines.ray_cluster import one_connection
 from audit.index import Index
 from audit.run.run import Run
 from audit.run.schema import MASKS, VERDICTS, tensor_values
-from audit.run.stage import CONFIRM, MATCH, SCAN, SECOND_LOOK, TRAJECTORIES, Stage, run_stage
-from audit.scores.second_look import not_begun
+from audit.run.stage import CONFIRM, MATCH, SCAN, SECOND_LOOK, SECOND_NULL_MAPS, TRAJECTORIES, Stage, run_stage
+from audit.run.status import not_begun
 from audit.scores.trajectories import decode_png
 from audit.statistics.null import CAPTIONS, PICTURES, Null, NullFacts, sample_needed
 from audit.verdicts.beside import Beside
@@ -317,7 +317,7 @@ def _check_scan(run: Run) -> None:
             raise AuditError(
                 f"{run.url}: {len(left)} of {len(stage.shards)} shards {words}: go on with `be-audit scan`"
             )
-    for line in not_begun(run):
+    for line in not_begun(run, (SECOND_NULL_MAPS, SECOND_LOOK)):
         raise AuditError(f"{run.url}: {line}: go on with `be-audit scan`")
 
 

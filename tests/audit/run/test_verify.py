@@ -346,3 +346,44 @@ def test_a_machine_without_room_for_a_thread_finds_nothing_damaged(run: Path) ->
     lines = done.stdout.splitlines()
     assert len(lines) == 2 and all(line.startswith("StorageError ") for line in lines), done.stdout
     assert all("too little memory" in line and "damaged" not in line for line in lines), done.stdout
+
+
+@pytest.mark.parametrize("name", ["second_look", "second_null_maps", "refine"])
+def test_a_stage_whose_own_file_is_lost_is_not_as_if_it_had_never_been(run: Path, tmp_path: Path, name: str) -> None:
+    (run / f"stages/{name}.json").unlink()
+    said = f"stages/{name}.json: missing, while results of that stage are there"
+    for command in (("verify", run), ("report", run, "--format", "csv", "-o", tmp_path / "report")):
+        done = be_audit(*command)
+        assert done.code == 3 and said in done.out + done.err, done
+    assert said in be_audit("status", run).out
+
+
+LATER_STAGES = ("second_null_maps", "second_look", "refine")
+
+
+def killed_before(run: Path, *names: str) -> None:
+    """As a scan leaves its run that was killed when its last shard was committed."""
+    for name in names:
+        for path in (*run.glob(f"stages/{name}*"), run / "_commits" / name, run / name, run / "refined"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def test_a_scan_that_was_killed_before_its_second_look_does_not_pass_for_whole(run: Path, tmp_path: Path) -> None:
+    expected = read_scores(Run.open(str(run)))
+    killed_before(run, *LATER_STAGES)
+    said = ("second_look: not begun yet", "refine: not begun yet")
+    report = ("report", run, "--format", "csv", "-o", tmp_path / "report")
+    for command, code in ((("verify", run), 3), (report, 3), (("status", run), 0), (("calibrate", run), 2)):
+        done = be_audit(*command)
+        assert done.code == code and said[0] in done.out + done.err, done
+    assert be_audit("verify", run, "--repair").code == 0
+    assert read_scores(Run.open(str(run))).equals(expected)
+
+
+def test_who_wants_no_second_look_any_more_says_so_once(run: Path, original: ScanConfig) -> None:
+    killed_before(run, *LATER_STAGES)
+    again = ("scan", *original.captions, "-o", run, "--model", original.model, "--rows-per-shard", 4, "--steps", 3)
+    assert be_audit(*again, "--second-look", 0).code == 0
+    assert be_audit("verify", run).code == 0 and "not begun" not in be_audit("status", run).out
+    assert be_audit(*again, "--refine", 0.2).code == 0  # and may change their mind
+    assert "refine" in be_audit("status", run).out and be_audit("verify", run).code == 0

@@ -251,6 +251,7 @@ def test_a_look_that_has_not_begun_is_said_and_goes_on_by_its_own_flags(config: 
     shutil.copytree(config.output, tmp_path / "run")
     run, stage = str(tmp_path / "run"), Stage.open(Run.open(config.output), SECOND_LOOK)
     (tmp_path / "run/stages/second_look.json").unlink()
+    shutil.rmtree(tmp_path / "run/_commits/second_look")
     said = "second_look: not begun yet"
     done = be_audit("report", run, "--format", "csv", "-o", tmp_path / "report")
     assert done.code == 3 and said in done.err + done.out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def test_a_second_look_that_is_not_done_is_refused(run: ConfirmConfig) -> None:
     with pytest.raises(AuditError, match=r"1 of . shards had no second look yet: go on with `be-audit scan`"):
         confirm(run)
     (Path(run.run) / "stages/second_look.json").unlink()
+    shutil.rmtree(Path(run.run) / "_commits/second_look")
     with pytest.raises(AuditError, match="second_look: not begun yet: go on with `be-audit scan`"):
         confirm(run)
 
@@ -99,3 +101,16 @@ def test_a_repair_goes_on_by_the_score_that_was_taken_whatever_its_file_says_by_
     next((run / "_commits").glob("confirm*/**/*.json")).unlink()
     done = be_audit("verify", run, "--repair")
     assert done.code == 0 and tree(run / "confirm") == before, done.err
+
+
+@pytest.mark.parametrize("name", ["confirm", "match", "trajectories"])
+def test_a_confirm_whose_own_file_is_lost_is_said_and_can_be_given_again(run: ConfirmConfig, name: str) -> None:
+    """Its verdicts are no verdicts any more: a report without them would say that nothing was compared."""
+    config = replace(run, top_fraction=None, top_k=2)
+    confirm(config)
+    (Path(run.run) / f"stages/{name}.json").unlink()
+    said = f"stages/{name}.json: missing, while results of that stage are there"
+    verified, report = be_audit("verify", run.run), be_audit("report", run.run, "--format", "csv")
+    assert verified.code == report.code == 3 and said in verified.out + verified.err and said in report.err
+    assert confirm(replace(config, replace=name == "match")).exit_code == 0  # what rests on it names it
+    assert be_audit("verify", run.run).code == 0
