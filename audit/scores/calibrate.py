@@ -26,13 +26,15 @@ from audit.run.run import Run
 from audit.run.schema import EXTRA_DETECTORS, RUN_DETECTORS, SCORES, STEADY_SCORE, WINDOWS
 from audit.run.stage import SCAN, SECOND_LOOK, SECOND_NULL_MAPS, Stage
 from audit.run.status import not_begun
-from audit.scores.config import ScoringConfig
+from audit.scores.config import ModelFlags, ScoreFlags, ScoringConfig
 from audit.scores.null_maps import sample_of
 from audit.scores.scan import ScanConfig, scan
 from audit.scores.second_look import SECOND_LOOK_NOISES, SecondLookFingerprint, looks_noises
 from audit.statistics.thresholds import CleanThreshold, sample_size_note, threshold_at_fpr
 
 FORMAT = 1
+WHERE_IT_RUNS = {"device", "batch_size", "rows_per_shard", "allow_pickle"}
+"""Flags of a scan that no score depends on."""
 MODEL_FIELDS = (
     *("formula_version", "model", "unit", "scheduler", "dtype", "steps", "guidance_scale", "seed", "num_noises"),
     *("mask", "mask_token", "mask_layers"),
@@ -305,11 +307,13 @@ def _find_run(config: CalibrateConfig) -> Run | None:
     run = Run.find(Folder(config.captions[0])) if len(config.captions) == 1 else None
     if run is None:
         return None
+    of_scan = {place.name for flags in (ScoreFlags, ModelFlags) for place in dataclasses.fields(flags)}
     for place in dataclasses.fields(config):
         given, of_run = getattr(config, place.name), run.facts.config.get(place.name)
+        of_run = run.fingerprint.dtype if place.name == "dtype" else of_run
         of_run = looks_noises(run) or of_run if place.name == "num_noises" else of_run
         of_run = tuple(of_run) if isinstance(of_run, list) else of_run
-        if place.name in MODEL_FIELDS and given != place.default and given != of_run and place.name != "dtype":
+        if place.name in of_scan - WHERE_IT_RUNS and given not in (place.default, of_run):
             flag = place.name.replace("_", "-")
             raise AuditError(f"--{flag} {given}: {run.url} was scanned with {of_run}: leave the flag out")
     return run
@@ -363,6 +367,9 @@ def _read(path: str) -> ThresholdsFile:
         facts = read_facts(ThresholdsFile, data, path)
     except AuditError as error:
         raise AuditError(f"--thresholds {path}: no file of `be-audit calibrate`") from error
+    for name, found in {**facts.first, **facts.thresholds}.items():
+        if not np.isfinite(found.threshold):
+            raise AuditError(f"--thresholds {path}: {name}: {found.threshold} is no threshold: calibrate again")
     if facts.format != FORMAT:
         raise AuditError(f"--thresholds {path}: format {facts.format}, this version reads {FORMAT}: calibrate again")
     return facts

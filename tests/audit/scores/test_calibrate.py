@@ -164,6 +164,10 @@ def test_a_users_mistakes_are_one_line_and_touch_nothing(tmp_path: Path) -> None
     assert "is a folder" in fails(run.url, "-o", tmp_path)
     assert "--steps 20" in fails(run.url, "-o", new, "--steps", 20)
     assert "--mask final" in fails(run.url, "-o", new, "--mask", "final")
+    for flags in (("--limit", 10), ("--caption-col", "x"), ("--dtype", "float16"), ("--delimiter", "tab")):
+        assert " ".join(map(str, flags)) in fails(run.url, "-o", new, *flags)  # nothing of a run's scan can be other
+    assert "--extra-evaluation True" in fails(run.url, "-o", new, "--extra-evaluation")
+    assert "--lora ('my.safetensors',)" in fails(run.url, "-o", new, "--lora", "my.safetensors")
     clean = Path(run.url).parent / "captions.csv"
     assert "--method anisotropy: needs --extra-evaluation" in fails(clean, "-o", new, "--method", "anisotropy")
     assert "--method ld_10: needs --mask final" in fails(clean, "-o", new, "--method", "ld_10")
@@ -171,5 +175,12 @@ def test_a_users_mistakes_are_one_line_and_touch_nothing(tmp_path: Path) -> None
     assert "--method ld_all" in fails(run.url, "-o", new, "--method", "ld_all")
     done = be_audit("report", run.url, "--thresholds", tmp_path / "gone.json")
     assert done.code == 2 and "no such file: make it with `be-audit calibrate" in done.err
+    kept = tmp_path / "kept.json"
+    assert be_audit("calibrate", run.url, "-o", kept, "--fpr", 0.5).code == 0
+    facts = json.loads(kept.read_text())
+    facts["thresholds"]["ld_energy"]["threshold"] = float("nan")
+    kept.write_text(json.dumps(facts))
+    done = be_audit("report", run.url, "--thresholds", kept)
+    assert done.code == 2 and "ld_energy: nan is no threshold" in done.err
     done = be_audit("report", run.url, "--thresholds", mine)
     assert done.code == 2 and "no file of `be-audit calibrate`" in done.err

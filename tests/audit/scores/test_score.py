@@ -55,9 +55,20 @@ def test_several_noises_are_means_in_every_line(model: str, tmp_path: Path) -> N
         (["--prompt", "cat", "--mask-layers", "no.such"], "no.such: the model has no such attention layer to read"),
         (["--prompt", "cat", "--device", "cuda:9"], "this machine has"),
         (["--prompt", "cat", "-o", "/no/such/folder/x.png"], "cannot be written"),
+        (["--prompt", "cat", "-o", "x.docx"], "-o x.docx: cannot be written: no kind of picture"),
+        (["--prompt", "caf\udce9"], "--prompt: character 4 is not UTF-8"),
+        (["--prompt", "cat", "--guidance-scale", "1e38"], "--prompt: scores are not finite: webster inf"),
+        (
+            ["--prompt", "cat", "--guidance-scale", "1e38", "--trajectory"],
+            "--prompt: the decoded picture is not finite",
+        ),
     ],
 )
-def test_mistakes_are_one_line(model: str, flags: list[str], says: str) -> None:
+def test_mistakes_are_one_line(
+    model: str, flags: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(cli, ["score", "--model", model, "--steps", "2", *flags])
     assert done.exit_code == 2
     assert says in done.output and "Traceback" not in done.output
+    assert not list(tmp_path.iterdir())
