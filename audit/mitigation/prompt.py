@@ -16,7 +16,7 @@ from audit.mitigation.mitigate_shard import move_and_sample
 from audit.run.schema import MASKS
 from audit.scores.config import DEFAULT_MODEL, DTYPES, MODEL_HELP
 from audit.scores.model import few_steps, find_model_folder, load_model
-from audit.scores.prompt import draw
+from audit.scores.prompt import check_finite, check_picture, check_prompt, draw, naming_what_overflows
 
 FRACTION = 0.15  # of its own loss, the target where none is given: ordinary captions against copies on the testbed
 
@@ -47,14 +47,14 @@ def mitigate_prompt(config: MitigatePromptConfig) -> dict[str, tuple[float, floa
         of the first step; `sscd` to the training picture nearest to each unmitigated image where `index` is given;
         `alignment` where there is a CLIP.
     Raises:
-        AuditError: an empty prompt, a model that cannot be loaded, a picture that cannot be
-            written.
+        AuditError: a prompt that is empty or no text, a model that cannot be loaded, numbers or pictures that are not
+            finite, a picture that cannot be written.
     """
     from pipelines import MaskSource, Mitigator, TrajectorySampler
 
     prompt, count = config.prompt or "", config.num_images or 1
-    if not prompt.strip():
-        raise AuditError("--prompt: is empty; give the caption to mitigate")
+    check_prompt(prompt, "mitigate")
+    check_picture(config.output)
     options: dict[str, Any] = {"steps": config.steps, "guidance_scale": config.guidance_scale}
     index = None if config.index is None else Index.open(config.index)
     descriptor = None if index is None else index.load_descriptor(config.sscd, config.device)
@@ -65,7 +65,8 @@ def mitigate_prompt(config: MitigatePromptConfig) -> dict[str, tuple[float, floa
     clip = open_clip(clip_folder, config.device)
     # 1. unmitigated
     sampler = TrajectorySampler(model, None, count, config.seed, batch_size=config.batch_size, **options)
-    before = sampler([prompt] * count, list(range(count)))
+    with naming_what_overflows():
+        before = sampler([prompt] * count, list(range(count)))
     assert before.images is not None
     mask = config.mask or ("energy" if before.be_mask is None else "final")
     if before.be_mask is None and config.loss == "ld" and mask != "energy":
@@ -93,7 +94,8 @@ def mitigate_prompt(config: MitigatePromptConfig) -> dict[str, tuple[float, floa
     changed, images = {name: values.copy() for name, values in columns.items()}, before.images.copy()
     if len(rows):
         masks = None if config.loss == "magnitude" else getattr(before, MASKS[mask])[rows]
-        moved, after = move_and_sample(mitigator, sampler, [prompt] * len(rows), rows.tolist(), masks)
+        with naming_what_overflows():
+            moved, after = move_and_sample(mitigator, sampler, [prompt] * len(rows), rows.tolist(), masks)
         windows = after.windows()
         changed["loss"][rows] = moved.last_loss
         changed["magnitude"][rows] = windows["magnitude"]
@@ -109,6 +111,8 @@ def mitigate_prompt(config: MitigatePromptConfig) -> dict[str, tuple[float, floa
         pairs["sscd"] = tuple(float((made * nearest).sum(1).mean()) for made in vectors)  # type: ignore[assignment]
     if clip is not None:
         pairs["alignment"] = tuple(float(clip(made, [prompt] * count).mean()) for made in both)  # type: ignore[assignment]
+    for at, when in enumerate(("before", "after")):
+        check_finite({f"{name} {when}": pair[at] for name, pair in pairs.items()})
     above, below = (
         {f"{when}, noise {at}": made[at] for at in range(count)}
         for when, made in zip(("before", "after"), both, strict=True)

@@ -25,12 +25,15 @@ from audit.captions.find import Source
 from audit.captions.streams import BATCH_BYTES, BATCH_ROWS, open_input, reading
 from audit.captions.values import text
 from audit.reports.flagged import picked_by, read_verdicts
+from audit.run.read import count_rows
 from audit.run.run import DEFAULT_RUN, Run
-from audit.run.schema import COPIES, SCORES
+from audit.run.schema import COPIES, SCORES, VERDICTS
 from audit.run.select import best_rows, unlooked, unlooked_line
-from audit.run.status import run_status
+from audit.run.stage import CONFIRM, TRAJECTORIES, Stage
+from audit.run.status import RunStatus, not_begun, run_status
 from audit.scores.cut import Cut, find_cut
-from audit.scores.second_look import DEFAULT_SCORE_HELP, not_begun
+from audit.scores.second_look import DEFAULT_SCORE_HELP
+from audit.verdicts.confirm import read_null
 
 SHOWN = 20  # captions that a dry run prints
 
@@ -44,7 +47,7 @@ class DropConfig:
     output: str | None = option(
         None, "File or, of several, folder of the clean table; nothing is written without.", short="-o"
     )
-    caption_col: str | None = option(None, "Caption column; found as scan finds it.")
+    caption_col: str | None = option(None, "Caption column; default the run's, else found as scan finds it.")
     by: str | None = option(
         None,
         f"Score of --threshold; default that of --thresholds, else of confirm, else {DEFAULT_SCORE_HELP}.",
@@ -60,13 +63,15 @@ class DropSummary:
 
     Attributes:
         captions: different captions to drop. files: of each table its path, rows and rows dropped, and where it was
-            written (None in a dry run). examples: the first captions that were found. unfinished: what of the run is
-            not done. left_out: reason -> files of the folders given that are no caption tables. above: the threshold
-            that drops captions beside those with a verdict, in words.
+            written (None in a dry run). columns: of each table the column its captions are in. examples: the first
+            captions that were found. unfinished: what of the run is not done or could not be judged.
+            left_out: reason -> files of the folders given that are no caption tables.
+            above: the threshold that drops captions beside those with a verdict, in words.
     """
 
     captions: int
     files: list[tuple[str, int, int, str | None]]
+    columns: list[str]
     examples: list[str]
     unfinished: list[str]
     left_out: dict[str, int]
@@ -76,9 +81,12 @@ class DropSummary:
         """For people."""
         lines = [f"left out: {reasons(self.left_out)}"] if self.left_out else []
         lines += [self.above] if self.above else []
-        for path, rows, dropped, written in self.files:
+        for (path, rows, dropped, written), column in zip(self.files, self.columns, strict=True):
             where = f", the other {rows - dropped:,} are in {written}" if written else " would go"
-            lines.append(f"{path}: {dropped:,} of {rows:,} rows{' dropped' if written else ''}{where}")
+            done = f"{dropped:,} of {rows:,} rows{' dropped' if written else ''}{where}"
+            lines.append(f"{path}: {done}; captions: column {column!r}")
+        if self.captions and not any(dropped for _, _, dropped, _ in self.files):
+            lines.append(f"note: none of the {self.captions:,} captions to drop is in any table given (--caption-col?)")
         if not any(written for *_, written in self.files):
             lines += [f"  {example}" for example in self.examples]
             lines.append("Nothing was written: name the clean table with -o.")
@@ -101,23 +109,22 @@ def drop(config: DropConfig) -> DropSummary:
     flagged, beyond = _flagged_captions(run, cut, config.thresholds is None)
     captions = pa.array(flagged, pa.string())
     found = find_captions(config.captions)
-    scanned = {file.path: file.caption_col for file in run.plan.files}
-    named = config.caption_col or run.facts.config.get("caption_col")
-    tables = [_table(source, scanned.get(source.path, named), config.caption_col) for source in found.sources]
+    tables = [_table(source, run, config.caption_col, config.output is not None) for source in found.sources]
     targets = _targets([file.path for file in tables], config.captions, config.output)
     files, examples = [], dict[str, None]()
     for file, target in zip(tables, targets, strict=True):
         dropped = _drop_rows(file, captions, target, examples)
         files.append((file.path, file.rows, dropped, target))
+    status = run_status(run.url)
     unfinished = [
         f"{stage.stage}: {stage.done:,} of {stage.shards:,} shards are done"
-        for stage in run_status(run.url).stages
+        for stage in status.stages
         if not stage.complete
     ]
+    unfinished += [*not_begun(run), *beyond, *_not_judged(run, status)]
     above = "" if cut.threshold is None else f"captions above {cut.threshold:g} by {cut.by} go too, confirmed or not"
-    return DropSummary(
-        len(captions), files, list(examples), [*unfinished, *not_begun(run), *beyond], dict(found.left_out), above
-    )
+    columns = [file.caption_col for file in tables]
+    return DropSummary(len(captions), files, columns, list(examples), unfinished, dict(found.left_out), above)
 
 
 def _flagged_captions(run: Run, cut: Cut, own: bool) -> tuple[list[str], list[str]]:
@@ -143,17 +150,86 @@ def _flagged_captions(run: Run, cut: Cut, own: bool) -> tuple[list[str], list[st
     return list(found), [unlooked_line(beyond, cut.by)] if beyond else []
 
 
-def _table(source: Source, scanned: str | None, named: str | None) -> CaptionFile:
-    """A table as it is found: its captions are in the column named, else in the one the run took, where it has it."""
+def _not_judged(run: Run, status: RunStatus) -> list[str]:
+    """What the run could not score or compare, one sentence each: those rows stay in the table, copies or not."""
+    lines, stages = [], {stage.stage: stage.counts for stage in status.stages}
+    if failed := count_rows(run)["error"]:
+        lines.append(f"{failed:,} rows could not be scored (column `error` says why)")
+    if failed := stages.get(TRAJECTORIES.name, {}).get("error", 0):
+        lines.append(f"{failed:,} images could not be generated (column `error` of trajectories/ says why)")
+    begun = Stage.find(run, CONFIRM)
+    if begun is None:
+        if Stage.find(run, TRAJECTORIES) is not None:
+            lines.append("confirm was begun and has no verdicts yet")
+        return lines
+    verdicts, null = read_verdicts(run), read_null(run)
+    told = [] if verdicts is None else [verdict for verdict in verdicts["verdict"].to_pylist() if verdict in VERDICTS]
+    if undecided := begun.items.num_rows - len(told):
+        lines.append(f"{undecided:,} candidates have no verdict: their images were not generated or not compared")
+    if alone := told.count("no_reference"):
+        lines.append(f"{alone:,} candidates could be compared with no training picture")
+    if unread := stages.get(CONFIRM.name, {}).get("unreadable", 0):
+        lines.append(f"{unread:,} comparisons decided nothing: the training pictures could not be read")
+    if null is not None and null.missing:
+        lines.append(
+            f"{len(null.missing):,} training pictures that the local threshold should rest on could not be read"
+        )
+    return lines
+
+
+def _table(source: Source, run: Run, asked: str | None, writes: bool) -> CaptionFile:
+    """A table as it is found: its captions are in the column asked for, else in the one the run took, where it has it.
+
+    The run's is that of the same file, else of its --caption-col, else the only one of its columns that is there.
+
+    Args:
+        writes: it is written, not only read: what cannot be is refused.
+    """
     if source.format != "parquet":
         raise AuditError(f"{source.path}: not parquet: `drop` keeps a table as it is, which it can with parquet alone")
-    if named is None and scanned:
-        with open_input(source.path) as opened, reading(source.path):
-            named = scanned if scanned in open_parquet(source.path, opened).schema_arrow.names else None
+    with open_input(source.path) as opened, reading(source.path):
+        schema = open_parquet(source.path, opened).schema_arrow
+    named = asked
+    if named is None:
+        taken = {file.path: file.caption_col for file in run.plan.files}
+        first = taken.get(source.path) or run.facts.config.get("caption_col")
+        there = [first] if first in schema.names else sorted(set(taken.values()) & set(schema.names))
+        named = there[0] if len(there) == 1 else None
     file = describe(source, named).file
     if file.lists:
         raise AuditError(f"{file.path}: {file.caption_col!r} holds lists of captions: make a row a caption first")
+    for field in schema if writes else ():
+        if not _is_view(field.type) and _holds_views(field.type):
+            raise AuditError(
+                f"{file.path}: column {field.name!r} is {field.type}, of which no rows can be left out: write it as "
+                "string or binary"
+            )
     return file
+
+
+def _is_view(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string_view(kind) or pa.types.is_binary_view(kind))
+
+
+def _holds_views(kind: pa.DataType) -> bool:
+    """Whether a type is a view of text or bytes, or is made of one."""
+    if isinstance(kind, pa.BaseExtensionType):
+        return _holds_views(kind.storage_type)
+    if pa.types.is_dictionary(kind):
+        return _holds_views(kind.value_type)
+    return _is_view(kind) or any(_holds_views(kind.field(at).type) for at in range(kind.num_fields))
+
+
+def _without(batch: pa.RecordBatch, found: pa.Array) -> pa.RecordBatch:
+    """A batch without the rows that were found; views, of which pyarrow filters nothing, by way of what it does."""
+    was = schema = batch.schema
+    for at, field in enumerate(was):
+        if _is_view(field.type):
+            wide = pa.large_string() if pa.types.is_string_view(field.type) else pa.large_binary()
+            schema = schema.set(at, field.with_type(wide))
+    if schema is was:
+        return batch.filter(pc.invert(found))
+    return batch.cast(schema).filter(pc.invert(found)).cast(was)
 
 
 def _targets(paths: list[str], inputs: Sequence[str], output: str | None) -> list[str | None]:
@@ -205,7 +281,7 @@ def _drop_rows(file: CaptionFile, captions: pa.Array, target: str | None, exampl
                         if len(examples) < SHOWN:
                             examples[caption] = None
                     if writer is not None:
-                        kept.append(batch.filter(pc.invert(found)))
+                        kept.append(_without(batch, found))
                 if writer is not None:
                     rest = pa.Table.from_batches(kept, source.schema_arrow)
                     writer.write_table(rest, row_group_size=max(rest.num_rows, 1))

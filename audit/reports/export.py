@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-
-from audit.base.storage import Folder
 
 EXPORTS = ("parquet", "jsonl", "csv")
 TABLES = {
@@ -33,6 +34,7 @@ READING = (
     "apostrophes and blanks it begins with = + - @ or their wide forms, or it begins with a tab or line break) has an "
     "apostrophe before it; programs should read parquet or JSONL."
 )
+_NOT_HELD = (ArithmeticError, ValueError, LookupError)  # what to_pylist raises: too far, broken, of an unknown zone
 _FORMULA = re.compile(r"'*\s*[=+\-@＝＋－＠]|'*[\t\r\n]")
 
 
@@ -48,28 +50,100 @@ def table_as(table: pa.Table, kind: str) -> bytes:
     """A table as the bytes of one file.
 
     Args:
-        kind: parquet (descriptions as column metadata), jsonl (one object a row, null for null) or csv (UTF-8,
-            RFC 4180, empty for null, `plain_text` cells).
+        kind: parquet (descriptions as column metadata, text for what it cannot hold), jsonl (one object a row, null
+            for null) or csv (UTF-8, RFC 4180, empty for null, `plain_text` cells).
     """
     if kind == "parquet":
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        return sink.getvalue().to_pybytes()
+        try:
+            return _parquet(table)
+        except pa.ArrowException:
+            return _parquet(_storable(table))
     if kind == "jsonl":
-        lines = (json.dumps(row, ensure_ascii=False, default=_json) for row in _rows(table))
+        lines = (_json(row) for row in rows_of(table))
         return "".join(f"{line}\n" for line in lines).encode("utf-8", "replace")
     return _csv(table)
 
 
-def _rows(table: pa.Table) -> list[dict[str, object]]:
-    return [{key: _finite(value) for key, value in row.items()} for row in table.to_pylist()]
+def _parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
 
 
-def _finite(value: object) -> object:
-    return None if isinstance(value, float) and value - value != 0 else value  # JSON has no NaN and no infinity
+def _storable(table: pa.Table) -> pa.Table:
+    """A table whose columns that parquet cannot hold (intervals, unions, seconds that are too many) are text."""
+    for at, field in enumerate(table.schema):
+        try:
+            _parquet(table.select([at]))
+        except pa.ArrowException:
+            texts = [None if value is None else _as_text(value) for value in _values(table.column(at))]
+            table = table.set_column(at, field.with_type(pa.string()), pa.array(texts, pa.string()))
+    return table
+
+
+def rows_of(table: pa.Table) -> list[dict[str, Any]]:
+    """A table's rows as `to_pylist` gives them, but dates and times that Python cannot hold, nested ones too, as text.
+
+    Such are years beyond 9999, which a caption file or DuckDB (`'infinity'::DATE`) may hold.
+    """
+    columns = [_values(column) for column in table.columns]
+    return [dict(zip(table.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    try:
+        return column.to_pylist()
+    except _NOT_HELD:
+        return [_value(each) for each in column]
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    """What a scalar holds, as Python has it or, of the smallest part that it has not, as text."""
+    try:
+        return scalar.as_py()
+    except _NOT_HELD:
+        kind = scalar.type
+    if pa.types.is_struct(kind):
+        return {field.name: _value(scalar[at]) for at, field in enumerate(kind)}
+    if pa.types.is_map(kind):
+        return [(_value(pair[0]), _value(pair[1])) for pair in scalar.values]
+    if pa.types.is_nested(kind) and not pa.types.is_union(kind):  # a list of any kind
+        return [_value(each) for each in scalar.values]
+    if not pa.types.is_temporal(kind):
+        inner = getattr(scalar, "value", None)  # of a dictionary, a union or an extension
+        return (
+            _value(inner) if isinstance(inner, pa.Scalar) else scalar.as_buffer().to_pybytes().decode(errors="replace")
+        )
+    if pa.types.is_duration(kind):
+        return str(np.timedelta64(scalar.value, kind.unit))
+    unit: Any = kind.unit if pa.types.is_timestamp(kind) else "ms" if pa.types.is_date64(kind) else "D"
+    text = str(np.datetime64(scalar.value, unit)).replace("T", " ")
+    return f"{text}+00:00" if getattr(kind, "tz", None) else text
 
 
 def _json(value: object) -> str:
+    return json.dumps(_plain(value), ensure_ascii=False, default=_text)
+
+
+def _plain(value: object) -> object:
+    """A value with what JSON can say in place of what it cannot, at any depth: it has no NaN and no infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value
+
+
+def _as_text(value: object) -> str:
+    """One value of any type as text."""
+    return _json(value) if isinstance(value, (list, dict)) else _text(value)
+
+
+def _text(value: object) -> str:
     return value.hex() if isinstance(value, bytes) else str(value)
 
 
@@ -79,7 +153,7 @@ def _csv(table: pa.Table) -> bytes:
     file = io.StringIO(newline="")
     writer = csv.writer(file, lineterminator="\r\n")
     writer.writerow([plain_text(name) for name in table.schema.names])
-    for row in _rows(table):
+    for row in rows_of(table):
         writer.writerow([_cell(value) for value in row.values()])
     return file.getvalue().encode("utf-8", "replace")
 
@@ -88,27 +162,20 @@ def _cell(value: object) -> object:
     if isinstance(value, bool):
         return str(value).lower()
     if value is None or isinstance(value, (int, float)):
-        return value
-    if isinstance(value, (list, dict)):
-        value = json.dumps(value, ensure_ascii=False, default=_json)
-    return plain_text(value if isinstance(value, str) else _json(value))
+        return _plain(value)
+    if isinstance(value, Decimal):
+        return format(value, "f")  # a number, its minus no formula
+    return plain_text(_as_text(value))
 
 
-def write_exports(
-    folder: Folder, tables: dict[str, pa.Table], formats: Sequence[str], facts: dict[str, Any]
-) -> list[str]:
-    """Write every table in every format into `exports/`, and a data set card; returns the names written.
+def make_exports(tables: dict[str, pa.Table], formats: Sequence[str], facts: dict[str, Any]) -> dict[str, bytes]:
+    """Every table in every format and a data set card, as bytes by name below the report; all in `exports/`.
 
     Args:
-        folder: of the report. tables: by file name without extension. formats: of EXPORTS. facts: report_facts.
+        tables: by file name without extension. formats: of EXPORTS. facts: report_facts.
     """
-    names = []
-    for stem, table in tables.items():
-        for kind in formats:
-            names.append(f"exports/{stem}.{kind}")
-            folder.write(names[-1], table_as(table, kind))
-    folder.write("exports/README.md", data_card(tables, formats, facts).encode())
-    return [*names, "exports/README.md"]
+    made = {f"exports/{stem}.{kind}": table_as(table, kind) for stem, table in tables.items() for kind in formats}
+    return {**made, "exports/README.md": data_card(tables, formats, facts).encode()}
 
 
 def data_card(tables: dict[str, pa.Table], formats: Sequence[str], facts: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from audit.base.claims import CLAIMS, held
 from audit.base.errors import AuditError
 from audit.base.options import option
 from audit.base.storage import Folder, join
-from audit.reports.export import EXPORTS, table_as, write_exports
+from audit.reports.export import EXPORTS, make_exports, table_as
 from audit.reports.facts import report_facts
 from audit.reports.flagged import find_flagged, picked_by
 from audit.reports.html import write_page
@@ -33,6 +33,9 @@ _OURS = (
     "report.js",
     "icon.svg",
 )
+
+
+_FACTS = {"format", "made", "run", "created", "digest", "version", "scanned", "verdicts"}  # of every version's facts
 
 
 @dataclass(frozen=True)
@@ -94,16 +97,18 @@ def report(config: ReportConfig) -> ReportSummary:
     own = config.thresholds is None  # a calibrated one is of the scan's scores, not of confirm's images
     flagged = find_flagged(run, cut.by, cut.threshold, config.top_k, cut.num_noises, confirmed=own)
     facts = report_facts(run, flagged)
+    exports = [name for name in config.format if name != "html"]
+    tables = {"flagged": flagged.table, "denylist": flagged.deny}
+    made = make_exports(tables, exports, facts) if exports else {}  # before anything of an earlier report goes
+    if "parquet" in exports and flagged.candidates.num_rows:
+        made["exports/candidates.parquet"] = table_as(flagged.candidates, "parquet")
+    files = list(made)
     with held(folder, CLAIMS, asdict(run.fingerprint), lambda: False, "writes a report here", None):
         for name in _OURS:
             folder.remove(name)
         folder.write("report.json", json.dumps(facts, indent=1).encode())  # first: it marks the folder as ours
-        exports = [name for name in config.format if name != "html"]
-        tables = {"flagged": flagged.table, "denylist": flagged.deny}
-        files = write_exports(folder, tables, exports, facts) if exports else []
-        if "parquet" in exports and flagged.candidates.num_rows:
-            files.append("exports/candidates.parquet")
-            folder.write(files[-1], table_as(flagged.candidates, "parquet"))
+        for name, data in made.items():
+            folder.write(name, data)
         stated = write_statement(folder, facts)
         if "html" in config.format:
             write_page(run, folder, flagged, facts, files)
@@ -127,7 +132,17 @@ def _check_output(folder: Folder) -> None:
     """
     if folder.local and folder.fs.isfile(folder.root):
         raise AuditError(f"-o {folder.url}: is a file; give a folder")
-    folder.sweep()  # of a report that was killed
     there = [name for name in folder.list() if not name.startswith(".") and name != CLAIMS]
-    if there and "report.json" not in there:
-        raise AuditError(f"-o {folder.url}: not empty and not a report (it has {there[0]}); give a new folder")
+    if there and not ("report.json" in there and _is_report(folder)):
+        seen = "a report.json of something else" if "report.json" in there else there[0]
+        raise AuditError(f"-o {folder.url}: not empty and not a report (it has {seen}); give a new folder")
+    folder.sweep()  # of a report that was killed
+
+
+def _is_report(folder: Folder) -> bool:
+    """Whether report.json is one of ours. Ours is written first and atomically: never torn, wherever a report ended."""
+    try:
+        found = json.loads(folder.read("report.json"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.keys() >= _FACTS

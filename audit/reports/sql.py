@@ -21,7 +21,7 @@ from audit.base.committed import Committed
 from audit.base.errors import AuditError
 from audit.base.identity import source_columns
 from audit.base.text import grid
-from audit.reports.export import table_as
+from audit.reports.export import rows_of, table_as
 from audit.run.read import RESOLVED, dataset, second_looks, window_means
 from audit.run.run import Run
 from audit.run.schema import (
@@ -289,15 +289,16 @@ def answer_as(table: pa.Table, kind: str) -> bytes:
     if kind in ("csv", "parquet"):
         return table_as(table, kind)
     if kind == "json":
-        lines = table_as(table, "jsonl").decode().splitlines()
+        lines = table_as(table, "jsonl").decode().split("\n")[:-1]  # a caption may hold other line ends
         return ("[" + ",\n ".join(lines) + "]\n").encode()
     return _text(table).encode(errors="replace")
 
 
 def _text(table: pa.Table, most: int = 200) -> str:
     """Aligned columns, numbers to the right, at most `most` rows."""
-    rows = [[_cell(value) for value in row.values()] for row in table.slice(0, most).to_pylist()]
-    numeric = [pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in table.schema.types]
+    rows = [[_cell(value) for value in row.values()] for row in rows_of(table.slice(0, most))]
+    kinds = (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)
+    numeric = [any(of(kind) for of in kinds) for kind in table.schema.types]
     lines = grid(table.schema.names, rows, numeric)
     if table.num_rows > most:
         lines.append(f"... {table.num_rows - most:,} more rows: --format csv, json or parquet gives all")

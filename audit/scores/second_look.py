@@ -21,7 +21,6 @@ from audit.run.run import Run
 from audit.run.schema import LOOKED_AT, SECOND_LOOK_COLUMNS
 from audit.run.select import SCORE_OF_SIZE_HELP, best_scores, score_of_size
 from audit.run.stage import SECOND_LOOK, SECOND_NULL_MAPS, Stage, run_stage
-from audit.run.status import not_begun as not_begun
 from audit.scores.model import load_run_model
 from audit.scores.null_maps import make_null_maps, read_null_maps
 from audit.scores.scorer import Scored, open_scorer, score_captions

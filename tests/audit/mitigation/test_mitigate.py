@@ -270,9 +270,18 @@ def test_a_prompt_is_shown_before_and_after(sd1: str, tmp_path: Path) -> None:
         (["--prompt", " "], "--prompt: is empty"),
         (["--prompt", "a cat", "--thresholds", "t.json"], "--thresholds: goes with a run, not with --prompt"),
         (["--prompt", "a cat", "-o", "/no/such/folder/x.png", "--iterations", "1"], "cannot be written"),
+        (["--prompt", "caf\udce9"], "--prompt: character 4 is not UTF-8"),
+        (["--prompt", "a cat", "--guidance-scale", "1e38"], "--prompt: the decoded picture is not finite"),
     ],
 )
 def test_mistakes_with_a_prompt_are_one_line(sd1: str, flags: list[str], says: str) -> None:
     done = CliRunner().invoke(cli, ["mitigate", "--model", sd1, "--steps", "2", "--device", "cpu", *flags])
     assert done.exit_code == 2
     assert says in done.output and "Traceback" not in done.output
+
+
+def test_a_picture_that_cannot_be_written_is_told_before_any_work(tmp_path: Path) -> None:
+    flags = ["mitigate", "--model", str(tmp_path / "no-such-model"), "--prompt", "a cat"]
+    for name in ("nodir/x.png", "x.docx"):
+        done = CliRunner().invoke(cli, [*flags, "-o", str(tmp_path / name)])
+        assert done.exit_code == 2 and "cannot be written" in done.output

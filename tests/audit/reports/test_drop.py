@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,6 +15,7 @@ from audit.base.errors import AuditError
 from audit.base.storage import Folder
 from audit.cli.commands import cli
 from audit.reports.drop import DropConfig, drop
+from audit.statistics.null import PICTURES, Null
 from tests.fabricate import add_confirm, make_run
 
 COPIED, LOCAL, CLEAN = "a copied sofa", "a poster copied in part", "a sofa of its own"
@@ -149,3 +152,77 @@ def test_what_it_cannot_do_is_one_line(work: Path) -> None:
     make_run(work / "other", ["a", "b"], scores=[1.0, 2.0])
     with pytest.raises(AuditError, match=r"no verdicts yet: run `be-audit confirm"):
         drop(DropConfig(str(work / "other" / "RUN"), (str(work / "table.parquet"),)))
+
+
+def test_a_table_that_was_not_scanned_is_read_by_the_run_s_column(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [COPIED, LOCAL, CLEAN], scores=[3.0, 2.0, 1.0])
+    add_confirm(run, ["global", "local", "none"])
+    facts = json.loads((tmp_path / "RUN/run.json").read_text())
+    facts["config"]["caption_col"] = None  # found by its name
+    (tmp_path / "RUN/run.json").write_text(json.dumps(facts))
+    texts = [COPIED, CLEAN, LOCAL]
+    pq.write_table(pa.table({"TEXT": ["raw alt"] * 3, "caption": texts}), tmp_path / "x.parquet")
+    done = CliRunner().invoke(cli, ["drop", run.url, str(tmp_path / "x.parquet"), "-o", str(tmp_path / "y.parquet")])
+    assert done.exit_code == 0 and "2 of 3 rows dropped" in done.output and "column 'caption'" in done.output
+    assert pq.read_table(tmp_path / "y.parquet")["caption"].to_pylist() == [CLEAN]
+    pq.write_table(pa.table({"TEXT": texts, "alt": ["raw alt"] * 3}), tmp_path / "z.parquet")
+    done = CliRunner().invoke(cli, ["drop", run.url, str(tmp_path / "z.parquet")])
+    assert done.exit_code == 0 and "2 of 3 rows would go; captions: column 'TEXT'" in done.output
+
+
+def test_that_no_table_has_any_of_the_captions_is_said(work: Path) -> None:
+    pq.write_table(pa.table({"TEXT": ["raw alt"], "caption": [COPIED]}), work / "x.parquet")
+    flags = ["drop", str(work / "RUN"), "--caption-col", "TEXT"]
+    done = CliRunner().invoke(cli, [*flags, str(work / "x.parquet")])
+    assert done.exit_code == 0 and "none of the 2 captions to drop is in any table given" in done.output
+    done = CliRunner().invoke(cli, [*flags, str(work / "x.parquet"), str(work / "table.parquet")])
+    assert done.exit_code == 0 and "none of the" not in done.output
+
+
+def test_rows_that_could_not_be_judged_are_said(tmp_path: Path) -> None:
+    captions = [COPIED, CLEAN, "c", "failed", "failed"]
+    run = make_run(tmp_path, captions, scores=[5.0, 4.0, 3.0, 2.0, 2.0], failed=[3])
+    add_confirm(run, ["global", "no_reference", "none"])
+    pq.write_table(pa.table({"caption": captions}), tmp_path / "x.parquet")
+    done = CliRunner().invoke(cli, ["drop", run.url, str(tmp_path / "x.parquet"), "-o", str(tmp_path / "y.parquet")])
+    assert done.exit_code == 3 and pq.read_table(tmp_path / "y.parquet").num_rows == 4
+    assert "2 rows could not be scored" in done.output
+    assert (
+        "1 candidates could be compared with no training picture" in done.output
+        and "have no verdict" not in done.output
+    )
+
+
+def test_candidates_without_a_verdict_and_a_null_made_without_pictures_are_said(tmp_path: Path) -> None:
+    run = make_run(tmp_path, [COPIED, CLEAN, "c"], scores=[3.0, 2.0, 1.0])
+    add_confirm(
+        run, ["global", "none"], null=Null.of(PICTURES, np.linspace(0.3, 0.9, 400), 0.01).without([4, 9], "gone")
+    )
+    pq.write_table(pa.table({"caption": [COPIED]}), tmp_path / "x.parquet")
+    done = CliRunner().invoke(cli, ["drop", run.url, str(tmp_path / "x.parquet")])
+    assert done.exit_code == 3 and "2 training pictures that the local threshold should rest on" in done.output
+    undecided = make_run(tmp_path / "u", [COPIED, CLEAN, "c"], scores=[3.0, 2.0, 1.0])
+    add_confirm(undecided, ["global", "none"], decided=False)
+    done = CliRunner().invoke(cli, ["drop", undecided.url, str(tmp_path / "x.parquet"), "--threshold", "2.5"])
+    assert done.exit_code == 3 and "2 candidates have no verdict" in done.output
+
+
+def test_views_stay_views(work: Path) -> None:
+    texts = [CLEAN, COPIED, None, LOCAL]
+    values = [pa.array(texts, pa.string_view()), pa.array([b"a", b"b", b"c", None], pa.binary_view()), range(4)]
+    table = pa.table(dict(zip(("TEXT", "bytes", "n"), values, strict=True)))
+    pq.write_table(table, work / "x.parquet")
+    drop(DropConfig(str(work / "RUN"), (str(work / "x.parquet"),), str(work / "y.parquet")))
+    before, after = pq.read_table(work / "x.parquet"), pq.read_table(work / "y.parquet")
+    assert before.schema.field("TEXT").type == pa.string_view() and after.schema.equals(before.schema)
+    assert after.to_pylist() == [row for at, row in enumerate(before.to_pylist()) if at in (0, 2)]
+
+
+def test_views_in_lists_are_refused_before_anything_is_written(work: Path) -> None:
+    nested = pa.array([["a"], ["b"]], pa.list_(pa.string_view()))
+    pq.write_table(pa.table({"TEXT": [CLEAN, COPIED], "tags": nested}), work / "x.parquet")
+    tables = (str(work / "table.parquet"), str(work / "x.parquet"))
+    with pytest.raises(AuditError, match=r"x\.parquet: column 'tags' is list<.*string_view>"):
+        drop(DropConfig(str(work / "RUN"), tables, str(work / "out")))
+    assert not (work / "out").exists()
+    assert [dropped for *_, dropped, _ in drop(DropConfig(str(work / "RUN"), tables)).files] == [5, 1]

@@ -6,16 +6,19 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
+from click.testing import CliRunner
 
 from audit.base.errors import AuditError
 from audit.base.identity import source_columns
+from audit.cli.commands import cli
 from audit.reports.facts import report_facts
-from audit.reports.flagged import find_flagged
+from audit.reports.flagged import Flagged, find_flagged
 from audit.reports.groups import group_captions
 from audit.reports.html import render
 from audit.reports.pictures import mask_url
@@ -175,6 +178,64 @@ def test_mistakes_are_refused_before_anything_is_written(tmp_path: Path) -> None
     empty = make_run(tmp_path / "empty", CAPTIONS, shards=0)
     with pytest.raises(AuditError, match="no shard is done yet"):
         report(ReportConfig(run=empty.url))
+
+
+@pytest.mark.parametrize("told", ['{"my":"report"}', "", '{"made":', "[]", '["digest"]', "[" * 100_000, "\ud800"])
+def test_a_folder_with_a_report_json_of_someone_else_is_left_as_it_is(tmp_path: Path, told: str) -> None:
+    run = make_run(tmp_path, CAPTIONS)
+    mine = tmp_path / "mine"
+    for name in ("pictures/holiday.jpg", "exports/a.csv", "rows/1", "index.html"):
+        (mine / name).parent.mkdir(parents=True, exist_ok=True)
+        (mine / name).write_text("do not touch")
+    (mine / "report.json").write_bytes(told.encode("utf-8", "surrogatepass"))
+    before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
+    with pytest.raises(AuditError, match=r"not a report \(it has a report\.json of something else\)"):
+        report(ReportConfig(run=run.url, output=str(mine)))
+    assert {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()} == before
+    assert CliRunner().invoke(cli, ["report", run.url, "-o", str(mine)]).exit_code == 2
+
+
+def test_a_report_that_was_killed_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, CAPTIONS)
+    asked = ReportConfig(run=run.url, output=str(tmp_path / "out"))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("audit.reports.report.write_statement", killed)
+        report(asked)
+    assert not (tmp_path / "out/index.html").exists()
+    report(asked)
+    assert (tmp_path / "out/index.html").exists()
+
+
+def test_an_earlier_report_stays_where_the_next_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, CAPTIONS)
+    report(ReportConfig(run=run.url))
+    before = {path: path.read_bytes() for path in (tmp_path / "RUN/report").rglob("*") if path.is_file()}
+
+    def broken(*_: object) -> bytes:
+        raise OverflowError("date value out of range")
+
+    monkeypatch.setattr("audit.reports.export.table_as", broken)
+    with pytest.raises(OverflowError):
+        report(ReportConfig(run=run.url))
+    assert {path: path.read_bytes() for path in (tmp_path / "RUN/report").rglob("*") if path.is_file()} == before
+
+
+def test_kept_dates_beyond_python_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, CAPTIONS)
+
+    def dated(*given: Any, **named: Any) -> Flagged:
+        found = find_flagged(*given, **named)
+        dates = pa.array([2**60] * found.table.num_rows, pa.int64()).view(pa.timestamp("us"))
+        return replace(found, table=found.table.append_column("taken", dates))
+
+    monkeypatch.setattr("audit.reports.report.find_flagged", dated)
+    report(ReportConfig(run=run.url, top_k=2))
+    lines = (tmp_path / "RUN/report/exports/flagged.jsonl").read_text().splitlines()
+    assert [json.loads(line)["taken"] for line in lines] == ["38504-08-17 21:30:06.846976"] * 2
 
 
 def test_pictures_of_training_size_become_small_files(tmp_path: Path) -> None:

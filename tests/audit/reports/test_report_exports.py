@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import duckdb
@@ -61,6 +62,97 @@ def test_harmless_cells_are_left_alone(text: str) -> None:
 
 def test_numbers_keep_their_sign_in_csv() -> None:
     assert table_as(pa.table({"n": [-1.5, None]}), "csv") == b'n\r\n-1.5\r\n""\r\n'
+
+
+def test_decimals_are_numbers_in_every_format() -> None:
+    held = [Decimal("-1.50"), Decimal("2.00"), Decimal("0.00"), None]
+    table = pa.table({"d": pa.array(held, pa.decimal128(20, 2)), "x": [1, 2, 3, 4]})
+    assert table_as(table, "csv").decode().split("\r\n") == ["d,x", "-1.50,1", "2.00,2", "0.00,3", ",4", ""]
+    lines = [json.loads(line) for line in table_as(table, "jsonl").decode().splitlines()]
+    assert [row["d"] for row in lines] == [-1.5, 2, 0, None] and isinstance(lines[1]["d"], int)
+    tiny = pa.table({"d": pa.array([Decimal("-0.00000001")], pa.decimal128(20, 8))})
+    assert table_as(tiny, "csv") == b"d\r\n-0.00000001\r\n"
+    huge = pa.table({"d": pa.array([Decimal(10**37 + 1)], pa.decimal128(38, 0))})
+    assert table_as(huge, "jsonl").decode() == f'{{"d": {10**37 + 1}}}\n'
+    nested = pa.table({"d": pa.array([[Decimal("-1.50")]], pa.list_(pa.decimal128(20, 2)))})
+    assert table_as(nested, "jsonl") == b'{"d": [-1.5]}\n' and table_as(nested, "csv") == b"d\r\n[-1.5]\r\n"
+
+
+def test_what_json_has_no_number_for_is_null_at_any_depth() -> None:
+    bad = [float("nan"), float("inf"), -float("inf"), 1.5]
+    table = pa.table(
+        {
+            "top": bad[:1],
+            "list": [bad],
+            "deep": [[{"a": bad}]],
+            "map": pa.array([[("k", bad[1])]], pa.map_(pa.string(), pa.float64())),
+        }
+    )
+
+    def refused(name: str) -> object:
+        raise AssertionError(f"{name} is not JSON")
+
+    row = json.loads(table_as(table, "jsonl"), parse_constant=refused)
+    safe = [None, None, None, 1.5]
+    assert row == {"top": None, "list": safe, "deep": [{"a": safe}], "map": [["k", None]]}
+    (cells,) = csv.DictReader(table_as(table, "csv").decode().splitlines())
+    assert cells["top"] == "" and json.loads(cells["deep"], parse_constant=refused) == [{"a": safe}]
+
+
+def far(kind: pa.DataType, value: int) -> pa.Array:
+    """A date or time further than Python's, and one that it holds."""
+    storage = pa.int32() if kind == pa.date32() else pa.int64()
+    return pa.array([value, 0, None], storage).view(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "text", "near"),
+    [
+        (pa.timestamp("us"), 2**60, "38504-08-17 21:30:06.846976", "1970-01-01 00:00:00"),
+        (pa.timestamp("us", "UTC"), 2**60, "38504-08-17 21:30:06.846976+00:00", "1970-01-01 00:00:00+00:00"),
+        (pa.timestamp("s"), 2**62, "146138514283-06-19 07:45:04", "1970-01-01 00:00:00"),
+        (pa.date32(), 2**30, "2941775-04-07", "1970-01-01"),
+        (pa.duration("s"), 2**62, "4611686018427387904 seconds", "0:00:00"),
+    ],
+    ids=str,
+)
+def test_dates_beyond_python_are_text(kind: pa.DataType, value: int, text: str, near: str) -> None:
+    dates = far(kind, value)
+    nested = pa.ListArray.from_arrays([0, 3, 3, 3], dates)
+    keys = pa.array(["a", "b", "c"])
+    table = pa.table(
+        {
+            "d": dates,
+            "list": nested,
+            "struct": pa.StructArray.from_arrays([dates, keys], ["when", "key"]),
+            "map": pa.MapArray.from_arrays([0, 1, 2, 3], keys, dates),
+            "of": pa.DictionaryArray.from_arrays(pa.array([0, 1, 2]), dates),
+        }
+    )
+    rows = [json.loads(line) for line in table_as(table, "jsonl").decode().splitlines()]
+    assert [row["d"] for row in rows] == [row["of"] for row in rows] == [text, near, None]
+    assert [row["list"] for row in rows] == [[text, near, None], [], []]
+    assert [row["struct"] for row in rows] == [
+        {"when": text, "key": "a"},
+        {"when": near, "key": "b"},
+        {"when": None, "key": "c"},
+    ]
+    assert [row["map"] for row in rows] == [[["a", text]], [["b", near]], [["c", None]]]
+    cells = list(csv.DictReader(table_as(table, "csv").decode().splitlines()))
+    assert [row["d"] for row in cells] == [text, near, ""]
+    stored = pq.read_table(pa.BufferReader(table_as(table.select(["d"]), "parquet")))["d"]
+    held = pa.types.is_temporal(stored.type) or pa.types.is_integer(stored.type)
+    assert stored.null_count == 1 and (held or stored.to_pylist() == [text, near, None])
+
+
+def test_what_parquet_cannot_hold_is_text_there() -> None:
+    spans = pa.array([pa.MonthDayNano([1, 2, 3]), None])
+    described = pa.field("s", spans.type, metadata={"description": "how long"})
+    table = pa.table([pa.array([1, 2]), spans], schema=pa.schema([pa.field("n", pa.int64()), described]))
+    stored = pq.read_table(pa.BufferReader(table_as(table, "parquet")))
+    assert stored["n"].to_pylist() == [1, 2] and stored["s"].type == pa.string()
+    assert stored["s"].to_pylist() == ["MonthDayNano(months=1, days=2, nanoseconds=3)", None]
+    assert stored.schema.field("s").metadata[b"description"] == b"how long"
 
 
 def test_order_is_stable_and_documented(exports: Path) -> None:

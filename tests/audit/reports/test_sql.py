@@ -301,6 +301,43 @@ def test_the_command_lists_prints_and_writes(run: Run, tmp_path: Path) -> None:
     assert ask(cli, ["sql", "flagged", str(tmp_path)]).exit_code == 2
 
 
+def test_json_is_split_at_line_feeds_alone() -> None:
+    captions = ["a\u2028b\u2029c\u0085d", "e\x0bf\x0cg\x1ch\x1di\x1ej\r\nk", ""]
+    assert json.loads(answer_as(pa.table({"c": captions}), "json")) == [{"c": caption} for caption in captions]
+    assert json.loads(answer_as(pa.table({"c": pa.array([], pa.string())}), "json")) == []
+
+
+def test_answers_that_python_has_no_dates_for_are_printed(run: Run, tmp_path: Path) -> None:
+    query = tmp_path / "far.sql"
+    query.write_text(
+        "SELECT 'infinity'::DATE AS a, TIMESTAMP '99999-01-01' AS b, [DATE '99999-01-02'] AS c, "
+        "{'d': TIMESTAMPTZ '99999-01-03 00:00:00+00', 'e': DATE '2000-01-04'} AS d, "
+        "MAP {'k': DATE '99999-01-05'} AS e, union_value(num := DATE '99999-01-06') AS f"
+    )
+    wanted = {
+        "a": "5881580-07-11",  # the day DuckDB keeps for it
+        "b": "99999-01-01 00:00:00.000000",
+        "c": ["99999-01-02"],
+        "d": {"d": "99999-01-03 00:00:00.000000+00:00", "e": "2000-01-04"},
+        "e": [["k", "99999-01-05"]],
+        "f": "99999-01-06",
+    }
+    answer = run_query(str(query), run.url)
+    assert json.loads(answer_as(answer, "json")) == [wanted]
+    for kind in ("table", "csv"):
+        text = answer_as(answer, kind).decode()
+        assert all(day in text for day in ("5881580-07-11", "99999-01-01", "99999-01-02", "99999-01-06"))
+
+
+def test_sums_are_numbers(run: Run, tmp_path: Path) -> None:
+    query = tmp_path / "sum.sql"
+    query.write_text("SELECT sum(n::HUGEINT) AS whole, sum(-n::DECIMAL(9, 2) / 2) AS part FROM range(4) t(n)")
+    answer = run_query(str(query), run.url)
+    assert json.loads(answer_as(answer, "json")) == [{"whole": 6, "part": -3}]
+    assert answer_as(answer.select(["whole"]), "csv") == b"whole\r\n6\r\n"
+    assert answer_as(answer.select(["whole"]), "table").decode().splitlines()[-1].endswith("    6")
+
+
 def test_a_table_for_a_terminal_is_aligned_and_holds_no_control_characters() -> None:
     table = pa.table({"name": ["a\x1b[31m\nb", None], "value": [1.23456, 100.0]})
     assert (
