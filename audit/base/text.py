@@ -1,11 +1,14 @@
-"""Durations, sizes and tables, for people."""
+"""Durations, sizes, tables and cells, for people."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import humanize
 from tabulate import tabulate
+
+_FORMULA = re.compile(r"'*\s*[=+\-@＝＋－＠]|'*[\t\r\n]")
 
 
 def duration(seconds: float) -> str:
@@ -34,3 +37,11 @@ def grid(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[boo
 def reasons(counts: Mapping[str, int]) -> str:
     """`2 hidden, 1 of other kinds`: how much was left out, by reason."""
     return ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items()))
+
+
+def plain_text(value: str) -> str:
+    """A cell that no spreadsheet takes for a formula: one apostrophe goes before what could start one.
+
+    Undone by taking one apostrophe away from a cell that matches the same rule: `'*\\s*[=+-@]`.
+    """
+    return "'" + value if _FORMULA.match(value) else value

@@ -287,15 +287,17 @@ def calibrate(ctx: click.Context, **values: Any) -> None:
 
 @cli.command()
 @options_from(EvaluateConfig)
-def evaluate(**values: Any) -> None:
+@click.pass_context
+def evaluate(ctx: click.Context, **values: Any) -> None:
     """Measure every score and verdict of a run against labels.
 
-    AUC, best F1, TPR at a low FPR, with bootstrap intervals, and plots.
+    AUC, best F1, TPR at a low FPR, with bootstrap intervals, and plots. Of a run that is not finished it exits 3.
     """
 
     done = run_evaluate(config_of(EvaluateConfig, values))
     click.echo("\n".join(done.lines()))
     click.echo(f"Written: {', '.join(done.files)}")
+    ctx.exit(done.exit_code)
 
 
 @cli.command()

@@ -16,18 +16,32 @@ from numpy.typing import NDArray
 
 from audit.base.progress import Progress
 from audit.base.storage import Folder, join
-from audit.base.text import grid
+from audit.base.text import grid, plain_text
 from audit.evaluation.config import EvaluateConfig
 from audit.evaluation.labels import Truth, is_clean, match_labels, memorised_types
 from audit.evaluation.plots import distribution_plot, roc_plot
-from audit.evaluation.series import BASELINE, NOT_CONFIRMED, SECOND_LOOK, Series, aligned, covered, find_series
+from audit.evaluation.series import (
+    BASELINE,
+    NOT_CONFIRMED,
+    SECOND_LOOK,
+    UNDECIDED,
+    Series,
+    aligned,
+    covered,
+    find_series,
+)
 from audit.run.read import read_stage
 from audit.run.run import Run, check_writable
+from audit.run.stage import CONFIRM, MITIGATE, STAGES, TRAJECTORIES, Stage
+from audit.run.status import not_begun, run_status
 from audit.statistics.intervals import Statistic, cluster_bootstrap, paired_bootstrap
 from audit.statistics.metrics import Confusion, auc, best_f1, confusion, max_f1, roc, tpr_at_fpr
 
 Curves = Mapping[str, Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]]
 Distributions = Mapping[str, Mapping[str, NDArray[np.float64]]]
+
+OUTPUTS = ("evaluation.csv", "verdicts.csv", "roc.png", "scores.png", "evaluation.json")
+"""What an evaluation may write; the last says that the others are of one."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +87,8 @@ class Evaluation:
 
     Attributes:
         labels: distinct captions by label. figures: a row a score and type. verdicts: labels against verdicts, None
-            without a confirm. notes: what was left out, a sentence each. files: what was written.
+            without a confirm. notes: what was left out, a sentence each. files: what was written. unfinished: what of
+            the run is not done; the notes say it too.
     """
 
     output: str
@@ -82,6 +97,12 @@ class Evaluation:
     verdicts: Confusion | None
     notes: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
+    unfinished: list[str] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """3 when the run is not finished, else 0."""
+        return 3 if self.unfinished else 0
 
     def lines(self) -> list[str]:
         """For a terminal: a row a score, then the verdicts and the notes."""
@@ -108,14 +129,16 @@ class Evaluation:
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Compare a run's scores and verdicts with labels; writes tables (CSV, JSON) and plots (PNG).
 
-    Duplicates count once: a row of the sample is a distinct caption. Same seed, same figures.
+    Duplicates count once: a row of the sample is a distinct caption. Same seed, same figures. Of a run that is not
+    finished it measures what is there, and says so.
 
     Raises:
-        AuditError: no run, no or unreadable labels, a class that no caption has, contradicting labels.
+        AuditError: no run, no or unreadable labels, a class that no caption has, contradicting labels or clusters.
     """
     run = Run.open(config.run)
-    truth, notes = match_labels(run, config)
-    types = memorised_types(truth.labels, config)
+    unfinished = _unfinished(run)  # before anything is read: what is done meanwhile may be missed
+    truth, notes = match_labels(run, config, unfinished)
+    types = memorised_types(truth.labels, config, unfinished)
     clean = is_clean(truth.labels, config)
     series = list(find_series(run, truth.row_ids))
     base = next(each for each in series if each.stage == "scan" and each.score == BASELINE)
@@ -146,7 +169,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         for (stage, name, missing), scores in left_out.items()
     ]
     notes += _size_notes(int(clean.sum()))
-    found = Evaluation(output, counts, figures, _verdicts(run, truth), notes)
+    notes += [f"Not finished: {line}." for line in unfinished]
+    found = Evaluation(output, counts, figures, _verdicts(run, truth), notes, unfinished=unfinished)
     distributions = {
         f"{each.stage} {each.score}": {
             label: aligned(each, truth.row_ids)[truth.labels == label] for label in counts if label
@@ -188,11 +212,26 @@ def measure(
     )
 
 
+def _unfinished(run: Run) -> list[str]:
+    """What of a run's scores and verdicts is still to come, in words; [] where nothing is."""
+    lines = not_begun(run, [kind for kind in STAGES.values() if kind != MITIGATE])  # nothing of that is measured here
+    for stage in run_status(run.url).stages:
+        if stage.stage == MITIGATE.name:
+            continue
+        if not stage.complete:
+            lines.append(f"{stage.stage}: {stage.done:,} of {stage.shards:,} shards are done")
+        lines += [f"{stage.stage}: shard {shard} was given up: {error}" for shard, error in stage.errors.items()]
+    if Stage.find(run, TRAJECTORIES) is not None and Stage.find(run, CONFIRM) is None:
+        lines.append(f"{CONFIRM.name}: not begun yet")
+    return lines
+
+
 def _verdicts(run: Run, truth: Truth) -> Confusion | None:
-    table = read_stage(run, "confirm", ["row_id", "verdict"])
-    if table is None:
+    stage, table = Stage.find(run, CONFIRM), read_stage(run, "confirm", ["row_id", "verdict"])
+    if stage is None or table is None:
         return None
-    verdict = dict(zip(table["row_id"].to_pylist(), table["verdict"].to_pylist(), strict=True))
+    verdict = dict.fromkeys(stage.items["row_id"].to_pylist(), UNDECIDED)
+    verdict.update(zip(table["row_id"].to_pylist(), table["verdict"].to_pylist(), strict=True))
     return confusion(truth.labels.tolist(), [verdict.get(row, NOT_CONFIRMED) for row in truth.row_ids.tolist()])
 
 
@@ -210,7 +249,8 @@ def _write(found: Evaluation, config: EvaluateConfig, curves: Curves, distributi
     folder = Folder(found.output)
     rows = [asdict(figure) for figure in found.figures]
     files = {"evaluation.csv": _csv(list(rows[0]) if rows else [], [list(row.values()) for row in rows])}
-    facts: dict[str, Any] = {"config": asdict(config), "labels": found.labels, "notes": found.notes, "scores": rows}
+    facts: dict[str, Any] = {"config": asdict(config), "labels": found.labels, "notes": found.notes}
+    facts |= {"unfinished": found.unfinished, "scores": rows}
     if found.verdicts:
         body = zip(found.verdicts.labels, found.verdicts.counts.tolist(), strict=True)
         files["verdicts.csv"] = _csv(["label", *found.verdicts.verdicts], [[label, *counts] for label, counts in body])
@@ -219,10 +259,15 @@ def _write(found: Evaluation, config: EvaluateConfig, curves: Curves, distributi
             for label, counts in zip(found.verdicts.labels, found.verdicts.counts.tolist(), strict=True)
         }
     files["evaluation.json"] = json.dumps(finite(facts), indent=1, allow_nan=False).encode()
-    if curves:
+    if folder.exists(OUTPUTS[-1]):  # an earlier evaluation's, which may have had more
+        for name in OUTPUTS:
+            folder.remove(name)
+    for name in sorted(files, key=OUTPUTS.index, reverse=True):
+        folder.write(name, files[name])
+    if curves:  # the tables are safe by now
         files["roc.png"], files["scores.png"] = roc_plot(curves), distribution_plot(distributions)
-    for name, data in files.items():
-        folder.write(name, data)
+        folder.write("roc.png", files["roc.png"])
+        folder.write("scores.png", files["scores.png"])
     found.files.extend(join(folder.url, name) for name in files)
     return found
 
@@ -239,7 +284,8 @@ def finite(value: Any) -> Any:
 def _csv(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> bytes:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerows([head, *rows])
+    for row in (head, *rows):
+        writer.writerow([plain_text(cell) if isinstance(cell, str) else cell for cell in row])
     return buffer.getvalue().encode()
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -29,14 +30,19 @@ class Truth:
     clusters: NDArray[np.object_] | None
 
 
-def match_labels(run: Run, config: EvaluateConfig) -> tuple[Truth, list[str]]:
-    """Labels joined to the run's scored distinct captions, and notes on what was left out."""
+def match_labels(run: Run, config: EvaluateConfig, unfinished: Sequence[str] = ()) -> tuple[Truth, list[str]]:
+    """Labels joined to the run's scored distinct captions, and notes on what was left out.
+
+    Args:
+        unfinished: what of the run is not done, if anything: what is missing may then still come.
+    """
     if config.key is not None and config.key not in run.plan.keep_cols:
         kept = ", ".join(run.plan.keep_cols) or "none"
         raise AuditError(
             f"--key {config.key}: the run kept {kept}; scan with --keep-cols {config.key}, or join by caption"
         )
     labels = read_labels(config)
+    _check_names(config, {label for label, _ in labels.values()})
     columns = ["row_id", "caption", "status", "duplicate_of"]
     table = read_scores(run, [*columns, *([config.key] if config.key else [])])
     names = table[config.key or "caption"].cast(pa.string()).to_pylist()
@@ -49,22 +55,22 @@ def match_labels(run: Run, config: EvaluateConfig) -> tuple[Truth, list[str]]:
         matched.add(name)
         if status != "ok":
             unscored += 1
-        elif chosen.setdefault(first, labels[name])[0] != labels[name][0]:
-            raise AuditError(
-                f"{config.labels}: equal captions are labelled {chosen[first][0]!r} and {labels[name][0]!r} "
-                f"({config.key or 'caption'} {name[:60]!r}): give a caption one label"
-            )
+        else:
+            more = f" ({config.key or 'caption'} {name[:60]!r})"
+            chosen[first] = _agreed(chosen.get(first), labels[name], f"{config.labels}: equal captions are", more)
     if not chosen:
         raise AuditError(
             f"{config.labels}: none of its {len(labels):,} {config.key or 'caption'}s is of a scored caption of "
-            f"{run.url}: join by another --key, or name the right run"
+            f"{run.url}: join by another --key, or name the right run{so_far(unfinished)}"
         )
     notes = []
+    whole = len(np.unique(table["row_id"].to_numpy() >> 32)) == len(run.plan)
+    scope = "of the run" if whole else "scanned so far"
     if len(matched) < len(labels):
-        notes.append(f"{len(labels) - len(matched):,} of {len(labels):,} labels match no caption of the run.")
+        notes.append(f"{len(labels) - len(matched):,} of {len(labels):,} labels match no caption {scope}.")
     without = len(set(firsts)) - len(chosen)
     if without:
-        notes.append(f"{without:,} distinct captions of the run are not scored or have no label: left out.")
+        notes.append(f"{without:,} distinct captions {scope} are not scored or have no label: left out.")
     if unscored:
         notes.append(f"{unscored:,} labelled rows have no scores (failed, empty or not scanned yet).")
     ids = np.array(sorted(chosen), np.int64)
@@ -76,7 +82,7 @@ def read_labels(config: EvaluateConfig) -> dict[str, tuple[str, str | None]]:
     """Caption or key -> (label, cluster), from any format that scan reads; rows without a label are left out.
 
     Raises:
-        AuditError: no file, no such column, or one caption with two labels.
+        AuditError: no file, no such column or one that is no text, or one caption with two labels or two clusters.
     """
     if config.labels is None:
         raise AuditError("--labels FILE: give a file with a caption and a label a row")
@@ -89,6 +95,9 @@ def read_labels(config: EvaluateConfig) -> dict[str, tuple[str, str | None]]:
             raise AuditError(f"{config.labels}: no column {name!r}; it has {', '.join(schema.names)}: pass {flag} NAME")
         if name == "caption":  # what is joined by has this name here
             raise AuditError(f"{config.labels}: {flag} caption: give the column another name")
+        kind = schema.field(name).type if schema.names.count(name) == 1 else pa.string()
+        if pa.types.is_nested(kind):
+            raise AuditError(f"{config.labels}: {flag} {name}: the column is {kind}: name one with a value a row")
     found: dict[str, tuple[str, str | None]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         staging = Folder(temporary)
@@ -102,50 +111,87 @@ def read_labels(config: EvaluateConfig) -> dict[str, tuple[str, str | None]]:
         )
         for shard in range(len(plan)):
             table = read_shard(plan, shard, staging)
-            columns = [_as_text(table[name]).to_pylist() for name in ("caption", *wanted)]
+            columns = [table["caption"].to_pylist()]
+            for flag, name in zip(("--label-col", "--cluster-col"), wanted, strict=False):
+                columns.append(_as_text(table[name], f"{config.labels}: {flag} {name}"))
             for name, label, *cluster in zip(*columns, strict=True):
-                if name is None or not label:
-                    continue
-                pair = (label, cluster[0] if cluster else None)
-                if found.setdefault(name, pair)[0] != label:
-                    raise AuditError(
-                        f"{config.labels}: {name[:60]!r} is labelled {found[name][0]!r} and {label!r}: "
-                        "give it one label"
-                    )
+                if name is not None and label:
+                    pair = (label, cluster[0] if cluster else None)
+                    found[name] = _agreed(found.get(name), pair, f"{config.labels}: {name[:60]!r} is")
     return found
 
 
-def _as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """As strings; no number is no label."""
-    if pa.types.is_floating(column.type):
-        column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
-    return column.cast(pa.string())
-
-
-def is_clean(labels: NDArray[np.object_], config: EvaluateConfig) -> NDArray[np.bool_]:
-    names = {name.casefold() for name in config.clean}
-    return np.array([str(label).casefold() in names for label in labels], bool)
-
-
-def memorised_types(labels: NDArray[np.object_], config: EvaluateConfig) -> dict[str, list[str]]:
-    """Type -> labels of it: `all` first where there are several, then each memorised label by itself.
+def _agreed(
+    known: tuple[str, str | None] | None, other: tuple[str, str | None], who: str, more: str = ""
+) -> tuple[str, str | None]:
+    """Label and cluster of a caption that was met before, where both say the same; one that says none agrees.
 
     Raises:
-        AuditError: no memorised or no clean caption, or a --positive that no caption has.
+        AuditError: they do not.
     """
-    clean, there = is_clean(labels, config), sorted(set(labels))
-    memorised = sorted(set(labels[~clean]))
-    unknown = [name for name in config.positive if name not in memorised]
+    if known is None:
+        return other
+    if known[0] != other[0]:
+        raise AuditError(f"{who} labelled {known[0]!r} and {other[0]!r}{more}: give a caption one label")
+    if known[1] is not None and other[1] is not None and known[1] != other[1]:
+        raise AuditError(f"{who} in the clusters {known[1]!r} and {other[1]!r}{more}: give a caption one cluster")
+    return known[0], other[1] if known[1] is None else known[1]
+
+
+def _as_text(column: pa.ChunkedArray, what: str) -> list[str | None]:
+    """As strings without blanks around them; no number and blanks alone are no value."""
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+    try:
+        values = column.cast(pa.string()).to_pylist()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as error:
+        reason = "bytes that are not UTF-8" if isinstance(error, ValueError) else "no text and no number"
+        raise AuditError(f"{what}: the column is {column.type}, {reason}: name a column of text") from error
+    return [(value.strip() or None) if value is not None else None for value in values]
+
+
+def _check_names(config: EvaluateConfig, there: set[str]) -> None:
+    """Raise AuditError for a --clean or --positive that no label of the file is; --clean's default may name others."""
+    known = {label.casefold() for label in there}
+    default = next(place.default for place in fields(EvaluateConfig) if place.name == "clean")
+    unknown = [name for name in config.clean if name.strip().casefold() not in known]
+    if unknown and config.clean != default:
+        raise AuditError(f"--clean {unknown[0]}: no such label; there are {', '.join(sorted(there)) or 'none'}")
+    memorised = sorted(label for label in there if not is_clean(np.array([label], object), config)[0])
+    unknown = [name for name in config.positive if name.strip() not in memorised]
     if unknown:
         raise AuditError(
             f"--positive {unknown[0]}: no such memorised label; there are {', '.join(memorised) or 'none'}"
         )
-    memorised = [name for name in memorised if not config.positive or name in config.positive]
+
+
+def so_far(unfinished: Sequence[str]) -> str:
+    """What a message ends in where it may be so only because the run is not finished."""
+    return f" (the run is not finished: {'; '.join(unfinished)})" if unfinished else ""
+
+
+def is_clean(labels: NDArray[np.object_], config: EvaluateConfig) -> NDArray[np.bool_]:
+    names = {name.strip().casefold() for name in config.clean}
+    return np.array([str(label).casefold() in names for label in labels], bool)
+
+
+def memorised_types(
+    labels: NDArray[np.object_], config: EvaluateConfig, unfinished: Sequence[str] = ()
+) -> dict[str, list[str]]:
+    """Type -> labels of it: `all` first where there are several, then each memorised label by itself.
+
+    Raises:
+        AuditError: no memorised or no clean caption.
+    """
+    clean, there = is_clean(labels, config), sorted(set(labels))
+    memorised = sorted(set(labels[~clean]))
+    wanted = {name.strip() for name in config.positive}
+    memorised = [name for name in memorised if not wanted or name in wanted]
     if not memorised or not clean.any():
         missing, flag = ("clean", "--clean") if memorised else ("memorised", "--positive and --clean")
         raise AuditError(
             f"{config.labels}: no {missing} caption among {len(labels)}; their labels are {', '.join(there)}: "
-            f"say which is which with {flag}"
+            f"say which is which with {flag}{so_far(unfinished)}"
         )
     each = {name: [name] for name in memorised}
     return {"all": memorised, **each} if len(each) > 1 else each

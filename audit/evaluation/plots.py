@@ -37,6 +37,11 @@ def png_of(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
+def _shown(text: str) -> str:
+    """Text as matplotlib shows it as it is: `$` begins no formula, and no `_` hides it from a legend."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
 def roc_plot(panels: Mapping[str, Mapping[str, tuple[Values, Values]]]) -> bytes:
     """ROC curves, a panel each: title -> name of the curve -> (fpr, tpr), both rising from 0 to 1.
 
@@ -48,12 +53,13 @@ def roc_plot(panels: Mapping[str, Mapping[str, tuple[Values, Values]]]) -> bytes
         axis.set_axis_off()
     for axis, (title, curves) in zip(axes.flat, panels.items(), strict=False):
         for place, (name, (fpr, tpr)) in enumerate(curves.items()):
-            axis.plot(fpr, tpr, label=name, linewidth=1.4, linestyle=("-", "--", ":", "-.")[place // 10 % 4])
+            axis.plot(fpr, tpr, label=_shown(name), linewidth=1.4, linestyle=("-", "--", ":", "-.")[place // 10 % 4])
         chance = np.linspace(0, 1, 101)
         axis.plot(chance, chance, color="0.7", linewidth=0.8)
         axis.set_xscale("function", functions=(np.sqrt, np.square))
         axis.set_xticks([0, 0.01, 0.1, 0.25, 0.5, 1], ["0", "1 %", "10 %", "25 %", "50 %", "100 %"])
-        axis.set(xlim=(0, 1), ylim=(0, 1.02), title=title, xlabel="false positive rate", ylabel="true positive rate")
+        axis.set(xlim=(0, 1), ylim=(0, 1.02), title=_shown(title))
+        axis.set(xlabel="false positive rate", ylabel="true positive rate")
         axis.legend(fontsize=6.5, loc="lower right")
     return png_of(figure)
 
@@ -70,9 +76,8 @@ def distribution_plot(scores: Mapping[str, Mapping[str, Values]]) -> bytes:
         edges = np.histogram_bin_edges(everything, BINS) if len(everything) else np.linspace(0, 1, BINS + 1)
         for label, values in finite.items():
             weights = np.full(len(values), 1 / max(len(values), 1))
-            axis.hist(
-                values, edges, weights=weights, histtype="stepfilled", alpha=0.45, label=f"{label} ({len(values)})"
-            )
-        axis.set(title=name, ylabel="share of captions")
+            shown = _shown(f"{label} ({len(values)})")
+            axis.hist(values, edges, weights=weights, histtype="stepfilled", alpha=0.45, label=shown)
+        axis.set(title=_shown(name), ylabel="share of captions")
         axis.legend(fontsize=7)
     return png_of(figure)

@@ -18,6 +18,7 @@ from audit.run.schema import DETECTORS, F32, SCORES, TRAJECTORY_COLUMNS, WINDOWS
 
 BASELINE = "magnitude"  # what every score is compared with, pairwise
 NOT_CONFIRMED = "not a candidate"
+UNDECIDED = "no verdict yet"  # of a candidate
 _OF_DETECTORS = tuple(name for name in DETECTORS if name not in (BASELINE, "ld_energy"))
 TRAJECTORY_SCORES = tuple(
     name for name, (kind, _) in TRAJECTORY_COLUMNS.items() if kind == F32 and name not in _OF_DETECTORS

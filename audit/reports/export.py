@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from audit.base.text import plain_text
+
 EXPORTS = ("parquet", "jsonl", "csv")
 TABLES = {
     "flagged": "Captions that confirm looked at, and the best-scored beyond them. Reproduced ones first (`global`, "
@@ -35,15 +37,6 @@ READING = (
     "apostrophe before it; programs should read parquet or JSONL."
 )
 _NOT_HELD = (ArithmeticError, ValueError, LookupError)  # what to_pylist raises: too far, broken, of an unknown zone
-_FORMULA = re.compile(r"'*\s*[=+\-@＝＋－＠]|'*[\t\r\n]")
-
-
-def plain_text(value: str) -> str:
-    """A cell that no spreadsheet takes for a formula: one apostrophe goes before what could start one.
-
-    Undone by taking one apostrophe away from a cell that matches the same rule: `'*\\s*[=+-@]`.
-    """
-    return "'" + value if _FORMULA.match(value) else value
 
 
 def table_as(table: pa.Table, kind: str) -> bytes:

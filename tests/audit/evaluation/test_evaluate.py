@@ -9,17 +9,20 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from audit.base.errors import AuditError
+from audit.evaluation import plots
 from audit.evaluation.config import EvaluateConfig
-from audit.evaluation.evaluate import Evaluation, evaluate, measure
+from audit.evaluation.evaluate import Evaluation, _csv, evaluate, measure
 from audit.evaluation.series import MATCH_SCORES, Series, _best_matches
 from audit.run.run import Run
+from audit.run.stage import CONFIRM, Stage
 from tests.command import be_audit
-from tests.fabricate import add_confirm, make_run
+from tests.fabricate import Neighbours, add_confirm, make_run
 
 pytestmark = pytest.mark.simulation
 
@@ -224,3 +227,148 @@ def test_the_command_prints_the_table_and_a_report_can_follow(run: Run, labels: 
     assert "4/4" in line and "0.844 [" in line
     assert "no false positive at all is allowed" in done.out
     assert be_audit("report", run.url).code == 0
+
+
+def test_of_a_scan_that_is_not_finished_it_says_so_and_exits_3(tmp_path: Path) -> None:
+    names = ["a", "w", "b", "x"]
+    run = make_run(tmp_path / "made", names, scores=[SCORES[name] for name in names], rows_per_shard=1, shards=3)
+    labels = write_labels(tmp_path / "labels.csv", {name: LABELS[name] for name in names} | {"z": "rare"})
+    done = be_audit("evaluate", run.url, "--labels", labels, "--resamples", 100)
+    assert done.code == 3
+    assert "2 of 5 labels match no caption scanned so far." in done.out and "of the run" not in done.out
+    assert "Not finished: scan: 3 of 4 shards are done." in done.out
+    facts = json.loads((Path(run.url) / "evaluate/evaluation.json").read_text())
+    assert facts["unfinished"] == ["scan: 3 of 4 shards are done"]
+    assert of(run, labels, positive=("global", "rare")).unfinished  # a label whose captions come later is none unknown
+    later = write_labels(tmp_path / "later.csv", {"x": "none", "a": "local"})
+    with pytest.raises(AuditError, match=r"no clean caption among 1.*not finished: scan: 3 of 4 shards"):
+        of(run, later)
+    missing = write_labels(tmp_path / "missing.csv", {"x": "none"})
+    with pytest.raises(AuditError, match=r"none of its 1 captions.*not finished: scan: 3 of 4 shards"):
+        of(run, missing)
+
+
+def test_a_candidate_without_a_verdict_is_a_candidate(run: Run, labels: str) -> None:
+    add_confirm(run, ["global", "none", "local"])  # of a, b and w
+    whole = Stage.open(run, CONFIRM)
+    items = whole.items.set_column(
+        whole.items.schema.get_field_index("shard"), "shard", pa.array([0, 1, 0], pa.int32())
+    )
+    found = whole.table(0)
+    whole.discard()
+    stage = Stage.begin(run, CONFIRM, Neighbours(2, whole.facts.fingerprint["trajectories"]), items)
+    ids = items.filter(pa.array([True, False, True]))["row_id"]
+    stage.ledger.commit(0, found.filter(pc.is_in(found["row_id"], ids.combine_chunks())), {}, {"wall": 1.0})
+    done = be_audit("evaluate", run.url, "--labels", labels, "--resamples", 100)
+    assert done.code == 3 and "Not finished: confirm: 1 of 2 shards are done." in done.out
+    rows = {row["label"]: row for row in csv.DictReader((Path(run.url) / "evaluate/verdicts.csv").open())}
+    assert (rows["local"]["no verdict yet"], rows["local"]["not a candidate"]) == ("1", "1")  # b and c
+    assert {name: row["no verdict yet"] for name, row in rows.items() if name != "local"} == dict.fromkeys(
+        ("None", "global", "none"), "0"
+    )
+
+
+def test_a_confirm_whose_images_alone_were_begun_is_not_finished(run: Run, labels: str) -> None:
+    add_confirm(run, ["global", "none"])
+    Stage.open(run, CONFIRM).discard()
+    assert of(run, labels).unfinished == ["confirm: not begun yet"]
+
+
+def test_nothing_of_an_earlier_evaluation_stays_beside_a_new_one(run: Run, labels: str, tmp_path: Path) -> None:
+    add_confirm(run, ["global", "none", "local"])
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.csv").write_text("kept")
+    assert len(of(run, labels, output=str(out)).files) == 5
+    bare = make_run(tmp_path / "bare", list(SCORES), scores=list(SCORES.values()))
+    of(bare, labels, output=str(out))
+    assert {each.name for each in out.iterdir()} == {
+        *("evaluation.csv", "evaluation.json", "roc.png", "scores.png", "mine.csv")
+    }
+
+
+def test_a_folders_own_files_stay_where_no_evaluation_was(run: Run, labels: str, tmp_path: Path) -> None:
+    (tmp_path / "verdicts.csv").write_text("mine")
+    of(run, labels, output=str(tmp_path))
+    assert (tmp_path / "verdicts.csv").read_text() == "mine"
+
+
+def test_blanks_around_labels_and_clusters_are_no_part_of_them(run: Run, labels: str, tmp_path: Path) -> None:
+    groups = dict(zip(SCORES, "mmnnvvuu", strict=True))
+    tidy = write_labels(tmp_path / "tidy.csv", {**LABELS, "z": ""}, group=groups)
+    blanks = {**{name: f" {label}\u00a0 " for name, label in LABELS.items()}, "z": "  "}
+    loose = write_labels(tmp_path / "loose.csv", blanks, group={**groups, "b": "m "})
+    first, other = (of(run, path, cluster_col="group") for path in (tidy, loose))
+    assert first.labels == other.labels == {"None": 1, "global": 2, "local": 2, "none": 2}
+    assert first.figures == other.figures
+
+
+def test_a_clean_name_that_no_label_is_is_refused(run: Run, labels: str) -> None:
+    done = be_audit("evaluate", run.url, "--labels", labels, "--clean", "none,celan")
+    assert done.code == 2
+    assert done.err == "Error: --clean celan: no such label; there are None, global, local, none\n"
+    assert of(run, labels, clean=("NONE ",)).labels == of(run, labels).labels
+
+
+def test_labels_that_matplotlib_would_read_are_drawn_as_they_are(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    save = plots.png_of
+
+    def saved(figure: Any) -> bytes:
+        texts = [text.get_text() for axis in figure.axes if axis.get_legend() for text in axis.get_legend().get_texts()]
+        drawn.append([*texts, *(axis.get_title() for axis in figure.axes)])
+        return save(figure)
+
+    monkeypatch.setattr(plots, "png_of", saved)
+    names = {"global": r"$\foo$", "local": "_part"}
+    of(run, write_labels(tmp_path / "odd.csv", {name: names.get(label, label) for name, label in LABELS.items()}))
+    curves, groups = drawn
+    assert r"scan: \$\foo\$ against clean" in curves
+    assert {r"\$\foo\$ (2)", " _part (2)", "none (3)"} <= set(groups)
+
+
+def test_tables_are_written_before_anything_is_drawn(run: Run, labels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> bytes:
+        raise ValueError("cannot be drawn")
+
+    monkeypatch.setattr("audit.evaluation.evaluate.roc_plot", broken)
+    with pytest.raises(ValueError, match="cannot be drawn"):
+        of(run, labels)
+    assert {each.name for each in (Path(run.url) / "evaluate").iterdir()} == {"evaluation.csv", "evaluation.json"}
+
+
+@pytest.mark.parametrize("flag", ["--label-col", "--cluster-col"])
+@pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ([["x"]] * 8, r"list<\w+: string>: name one with a value a row"),
+        ([{"of": "x"}] * 8, r"struct<of: string>: name one with a value a row"),
+        ([b"x"] * 7 + [b"caf\xe9"], "binary, bytes that are not UTF-8: name a column of text"),
+    ],
+)
+def test_a_column_that_is_no_text_is_one_line(
+    run: Run, tmp_path: Path, flag: str, values: list[Any], what: str
+) -> None:
+    path = tmp_path / "typed.parquet"
+    pq.write_table(pa.table({"caption": [*SCORES], "label": [*LABELS.values()], "odd": values}), path)
+    with pytest.raises(AuditError, match=rf"^{path}: {flag} odd: the column is {what}$"):
+        of(run, str(path), **{flag[2:].replace("-", "_"): "odd"})
+
+
+def test_a_caption_in_two_clusters_is_refused(run: Run, tmp_path: Path) -> None:
+    twice = tmp_path / "twice.csv"
+    twice.write_text("caption,label,group\na,local,m\nw,none,\na,local,n\n")
+    with pytest.raises(AuditError, match="'a' is in the clusters 'm' and 'n': give a caption one cluster"):
+        of(run, str(twice), cluster_col="group")
+    by_url = tmp_path / "by_url.csv"
+    by_url.write_text("url,label,group\nu0,local,m\nu8,local,n\nu4,none,\n")  # u0 and u8 are both caption a
+    with pytest.raises(AuditError, match=r"equal captions are in the clusters 'm' and 'n' \(url 'u8'\)"):
+        of(run, str(by_url), key="url", cluster_col="group")
+    twice.write_text("caption,label,group\na,local,\nw,none,\na,local,n\n")  # no cluster contradicts none
+    assert of(run, str(twice), cluster_col="group").labels == {"local": 1, "none": 1}
+
+
+def test_no_spreadsheet_takes_a_label_for_a_formula() -> None:
+    assert _csv(["label", "auc"], [["=1+1", -0.5]]) == b"label,auc\n'=1+1,-0.5\n"

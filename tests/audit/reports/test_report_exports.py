@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from audit.base.text import plain_text
 from audit.reports.dictionary import data_dictionary
-from audit.reports.export import plain_text, table_as
+from audit.reports.export import table_as
 from audit.reports.report import ReportConfig, report
 from tests.fabricate import HOSTILE, add_confirm, make_run
 
