@@ -32,8 +32,8 @@ from audit.evaluation.series import (
 )
 from audit.run.read import read_stage
 from audit.run.run import Run, check_writable
-from audit.run.stage import CONFIRM, MITIGATE, STAGES, TRAJECTORIES, Stage
-from audit.run.status import not_begun, run_status
+from audit.run.stage import CONFIRM, MITIGATE, TRAJECTORIES, Stage
+from audit.run.status import run_status
 from audit.statistics.intervals import Statistic, cluster_bootstrap, paired_bootstrap
 from audit.statistics.metrics import Confusion, auc, best_f1, confusion, max_f1, roc, tpr_at_fpr
 
@@ -214,9 +214,10 @@ def measure(
 
 def _unfinished(run: Run) -> list[str]:
     """What of a run's scores and verdicts is still to come, in words; [] where nothing is."""
-    lines = not_begun(run, [kind for kind in STAGES.values() if kind != MITIGATE])  # nothing of that is measured here
-    for stage in run_status(run.url).stages:
-        if stage.stage == MITIGATE.name:
+    status = run_status(run.url)
+    lines = [line for name, line in status.not_begun.items() if name != MITIGATE.name]
+    for stage in status.stages:
+        if stage.stage == MITIGATE.name:  # nothing of it is measured here
             continue
         if not stage.complete:
             lines.append(f"{stage.stage}: {stage.done:,} of {stage.shards:,} shards are done")

@@ -30,7 +30,7 @@ from audit.run.run import DEFAULT_RUN, Run
 from audit.run.schema import COPIES, SCORES, VERDICTS
 from audit.run.select import best_rows, unlooked, unlooked_line
 from audit.run.stage import CONFIRM, TRAJECTORIES, Stage
-from audit.run.status import RunStatus, not_begun, run_status
+from audit.run.status import RunStatus, run_status
 from audit.scores.cut import Cut, find_cut
 from audit.scores.second_look import DEFAULT_SCORE_HELP
 from audit.verdicts.confirm import read_null
@@ -121,7 +121,7 @@ def drop(config: DropConfig) -> DropSummary:
         for stage in status.stages
         if not stage.complete
     ]
-    unfinished += [*not_begun(run), *beyond, *_not_judged(run, status)]
+    unfinished += [*status.not_begun.values(), *beyond, *_not_judged(run, status)]
     above = "" if cut.threshold is None else f"captions above {cut.threshold:g} by {cut.by} go too, confirmed or not"
     columns = [file.caption_col for file in tables]
     return DropSummary(len(captions), files, columns, list(examples), unfinished, dict(found.left_out), above)

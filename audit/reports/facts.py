@@ -18,7 +18,7 @@ from audit.run.run import Run
 from audit.run.schema import COPIES, VERDICTS
 from audit.run.select import unlooked_line
 from audit.run.stage import CONFIRM, NULL_MAPS, SECOND_LOOK, SECOND_NULL_MAPS, TRAJECTORIES, Stage
-from audit.run.status import RunStatus, not_begun, run_status
+from audit.run.status import RunStatus, run_status
 from audit.scores.second_look import SecondLookFingerprint, looks_noises
 from audit.statistics.multiple import expected_false
 from audit.statistics.null import Null
@@ -86,7 +86,7 @@ def report_facts(run: Run, flagged: Flagged) -> dict[str, Any]:
         "copied": sum(counts[name] for name in COPIES),
         "unfinished": [
             *_unfinished(status),
-            *not_begun(run),
+            *status.not_begun.values(),
             *([unlooked_line(flagged.unlooked, flagged.by)] if flagged.unlooked else []),
         ],
         "not_checked": _not_checked(flagged, status, confirmed, counts),

@@ -186,6 +186,7 @@ class Run:
 
     def record(self, **flags: Any) -> None:
         """Keep flags of the scan that a later command gave otherwise, to go on with those."""
+        self.still()
         self.facts = replace(self.facts, config={**self.facts.config, **flags})
         self.folder.write("run.json", to_json(self.facts))
 

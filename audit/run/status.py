@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 from audit.base.committed import Committed
 from audit.base.text import duration
 from audit.run.run import Run
-from audit.run.stage import REFINE, SCAN, SECOND_LOOK, SECOND_NULL_MAPS, STAGES, Stage, StageKind
+from audit.run.stage import REFINE, SCAN, SECOND_LOOK, SECOND_NULL_MAPS, STAGES, Stage
 from audit.run.workers import stuck_workers
 
 
@@ -59,7 +58,7 @@ class RunStatus:
     unique: int
     stages: list[StageStatus]
     stuck: list[str]
-    not_begun: list[str] = field(default_factory=list)
+    not_begun: dict[str, str] = field(default_factory=dict)
 
     @property
     def complete(self) -> bool:
@@ -94,7 +93,7 @@ class RunStatus:
                 shares = ", ".join(f"{key} {duration(value)}" for key, value in took.items())
                 lines.append(f"{'':<13} {shares}; {duration(stage.seconds['wall'])} in all")
             lines += [f"{'':<13} shard {shard} given up: {error}" for shard, error in stage.errors.items()]
-        return [*lines, *self.not_begun, *(f"stuck: {line}" for line in self.stuck)]
+        return [*lines, *self.not_begun.values(), *(f"stuck: {line}" for line in self.stuck)]
 
 
 def run_status(url: str) -> RunStatus:
@@ -108,38 +107,41 @@ def run_status(url: str) -> RunStatus:
     tries = tries if isinstance(tries, int) else 3
     stages = [stage_status(stage, tries) for stage in Stage.begun(run)]
     stuck = [] if all(stage.complete for stage in stages) else stuck_workers(run.folder)
-    return RunStatus(url, run.facts.model, run.facts.rows, run.facts.unique, stages, stuck, not_begun(run))
+    scanned = next(stage for stage in stages if stage.stage == SCAN.name)
+    missing = not_begun(run, scanned)
+    return RunStatus(url, run.facts.model, run.facts.rows, run.facts.unique, stages, stuck, missing)
 
 
-def not_begun(run: Run, kinds: Collection[StageKind] = tuple(STAGES.values())) -> list[str]:
-    """What is missing of a run that no stage tells of, for people: stages that its scan was asked for and has not come
-    to, and those whose own file is lost, with which all that rests on them is left out. [] where nothing is amiss.
+def not_begun(run: Run, scanned: StageStatus | None = None) -> dict[str, str]:
+    """What is missing of a run that no stage tells of, stage to words; {} where all is well.
+
+    Stages that its scan was asked for and has not come to, and those whose own file is lost, or rests on a stage that
+    was begun anew: nobody reads their results.
 
     Args:
-        kinds: of these stages.
+        scanned: status of the scan, where it is known already.
     """
-    later = [kind for kind in STAGES.values() if kind in kinds and kind != SCAN]
-    missing = [kind for kind in later if not run.folder.exists(f"stages/{kind.name}.json")]
-    lost = [kind for kind in missing if run.folder.list(f"_commits/{kind.name}")]
-    lines = [
-        f"stages/{kind.name}.json: missing, while results of that stage are there: give its command again"
-        for kind in lost
-    ]
-    waiting = [kind for kind in (SECOND_LOOK, REFINE) if kind in missing and kind not in lost]
-    if not waiting:
-        return lines
+    missing = [kind for kind in STAGES.values() if kind != SCAN and Stage.find(run, kind) is None]
+    there, lines = run.folder.list("stages"), dict[str, str]()
+    for kind in missing:
+        name, file = kind.name, f"stages/{kind.name}.json"
+        made = [each.removeprefix(f"{name}-") for each in there if each.startswith(f"{name}-")]
+        if f"{name}.json" in there:
+            lines[name] = f"{file}: rests on a stage that was begun anew: give its command again"
+        elif any(run.folder.list(f"_commits/{name}/{generation}") for generation in made):
+            lines[name] = f"{file}: missing, while results of that stage are there: give its command again"
     asked = run.facts.config
     looks = asked.get("second_look") and asked.get("second_look_noises", 0) > run.fingerprint.num_noises
     wanted = {SECOND_LOOK: bool(looks), REFINE: bool(asked.get("refine"))}
-    begun = Stage.find(run, SECOND_NULL_MAPS) is not None  # the maps of a second look
-    if any(wanted[kind] for kind in waiting) and not begun:
-        scan = Stage.open(run, SCAN)
-        done = scan.done()
-        if len(done) < len(scan.shards) or not done.counts.get("ok"):
-            return lines  # it has not come to that
-    return lines + [
-        f"{kind.name}: not begun yet" for kind in waiting if wanted[kind] or (kind == SECOND_LOOK and begun)
-    ]
+    waiting = [kind for kind in wanted if kind in missing and kind.name not in lines]
+    begun = SECOND_NULL_MAPS not in missing  # the maps of a second look
+    if begun and SECOND_LOOK in waiting:
+        lines[SECOND_LOOK.name] = f"{SECOND_LOOK.name}: not begun yet"
+    if any(wanted[kind] for kind in waiting):
+        scanned = scanned or stage_status(Stage.open(run, SCAN))
+        if scanned.complete and scanned.counts.get("ok"):  # or it has not come to that
+            lines |= {kind.name: f"{kind.name}: not begun yet" for kind in waiting if wanted[kind]}
+    return lines
 
 
 def stage_status(stage: Stage, max_failed: int = 1) -> StageStatus:

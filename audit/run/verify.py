@@ -91,7 +91,7 @@ def _check(run: Run, deep: bool) -> Verified:
         found.problems.append(f"stages/{NULL_MAPS.name}.json: missing")
         found.bad.setdefault(SCAN.name, [])
     if left := not_begun(run):
-        found.problems += left
+        found.problems += left.values()
         found.bad.setdefault(SCAN.name, [])
     if deep:
         for shard in sorted(set(range(len(run.plan))) - set(found.bad.get(SCAN.name, []))):

@@ -27,6 +27,7 @@ from audit.run.schema import EXTRA_DETECTORS, RUN_DETECTORS, SCORES, STEADY_SCOR
 from audit.run.stage import SCAN, SECOND_LOOK, SECOND_NULL_MAPS, Stage
 from audit.run.status import not_begun
 from audit.scores.config import ModelFlags, ScoreFlags, ScoringConfig
+from audit.scores.model import absolute_paths
 from audit.scores.null_maps import sample_of
 from audit.scores.scan import ScanConfig, scan
 from audit.scores.second_look import SECOND_LOOK_NOISES, SecondLookFingerprint, looks_noises
@@ -175,7 +176,10 @@ class Thresholds:
                 f"--thresholds {self.path}: {score} is measured against a run's own captions, and these are another "
                 "run's: pass another --by, or calibrate the run itself (one scanned with --second-look 1 or 0)"
             )
-        return self.known[score].threshold
+        found = self.known[score].threshold
+        if not np.isfinite(found):
+            raise AuditError(f"--thresholds {self.path}: {score}: {found} is no threshold: calibrate again")
+        return found
 
 
 def calibrate(
@@ -198,7 +202,8 @@ def calibrate(
         raise AuditError(
             f"{run.url}: {len(left)} of {len(stage.shards)} shards are not scanned: go on with `be-audit scan`"
         )
-    for line in not_begun(run, (SECOND_NULL_MAPS, SECOND_LOOK)):
+    amiss = not_begun(run)
+    for line in (amiss[kind.name] for kind in (SECOND_NULL_MAPS, SECOND_LOOK) if kind.name in amiss):
         raise AuditError(f"{run.url}: {line}: go on with `be-audit scan`")
     first_noises, looks = run.fingerprint.num_noises, looks_noises(run)
     clean, failed = _clean(run, looks or first_noises)
@@ -307,15 +312,18 @@ def _find_run(config: CalibrateConfig) -> Run | None:
     run = Run.find(Folder(config.captions[0])) if len(config.captions) == 1 else None
     if run is None:
         return None
+    typed = {**vars(config), **absolute_paths(config)}  # as a run keeps them
     of_scan = {place.name for flags in (ScoreFlags, ModelFlags) for place in dataclasses.fields(flags)}
     for place in dataclasses.fields(config):
-        given, of_run = getattr(config, place.name), run.facts.config.get(place.name)
+        given, of_run = typed[place.name], run.facts.config.get(place.name)
         of_run = run.fingerprint.dtype if place.name == "dtype" else of_run
         of_run = looks_noises(run) or of_run if place.name == "num_noises" else of_run
         of_run = tuple(of_run) if isinstance(of_run, list) else of_run
-        if place.name in of_scan - WHERE_IT_RUNS and given not in (place.default, of_run):
+        if place.name in of_scan - WHERE_IT_RUNS and getattr(config, place.name) != place.default and given != of_run:
             flag = place.name.replace("_", "-")
-            raise AuditError(f"--{flag} {given}: {run.url} was scanned with {of_run}: leave the flag out")
+            raise AuditError(
+                f"--{flag} {getattr(config, place.name)}: {run.url} was scanned with {of_run}: leave the flag out"
+            )
     return run
 
 
@@ -367,9 +375,6 @@ def _read(path: str) -> ThresholdsFile:
         facts = read_facts(ThresholdsFile, data, path)
     except AuditError as error:
         raise AuditError(f"--thresholds {path}: no file of `be-audit calibrate`") from error
-    for name, found in {**facts.first, **facts.thresholds}.items():
-        if not np.isfinite(found.threshold):
-            raise AuditError(f"--thresholds {path}: {name}: {found.threshold} is no threshold: calibrate again")
     if facts.format != FORMAT:
         raise AuditError(f"--thresholds {path}: format {facts.format}, this version reads {FORMAT}: calibrate again")
     return facts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
-from audit.base.errors import AuditError
+from audit.base.errors import AuditError, StorageError
 from audit.base.options import config_of, option
 from audit.base.stopping import Stop
 from audit.base.storage import Folder
@@ -48,8 +49,11 @@ if TYPE_CHECKING:
     from pipelines.folders import ModelFolder
 
 
-LATER = ("second_look", "second_look_noises", "refine")
-"""Flags that a later command may give otherwise: what they say rests on the scan, and not the other way round."""
+LATER = {
+    SECOND_LOOK: ("second_look", "second_look_noises", "second_look_by"),
+    REFINE: ("refine", "refine_by"),
+}
+"""Flags that a later command may give otherwise, as long as their stage was not begun."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,7 @@ def scan(config: ScanConfig, stop: Stop | None = None, say: Callable[[str], None
     os.environ["BE_AUDIT_RANK"] = str(rank)
     # 1. the run: begun now, or gone on with
     run, new = _find_or_plan(config, Folder(config.output), stop)
+    later = {name: getattr(config, name) for kind in LATER if Stage.find(run, kind) is None for name in LATER[kind]}
     for line in plan_lines(run):
         say(line)
     # 2. what is usual of its captions, before any of them is scored
@@ -186,9 +191,9 @@ def scan(config: ScanConfig, stop: Stop | None = None, say: Callable[[str], None
         extra = refine.done().counts
         refined, quarantined = extra.get("ok", 0), quarantined + more.quarantined
         counts["error"] = counts.get("error", 0) + extra.get("error", 0)
-    later = {name: getattr(config, name) for name in LATER}
     if any(run.facts.config.get(name) != value for name, value in later.items()):
-        run.record(**later)
+        with contextlib.suppress(StorageError):  # a folder to be read alone
+            run.record(**later)
     return ScanSummary(
         output=config.output,
         rows=run.facts.rows,

@@ -317,7 +317,8 @@ def _check_scan(run: Run) -> None:
             raise AuditError(
                 f"{run.url}: {len(left)} of {len(stage.shards)} shards {words}: go on with `be-audit scan`"
             )
-    for line in not_begun(run, (SECOND_NULL_MAPS, SECOND_LOOK)):
+    amiss = not_begun(run)
+    for line in (amiss[kind.name] for kind in (SECOND_NULL_MAPS, SECOND_LOOK) if kind.name in amiss):
         raise AuditError(f"{run.url}: {line}: go on with `be-audit scan`")
 
 

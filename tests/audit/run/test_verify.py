@@ -387,3 +387,26 @@ def test_who_wants_no_second_look_any_more_says_so_once(run: Path, original: Sca
     assert be_audit("verify", run).code == 0 and "not begun" not in be_audit("status", run).out
     assert be_audit(*again, "--refine", 0.2).code == 0  # and may change their mind
     assert "refine" in be_audit("status", run).out and be_audit("verify", run).code == 0
+
+
+def test_a_stage_whose_ground_was_begun_anew_is_said(run: Path, original: ScanConfig) -> None:
+    """The maps are lost and made again: the second look that rests on them is nobody's until it is done again."""
+    killed_before(run, "refine")
+    (run / "stages/second_null_maps.json").unlink()
+    stage, before = run / "stages/second_look.json", (run / "stages/second_look.json").read_bytes()
+    again = ("scan", *original.captions, "-o", run, "--model", original.model, "--rows-per-shard", 4, "--steps", 3)
+    assert be_audit(*again).code == 0 and stage.read_bytes() != before
+    assert be_audit("verify", run).code == 0
+    stage.write_bytes(before)  # as a scan leaves it that is killed between the two
+    said = "stages/second_look.json: rests on a stage that was begun anew"
+    for command, code in ((("verify", run), 3), (("status", run), 0), (("calibrate", run), 2)):
+        done = be_audit(*command)
+        assert done.code == code and said in done.out + done.err, done
+
+
+def test_what_a_discarded_stage_left_is_not_taken_for_a_lost_one(run: Path, tmp_path: Path) -> None:
+    killed_before(run, "refine")
+    (run / "_commits/refine/0a1b2c3d").mkdir(parents=True)
+    (run / "_commits/refine/0a1b2c3d/00000.json").write_text("{}")  # its file and its items went first
+    done = be_audit("status", run)
+    assert "missing, while results" not in done.out
