@@ -15,3 +15,7 @@ class ModelError(ValueError):
     def __init__(self, message: str, about: str = "model") -> None:
         super().__init__(message)
         self.about = about
+
+
+class NotFinite(ValueError):
+    """A picture that overflowed: of this prompt and these flags, not of the model."""

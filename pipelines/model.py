@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pipelines.attention import AttentionCapture, capture_attention, check_token, cross_attention
 from pipelines.batching import AdaptiveBatches
-from pipelines.errors import ModelError
+from pipelines.errors import ModelError, NotFinite
 from pipelines.schedules import NoiseLevel, Schedule, Unit, VariancePreserving, schedule_of
 
 DECODE_AT_ONCE = 4  # pictures the VAE decodes together: its activations are far larger than the denoiser's
@@ -314,7 +314,7 @@ class DiffusionModel(ABC):
         """Latents to pictures, a few at a time: [B, 3, h, w], float32 in [0, 1].
 
         Raises:
-            ValueError: a picture that is not finite, in float32 too.
+            NotFinite: a picture that is not finite, in float32 too.
             RuntimeError: a single one does not fit in memory; no out-of-memory error, since a smaller batch of
                 trajectories would not help.
         """
@@ -337,7 +337,7 @@ class DiffusionModel(ABC):
                 self.vae.to(kept)
             bad = ~images.isfinite().flatten(1).all(1)
         if bad.any():
-            raise ValueError("the decoded picture is not finite")
+            raise NotFinite("the decoded picture is not finite")
         return (images / 2 + 0.5).clamp(0, 1)
 
     def decode_raw(self, latents: Tensor) -> Tensor:

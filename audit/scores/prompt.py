@@ -17,6 +17,7 @@ from audit.base.errors import AuditError
 from audit.base.options import option
 from audit.scores.config import DEVICE_HELP, DTYPES, ModelFlags
 from audit.scores.model import few_steps, find_model_folder, load_model, naming_the_flag
+from pipelines.errors import NotFinite
 
 STRIP = 10  # steps shown in the strip
 OVERFLOW = "give a smaller --guidance-scale, or --dtype float32"
@@ -133,7 +134,7 @@ def naming_what_overflows() -> Iterator[None]:
     """Turn what sampling says of a picture that is not finite into one line that names the flags."""
     try:
         yield
-    except ValueError as error:
+    except NotFinite as error:
         raise AuditError(f"--prompt: {error}: {OVERFLOW}") from error
 
 
