@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,25 @@ from torch import nn
 from pipelines.adapters import load_inversion, merge_lora
 from pipelines.configurations import model_class, naming, reading
 from pipelines.errors import ModelError
+from pipelines.float8 import check_device, to_float8
 from pipelines.folders import ModelFolder, find_model
 from pipelines.model import DiffusionModel, Embeddings, Part
 
 __all__ = ["DiffusionModel", "Embeddings", "ModelFolder", "find_device", "find_model", "load", "resolve_dtype"]
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float8": torch.bfloat16,  # of what is not exchanged
+}
+"""The dtype that weights are loaded in."""
 NATIVE = {
     "float16": {"avx512_fp16", "amx_fp16", "fphp"},
     "bfloat16": {"avx512_bf16", "amx_bf16", "bf16"},
+    "float8": set(),
 }
-"""Words of Linux' /proc/cpuinfo, of x86 and ARM, one of which a CPU that computes in a half precision has."""
+"""Words of Linux' /proc/cpuinfo, of x86 and ARM, one of which a CPU that computes in a lower precision has."""
 HARMLESS = re.compile(r"(^|\.)(position_ids|num_batches_tracked)$")
 """Buffers of older libraries that nothing reads."""
 HARMLESS_NUMBERS = 1 << 26
@@ -39,17 +49,21 @@ def load(folder: ModelFolder, device: str = "auto", dtype: str = "auto") -> Diff
     Args:
         folder: from `find_model`.
         device: `auto` (CUDA, then MPS, then CPU), `cpu`, `cuda`, `cuda:N` or `mps`.
-        dtype: `auto` (float16 on CUDA, else float32), `float32`, `float16` or `bfloat16`.
+        dtype: `auto` (float16 on CUDA, else float32), `float32`, `float16`, `bfloat16`, or `float8`: the denoiser's
+            attention and feed-forward in eight bits, all else in bfloat16.
 
     Raises:
-        ModelError: a device this machine does not have; weights that cannot be read, or are not the ones the
-            configuration describes: missing, unknown, misshapen, not finite; a tokenizer that does not fit.
+        ModelError: a device this machine does not have, or that does not compute in the dtype; weights that cannot be
+            read, or are not the ones the configuration describes: missing, unknown, misshapen, not finite; a tokenizer
+            that does not fit.
     """
     import diffusers
     import transformers
 
     target = find_device(device)
     kind = DTYPES[resolve_dtype(dtype, target)]
+    if dtype == "float8":
+        check_device(target)
     full_mantissas()
     diffusers.utils.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
@@ -72,6 +86,8 @@ def load(folder: ModelFolder, device: str = "auto", dtype: str = "auto") -> Diff
                 if isinstance(part, nn.Module):
                     check_finite(part, name)
                     part.eval().requires_grad_(False)
+            if dtype == "float8":
+                to_float8(getattr(pipeline, folder.family.denoiser_part))
             model = folder.family(pipeline, target, kind, folder.name)
             try_out(model)
             return model
@@ -151,19 +167,25 @@ def check_amount(folder: ModelFolder, name: str, part: Part) -> None:
     Raises:
         ModelError: its weights cannot all be there, or the class does not take the configuration.
     """
-    kind, path = model_class(part), folder.path / name
-    with torch.device("meta"), reading(f"{name}/config.json"):
-        if part.library == "diffusers":
-            network = kind.from_config(folder.config(name))
-        else:
-            network = kind(kind.config_class.from_pretrained(path, local_files_only=True))
-        numbers = sum(parameter.numel() for parameter in network.parameters())
+    numbers = _numbers(part, folder.path / name, (folder.path / name / "config.json").read_bytes())
     there = sum(file.stat().st_size for file in folder.weights(name).files)
     if numbers > max(there, HARMLESS_NUMBERS):
         raise ModelError(
             f"{name}/config.json describes a network of {numbers:,} numbers, but its weights have {there:,} bytes: "
             "not all of them can be there; download the model again"
         )
+
+
+@lru_cache(maxsize=64)
+def _numbers(part: Part, folder: Path, config: bytes) -> int:
+    """How many numbers the network of a configuration has; `config` is what its file says now."""
+    kind = model_class(part)
+    with torch.device("meta"), reading(f"{folder.name}/config.json"):
+        if part.library == "diffusers":
+            network = kind.from_config(json.loads(config))
+        else:
+            network = kind(kind.config_class.from_pretrained(folder, local_files_only=True))
+        return sum(parameter.numel() for parameter in network.parameters())
 
 
 def check_keys(part: str, missing: list[str], unknown: list[str], misshapen: list[str]) -> None:
@@ -331,7 +353,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> str:
 
 
 def slow_dtype(dtype: str, device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """One line where a CPU has no instructions for the half precision asked for; empty where it has, or cannot say.
+    """One line where a CPU has no instructions for the lower precision asked for; empty where it has, or cannot say.
 
     `auto` never stands for one on a CPU.
     """

@@ -11,7 +11,7 @@ from audit.engines.config import EngineFlags
 from audit.run.run import DEFAULT_RUN
 
 DEFAULT_MODEL = "CompVis/stable-diffusion-v1-4"
-DTYPES = ("auto", "float32", "float16", "bfloat16")
+DTYPES = ("auto", "float32", "float16", "bfloat16", "float8")
 DEVICE_HELP = "auto, cpu, cuda, cuda:N or mps."
 MODEL_HELP = "Hub id, diffusers folder or .safetensors checkpoint; `testbed` is the embedded model."
 
@@ -67,7 +67,9 @@ class ScoreFlags:
     guidance_scale: float = option(7.5, "Classifier-free guidance scale.")
     seed: int = option(0, "Seed of the noise bank.", min=0, max=2**63 - 1)
     dtype: str = option(
-        "auto", "auto is float16 on CUDA, else float32; bfloat16 moves scores by several per cent.", choices=DTYPES
+        "auto",
+        "auto is float16 on CUDA, else float32; bfloat16 moves scores by several per cent, float8 by more.",
+        choices=DTYPES,
     )
     device: str = option("auto", DEVICE_HELP)
     batch_size: int | Literal["auto"] = option(

@@ -1,7 +1,8 @@
 """Before a long scan: one batch on the user's own model and device against the plain formulas.
 
 The plain side makes two separate calls of the denoiser a prompt, one latent at a time, through the model's own
-attention processors, with nothing cached or captured; `magnitude` is the norm of the difference.
+attention processors, with nothing cached or captured, and float8 layers multiplied in float32; `magnitude` is the norm
+of the difference.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 LONG = 10_000  # rows above which a scan is long enough for it
 CAPTIONS = ("a photo of a cat", "an old map of the city of Paris", "blue")
-TOLERANCE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1}
+TOLERANCE = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 1e-1, "float8": 1e-1}
 """Largest relative difference of a magnitude: rounding of one batch against single latents in the dtype."""
 
 
@@ -47,10 +48,12 @@ def plain_magnitudes(run: Run, model: DiffusionModel, captions: Sequence[str]) -
     """||eps(x_T, e_p) - eps(x_T, e_0)||_2 of each caption, mean over the noises of the run, float32 [n]."""
     import torch
 
+    from pipelines.float8 import plain_products
+
     made = run.fingerprint
     level, unit = model.levels(made.steps)[0], model.unit(made.steps)
     found = np.zeros(len(captions), np.float32)
-    with torch.no_grad():
+    with torch.no_grad(), plain_products(model.denoiser):
         noises = model.noise_bank(made.num_noises, made.seed).to(model.device, model.dtype)
         empty = model.encode_empty()
         for at, caption in enumerate(captions):

@@ -1,4 +1,4 @@
-"""How far half precision moves the scores: rank correlation with float32, and flips at the median threshold.
+"""How far lower precision moves the scores: rank correlation with float32, and flips at the median threshold.
 
 On the testbed, and at the first level of random models of PixArt's and SD 3's shape, where the difference of two
 predictions is smallest. Null maps (of `excess`) are made in the dtype that is measured, as a run has them.
@@ -22,6 +22,7 @@ from pipelines import FirstStepScorer, find_model, load
 from pipelines.null_maps import NullMaps
 from tests.tiny import save_model
 
+LOWER = ("float16", "bfloat16", "float8")
 SAMPLE = 32  # captions of the null maps
 
 
@@ -36,12 +37,12 @@ def main() -> None:
         folders |= {f"random {kind}": save_model(kind, Path(temporary, kind)) for kind in ("pixart", "sd3")}
         for name, folder in folders.items():
             found = {}
-            for dtype in ("float32", "float16", "bfloat16"):
+            for dtype in ("float32", *LOWER):
                 model = load(find_model(str(folder)), "cpu", dtype)
                 maps = NullMaps.of_differences([FirstStepScorer(model).differences(captions[:SAMPLE])[:, 0]])
                 found[dtype] = FirstStepScorer(model, null_maps=maps)(captions).scores
             for score, exact in found["float32"].items():
-                for dtype in ("float16", "bfloat16"):
+                for dtype in LOWER:
                     rough, threshold = found[dtype][score], np.median(exact)
                     rows.append(
                         {

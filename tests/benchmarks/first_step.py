@@ -8,7 +8,7 @@ product of the same dtype. A CPU has one thread, and CPU seconds, so that other 
 with --threads they are seconds of the clock.
 
 Run: python -m tests.benchmarks.first_step [--shape full|small|tiny] [--captions N] [--batch-sizes 32 64 128]
-     [--rounds 3] [--settings channels_last compile float16 bfloat16] [--threads N]
+     [--rounds 3] [--settings channels_last compile float16 bfloat16 float8] [--threads N]
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from audit import testbed
 from pipelines import DiffusionModel, FirstStepScorer, formulas
 from pipelines.families.stable_diffusion import StableDiffusion
+from pipelines.float8 import to_float8
 from pipelines.loading import DTYPES, find_device, resolve_dtype
 from tests.tiny import SCHEDULE
 
@@ -156,11 +157,26 @@ def of_type(dtype: torch.dtype, model: DiffusionModel) -> Iterator[None]:
             yield
 
 
+@contextmanager
+def float8(model: DiffusionModel) -> Iterator[None]:
+    """Attention and feed-forward in eight bits, all else in bfloat16, as `--dtype float8`."""
+    with of_type(torch.bfloat16, model):
+        before = {name: layer for name, layer in model.denoiser.named_modules() if isinstance(layer, torch.nn.Linear)}
+        to_float8(model.denoiser)
+        try:
+            yield
+        finally:
+            for name, layer in before.items():
+                parent, _, last = name.rpartition(".")
+                setattr(model.denoiser.get_submodule(parent), last, layer)
+
+
 SETTINGS: dict[str, Setting] = {
     "channels_last": channels_last,
     "compile": compiled,
     "float16": partial(of_type, torch.float16),
     "bfloat16": partial(of_type, torch.bfloat16),
+    "float8": float8,
 }
 
 
