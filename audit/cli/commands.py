@@ -366,7 +366,10 @@ def run_doctor(ctx: click.Context, output: str) -> None:
 @RUN_ARGUMENT
 @click.option("--format", "kind", type=click.Choice(SQL_FORMATS), default="table", show_default=True)
 @click.option("-o", "--output", type=click.Path(dir_okay=False, writable=True), help="Write to a file, not to stdout.")
-def sql(query: str | None, run: str, kind: str, output: str | None) -> None:
+@click.option(
+    "--memory", help="What DuckDB may hold, as 4GB; more goes to TMPDIR. Default four fifths of the machine's."
+)
+def sql(query: str | None, run: str, kind: str, output: str | None, memory: str | None) -> None:
     """Ask a run a question in SQL (DuckDB, read-only).
 
     Works on a run in progress.
@@ -379,7 +382,7 @@ def sql(query: str | None, run: str, kind: str, output: str | None) -> None:
         for name, text in queries().items():
             click.echo(f"{name:<12} {question(text)}")
         return
-    answer = answer_as(run_query(query, run), kind)
+    answer = answer_as(run_query(query, run, memory), kind)
     if output is not None:
         try:
             Path(output).write_bytes(answer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import tempfile
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -107,19 +108,28 @@ def find_query(name: str) -> str:
         raise AuditError(f"{name}: cannot be read as text: {error}") from error
 
 
-def run_query(name: str, url: str) -> pa.Table:
+def run_query(name: str, url: str, memory: str | None = None) -> pa.Table:
     """Answer of a query by name or file about a run, finished or not.
 
+    Args:
+        name: of a query or a file. url: of the run.
+        memory: what DuckDB may hold, as `4GB`, four fifths of the machine's by default; the rest goes to a folder of
+            its own in TMPDIR, which is removed.
+
     Raises:
-        AuditError: no run, no such query, or DuckDB refuses it.
+        AuditError: no run, no such query, no such amount of memory, or DuckDB refuses it.
     """
     sql = find_query(name)
-    with connect(Run.open(url)) as connection:
+    run = Run.open(url)
+    with tempfile.TemporaryDirectory(prefix="be-audit-sql-") as spill, connect(run, spill, memory) as connection:
         try:
             answer = connection.sql(sql)
             if answer is None:
                 raise AuditError(f"{name}: has no answer: end it with a SELECT")
             return _distinct_names(answer.to_arrow_table())
+        except duckdb.OutOfMemoryException as error:
+            told = f"--memory {memory}" if memory else "this machine's memory and TMPDIR"
+            raise AuditError(f"{name}: {told} cannot hold what the query needs: give more --memory") from error
         except duckdb.Error as error:
             raise AuditError(f"{name}: {str(error).strip()}") from error
 
@@ -136,9 +146,22 @@ def _distinct_names(table: pa.Table) -> pa.Table:
     return table.rename_columns(names)
 
 
-def connect(run: Run) -> duckdb.DuckDBPyConnection:
-    """An in-memory DuckDB with a run's views; it can open no file, load no extension and change no setting."""
+def connect(run: Run, spill: str | None = None, memory: str | None = None) -> duckdb.DuckDBPyConnection:
+    """An in-memory DuckDB with a run's views; it can open no file, load no extension and change no setting.
+
+    Args:
+        run: the run. spill: folder for what memory is short for; none by default. memory: as of `run_query`.
+
+    Raises:
+        AuditError: an amount of memory that DuckDB does not know.
+    """
     connection = duckdb.connect(":memory:")
+    connection.execute("SET temp_directory=$1", [spill or ""])
+    if memory is not None:
+        try:
+            connection.execute("SET memory_limit=$1", [memory])
+        except duckdb.Error:
+            raise AuditError(f"--memory {memory}: give an amount as 4GB or 500MB") from None
     connection.execute("SET autoinstall_known_extensions=false; SET autoload_known_extensions=false")
     connection.execute("SET python_enable_replacements=false")  # a table name is never a Python variable
     _scores(connection, run)

@@ -105,6 +105,7 @@ READERS: dict[str, Callable[[str], object]] = {
     "status": run_status,
     "read_scores of one column": lambda run: read_scores(Run.open(run), ["magnitude"]),
     "sql histogram": lambda run: run_query("histogram", run),
+    "sql histogram --memory 1GB": lambda run: run_query("histogram", run, "1GB"),
     "the best thousand": lambda run: best_rows(Run.open(run), "ld_energy", top_k=1000),
     "the best tenth, as for a second look": lambda run: best_rows(Run.open(run), "ld_energy", fraction=0.1),
     "verify": verify_run,

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import duckdb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -346,3 +347,27 @@ def test_a_table_for_a_terminal_is_aligned_and_holds_no_control_characters() -> 
     )
     many = answer_as(pa.table({"n": list(range(500))}), "table").decode()
     assert "300 more rows" in many
+
+
+def test_what_memory_is_short_for_goes_to_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than fits goes to TMPDIR; without a folder for it the same memory is too little."""
+    captions = [f"a house number {n}" for n in range(300_000)]
+    big = make_run(tmp_path / "run", captions + captions, rows_per_shard=60_000)
+    question = tmp_path / "own.sql"
+    question.write_text("SELECT max(n) FROM (SELECT row_number() OVER (ORDER BY repeat(caption, 60)) AS n FROM scores)")
+    here, spill = tmp_path / "here", tmp_path / "spill"
+    here.mkdir()
+    spill.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("tempfile.tempdir", str(spill))
+    assert run_query(str(question), big.url, "450MB").to_pylist() == [{"max(n)": 600_000}]
+    with connect(big, None, "450MB") as connection, pytest.raises(duckdb.OutOfMemoryException):
+        connection.sql(question.read_text()).fetchall()
+    with pytest.raises(AuditError, match="--memory 30MB cannot hold what the query needs: give more --memory"):
+        run_query(str(question), big.url, "30MB")
+    assert list(here.iterdir()) == list(spill.iterdir()) == []
+
+
+def test_memory_that_is_none_is_one_line(run: Run) -> None:
+    found = CliRunner().invoke(cli, ["sql", "histogram", run.url, "--memory", "much"])
+    assert found.exit_code == 2 and "--memory much: give an amount as 4GB or 500MB" in found.output
