@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator
 from functools import lru_cache
-from typing import Any
+from threading import Lock
+from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
@@ -34,7 +35,7 @@ IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "bytes
 EMBEDDING_COLUMNS = ("embedding", "embeddings", "image_embedding", "img_emb", "sscd", "vector", "feature", "features")
 BATCH = 256  # rows of pictures decoded from parquet at once, where they are small
 _BATCH_BYTES = 16 << 20  # and at most about so many bytes
-_KEPT_BYTES = 256 << 20  # of a row group's pictures, up to which it is kept for the next one that is looked at
+_KEPT_BYTES = 512 << 20  # of row groups' pictures that are kept for the next one looked at; half of it one at most
 
 
 def is_image(kind: pa.DataType) -> bool:
@@ -326,7 +327,7 @@ def read_cell(locator: dict[str, Any]) -> bytes:
         where = (locator["file"], locator["revision"], locator["split"], locator["hub"])
         data, error = cell_bytes(_load_dataset(*where)[locator["row"]][locator["column"]])
     else:
-        ends = _row_group_ends(locator["file"])
+        ends = _groups(locator["file"]).ends
         group = int(np.searchsorted(ends, locator["row"], side="right"))
         row = locator["row"] - (int(ends[group - 1]) if group else 0)
         data, error = cell_bytes(_cell(locator["file"], group, row, locator["column"]))
@@ -335,28 +336,54 @@ def read_cell(locator: dict[str, Any]) -> bytes:
     return data
 
 
+class _Groups(NamedTuple):
+    """Of a parquet file's row groups: where each ends, rows decoded at once, bytes in memory."""
+
+    ends: np.ndarray
+    batches: list[int]
+    sizes: list[int]
+
+
 @lru_cache(maxsize=256)
-def _row_group_ends(path: str) -> np.ndarray:
+def _groups(path: str) -> _Groups:
     with fsspec.open(path, "rb") as opened:
         metadata = pq.ParquetFile(opened).metadata
-        return np.cumsum([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)])
+    groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+    ends = np.cumsum([group.num_rows for group in groups])
+    return _Groups(ends, [_batch(group) for group in groups], [group.total_byte_size for group in groups])
 
 
 def _cell(path: str, group: int, row: int, column: str) -> Any:
     """One value: of a row group that is kept where it is small enough, else of the batch that holds it."""
+    facts = _groups(path)
+    if facts.sizes[group] <= _KEPT_BYTES // 2:
+        return _column(path, group, column)[row].as_py()
     with fsspec.open(path, "rb") as opened:
         file = pq.ParquetFile(opened, buffer_size=1 << 20, pre_buffer=False)
-        facts = file.metadata.row_group(group)
-        if facts.total_byte_size <= _KEPT_BYTES:
-            return _column(path, group, column)[row].as_py()
-        for batch in file.iter_batches(_batch(facts), row_groups=[group], columns=[column]):
+        for batch in file.iter_batches(facts.batches[group], row_groups=[group], columns=[column]):
             if row < len(batch):
                 return batch.column(0)[row].as_py()
             row -= len(batch)
     raise IndexError(row)
 
 
-@lru_cache(maxsize=2)
+_kept: dict[tuple[str, int, str], pa.ChunkedArray] = {}
+"""Row groups, the one looked at last at the end."""
+_keeping = Lock()
+
+
 def _column(path: str, group: int, column: str) -> pa.ChunkedArray:
+    """A row group's column; as many stay in memory as make up _KEPT_BYTES."""
+    key = (path, group, column)
+    with _keeping:
+        found = _kept.pop(key, None)
+        if found is not None:
+            _kept[key] = found
+            return found
     with fsspec.open(path, "rb") as opened:
-        return pq.ParquetFile(opened).read_row_group(group, columns=[column]).column(0)
+        found = pq.ParquetFile(opened).read_row_group(group, columns=[column]).column(0)
+    with _keeping:
+        _kept[key] = found
+        while sum(each.nbytes for each in _kept.values()) > _KEPT_BYTES and len(_kept) > 1:
+            del _kept[next(iter(_kept))]
+    return found

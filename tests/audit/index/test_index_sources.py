@@ -18,7 +18,7 @@ from PIL import Image
 
 from audit import testbed
 from audit.base.errors import AuditError
-from audit.index import Index, IndexConfig, build_index
+from audit.index import Index, IndexConfig, build_index, tables
 from audit.index.items import decode
 
 COUNT = 24
@@ -288,3 +288,31 @@ def test_pictures_that_went_away_are_named(rows: Rows, tmp_path: Path) -> None:
     gone.unlink()
     with pytest.raises(AuditError, match=gone.name):
         index.picture(int(index.ids()[0]))
+
+
+def test_row_groups_are_kept_as_far_as_memory_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are looked at here and there: a row group is read once where all fit, and never more are held."""
+    cells = [bytes([number]) * 1000 for number in range(40)]
+    pq.write_table(
+        pa.table({"image": cells}), tmp_path / "x.parquet", row_group_size=4, compression="none", use_dictionary=False
+    )
+    read = list[int]()
+    plain = pq.ParquetFile.read_row_group
+
+    def counted(file: pq.ParquetFile, number: int, columns: list[str]) -> pa.Table:
+        read.append(number)
+        return plain(file, number, columns=columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+    monkeypatch.setattr(tables, "_kept", {})
+    places = [row for turn in range(3) for row in range(turn, 40, 3)]
+
+    def look() -> list[bytes]:
+        return [tables.read_cell({"file": str(tmp_path / "x.parquet"), "row": n, "column": "image"}) for n in places]
+
+    assert look() == [cells[n] for n in places]
+    assert sorted(read) == list(range(10))
+    monkeypatch.setattr(tables, "_KEPT_BYTES", 10_000)  # two groups of ten
+    monkeypatch.setattr(tables, "_kept", {})
+    assert look() == [cells[n] for n in places]
+    assert 0 < sum(column.nbytes for column in tables._kept.values()) <= 10_000
