@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import time
@@ -81,6 +82,19 @@ class JobSpec:
         """
         module, _, name = self.opener.partition(":")
         job: Job = getattr(importlib.import_module(module), name)(self)
+        return job
+
+    def open_for_good(self) -> Job:
+        """`open`, in a process that does nothing else: what it imports and loads is not looked through for garbage.
+
+        That took a fifth of a worker's start.
+        """
+        gc.disable()
+        try:
+            job = self.open()
+            gc.freeze()
+        finally:
+            gc.enable()
         return job
 
     def to_json(self) -> str:

@@ -35,7 +35,7 @@ class ShardActor:
         """Compute and commit a shard; returns its rows."""
         with self.reading:
             if self.job is None:  # not in __init__: what a constructor raises reaches the driver without its type
-                self.job = self.spec.open()
+                self.job = self.spec.open_for_good()
             task = Task(self.job, shard)
             task.read()
         if task.made is None:

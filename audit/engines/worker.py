@@ -28,7 +28,7 @@ def main(spec: str) -> int:
     threading.Thread(target=_beat, args=(say,), daemon=True, name="heartbeat").start()
     with stop_on_signals() as stop:
         try:
-            job = JobSpec.from_json(spec).open()
+            job = JobSpec.from_json(spec).open_for_good()
         except AuditError as error:
             say({"error_line": str(error)})
             return 3 if isinstance(error, Damaged) else 2
