@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 IMG2DATASET := $(VENV)/img2dataset/bin/img2dataset
 OFFICIAL_PYTHON := $(VENV)/official/bin/python
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# one more than the cores of a small machine: tests that wait for processes leave theirs to others
-PYTEST_ARGS ?= -n 3 --dist worksteal --durations=25
+# twice the cores of a small machine: tests that wait for processes leave theirs to others
+PYTEST_ARGS ?= -n 4 --dist worksteal --durations=25
 MINUTES ?= 60
 
 # every process would compile the tests and the linked package anew

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import sys
 from collections.abc import Mapping
@@ -41,6 +42,12 @@ def start(*arguments: object, log: Path, environment: Mapping[str, str] | None =
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.command_imports"])
+    here = os.getcwd()
+    os.chdir(Path(__file__).parents[1])  # where the server finds what it imports; it is silent about what it does not
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.chdir(here)
     words = [str(argument) for argument in arguments]
     process = context.Process(target=_main, args=(words, str(log), dict(environment or {})))
     process.start()

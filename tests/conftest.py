@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -19,6 +20,9 @@ import torch  # noqa: E402
 from filelock import FileLock  # noqa: E402
 
 torch.set_num_threads(1)
+gc.set_threshold(
+    100_000, 20, 100
+)  # libraries and tests stay: looking through them for garbage took a tenth of the time
 
 WORDS = ("red", "blue", "old", "tiny", "wooden", "quiet"), ("house", "dog", "street", "lamp", "boat")
 
@@ -27,6 +31,10 @@ def some_captions(count: int) -> list[str]:
     """Captions without repeats."""
     adjectives, nouns = WORDS
     return [f"a {adjectives[i % 6]} {nouns[i % 5]} number {i}" for i in range(count)]
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
 
 
 SLOW = ("processes", "sampling", "simulation", "browser", "faults", "benchmark")

@@ -30,6 +30,7 @@ from audit.base.storage import AT_ONCE, Folder
 FEW, ONE_IN = 16, 250  # shards asked for one by one: a listing tells of some 250 files in the time of one question
 PREFIXED = 10_000  # commits above which an object store is asked for them in parts
 BLOCK = 4096  # commits held as objects at a time
+MOVING = 1.0  # seconds that another worker may be between a file and its commit
 HASHED = 256 << 20  # bytes of a stage up to which a reader hashes its files before it opens them
 
 Asked = TypeVar("Asked")
@@ -213,7 +214,7 @@ class Ledger:
         for shard in sorted(doubtful):
             made, why = self._look(shard, deep)
             if why:
-                time.sleep(1)  # another worker may be between a file and its commit
+                time.sleep(MOVING)
                 made, why = self._look(shard, deep)
             if made is None and not self.folder.exists(self.name(shard)):
                 done = done.only(done.shards != shard)

@@ -12,7 +12,7 @@ from tests.benchmarks import bench_commits
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("flags", [["1200"], ["60", "--s3"]])
+@pytest.mark.parametrize("flags", [["1200"], ["30", "--s3"]])
 def test_both_ways_find_every_commit(
     flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,7 +26,7 @@ from tests.conftest import some_captions
 from tests.faults.harness import unscored
 
 SHARDS, ROWS = 25, 6
-KILLS = 20
+KILLS = 12
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,8 @@ def test_a_second_look_is_stopped_and_goes_on(
         stops += looks(run) < SHARDS
         assert_whole(run)
     assert stops == 3
-    assert be_audit(*arguments, run, "--second-look", 0.9, "--workers", 2).code == 0
+    workers = 2 if number == signal.SIGKILL else 0
+    assert be_audit(*arguments, run, "--second-look", 0.9, "--workers", workers).code == 0
     found, expected = (read_scores(Run.open(str(folder))) for folder in (run, looked_again))
     assert found["num_noises"].equals(expected["num_noises"]) and found["num_noises"].to_pylist().count(4) >= 121
     for name in ("magnitude", "ld", "ld_energy", "excess", "excess_pca"):

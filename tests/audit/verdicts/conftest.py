@@ -61,5 +61,5 @@ def confirm_at(work: Path, run: Path, copy: Path) -> ConfirmConfig:
         index=str(work / "be-audit-index"),
         top_fraction=1.0,
         match_fpr=0.05,
-        null_pictures=200,
+        null_pictures=100,
     )

@@ -55,7 +55,7 @@ def test_false_alarms_and_copies_found(tmp_path: Path, testbed_index: str, capsy
     pq.write_table(pa.table({"caption": clean.TEXT.tolist()}), tmp_path / "clean.parquet")
     run = str(tmp_path / "run")
     captions = (str(tmp_path / "captions.parquet"),)
-    scan(ScanConfig(captions=captions, output=run, model="testbed", steps=6, device="cpu", second_look=0.0))
+    scan(ScanConfig(captions=captions, output=run, model="testbed", steps=4, device="cpu", second_look=0.0))
     config = ConfirmConfig(run=run, index=testbed_index, top_fraction=1.0, match_fpr=FPR, device="cpu")
     confirm(ConfirmConfig(**{**vars(config), "clean": str(tmp_path / "clean.parquet")}))
     found = read_stage(Run.open(run), "confirm")
