@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -360,6 +361,8 @@ def test_what_memory_is_short_for_goes_to_a_disk(tmp_path: Path, monkeypatch: py
     spill.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setattr("tempfile.tempdir", str(spill))
+    # each thread has memory of its own
+    monkeypatch.setattr("audit.reports.sql.duckdb.connect", partial(duckdb.connect, config={"threads": 2}))
     assert run_query(str(question), big.url, "450MB").to_pylist() == [{"max(n)": 600_000}]
     with connect(big, None, "450MB") as connection, pytest.raises(duckdb.OutOfMemoryException):
         connection.sql(question.read_text()).fetchall()
