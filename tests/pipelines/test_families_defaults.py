@@ -69,6 +69,7 @@ def ids_of(pipeline: Any, call: Any) -> list[list[int]]:
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CLEANS)
 @pytest.mark.parametrize("installed", (True, False))
 def test_a_caption_is_the_prompt_its_pipeline_makes_of_it(

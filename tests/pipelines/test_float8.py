@@ -67,7 +67,9 @@ def test_its_gradient_is_that_of_its_weights(layer: nn.Linear) -> None:
     np.testing.assert_allclose(inputs.grad.double().numpy(), expected, atol=2**-6 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind not in NARROW])
+@pytest.mark.parametrize(
+    "kind", ["sd1", *(pytest.param(kind, marks=pytest.mark.slow) for kind in FAMILIES if kind not in ("sd1", *NARROW))]
+)
 def test_every_family_is_scored_in_it(kind: str, tmp_path: Path) -> None:
     folder = find_model(str(save_model(kind, tmp_path)))
     exact, eight = (load(folder, "cpu", dtype) for dtype in ("bfloat16", "float8"))
@@ -98,6 +100,7 @@ def test_a_network_without_such_layers_is_refused() -> None:
         to_float8(nn.Sequential(nn.Linear(16, 16)))
 
 
+@pytest.mark.slow
 def test_a_run_is_scanned_and_its_captions_mitigated_in_it(tmp_path: Path, sd1: str) -> None:
     (tmp_path / "captions.csv").write_text("\n".join(["TEXT", *CAPTIONS]))
     scan = ("scan", tmp_path / "captions.csv", "-o", tmp_path / "run", "--model", sd1, "--second-look", 0)

@@ -50,7 +50,7 @@ def s3() -> Iterator[dict[str, str]]:
     server.wait()
 
 
-@pytest.fixture(params=["disk", "memory", "s3"])
+@pytest.fixture(params=["disk", "memory", pytest.param("s3", marks=pytest.mark.processes)])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
     if request.param == "s3":
         request.getfixturevalue("s3")

@@ -28,6 +28,8 @@ from audit.base.storage import Folder
 COUNT = 24
 PLACE = "_commits/scan/checkpoint"
 
+PLACES = ["disk", pytest.param("s3", marks=pytest.mark.processes)]
+
 
 def commit_of(shard: int, size: int, **changes: object) -> Commit:
     """Commits whose counts and steps do not all have the same names."""
@@ -220,7 +222,7 @@ CHANGES: dict[str, Callable[[Ledger, int], object]] = {
 }
 
 
-@pytest.mark.parametrize("folder", ["disk", "s3"], indirect=True)
+@pytest.mark.parametrize("folder", PLACES, indirect=True)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_after_it_is_noticed(ledger: Ledger, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = old_done(ledger)
@@ -349,7 +351,7 @@ def test_killed_while_it_writes_leaves_nothing_that_counts(ledger: Ledger, tmp_p
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("folder", ["disk", "s3"], indirect=True)
+@pytest.mark.parametrize("folder", PLACES, indirect=True)
 def test_processes_that_write_it_at_once_all_see_every_commit(ledger: Ledger) -> None:
     expected = f"{COUNT} {old_rows(ledger)}\n"
     words = [sys.executable, "-c", CODE, ledger.folder.url, "read"]
@@ -359,7 +361,7 @@ def test_processes_that_write_it_at_once_all_see_every_commit(ledger: Ledger) ->
     assert ledger.folder.exists(PLACE) and ledger.done() == old_done(ledger)
 
 
-@pytest.mark.parametrize("folder", ["disk", "s3"], indirect=True)
+@pytest.mark.parametrize("folder", PLACES, indirect=True)
 def test_names_that_are_no_commits_are_none(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a store is asked in parts."""
     for name in ("7.json", "000025.json", "x.json", "00025.json.bak", "deep/00026.json"):
@@ -370,7 +372,7 @@ def test_names_that_are_no_commits_are_none(ledger: Ledger, monkeypatch: pytest.
         assert ledger.done(range(COUNT + 5)) == expected and len(expected) == COUNT
 
 
-@pytest.mark.parametrize("folder", ["disk", "s3"], indirect=True)
+@pytest.mark.parametrize("folder", PLACES, indirect=True)
 def test_the_table_is_checked_before_pyarrow_reads_it(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     """pyarrow may end the process over a damaged file."""
     ledger.done()

@@ -350,6 +350,7 @@ def test_a_table_for_a_terminal_is_aligned_and_holds_no_control_characters() -> 
     assert "300 more rows" in many
 
 
+@pytest.mark.slow
 def test_what_memory_is_short_for_goes_to_a_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than fits goes to TMPDIR; without a folder for it the same memory is too little."""
     captions = [f"a house number {n}" for n in range(300_000)]
