@@ -19,7 +19,6 @@ FLOAT8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FLOAT8).max
 SMALLEST_SCALE = 1e-12  # of a row of nothing but zeros
 MULTIPLE = 16  # of both sides of a weight, which the kernels ask for
-CAPABILITY = (8, 9)  # NVIDIA's Ada and Hopper are the first with float8
 
 
 def quantize(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,12 +81,14 @@ class Float8Linear(nn.Module):
 
 
 def check_device(device: torch.device) -> None:
-    """Raise ModelError where a device does not compute in float8."""
-    able = device.type == "cpu"
-    if device.type == "cuda":
-        able = torch.cuda.get_device_capability(device) >= CAPABILITY
-    if not able:
-        raise ModelError(f"float8: {device} does not compute in it; give float16", "dtype")
+    """Raise ModelError where a device, or torch on it, does not compute in float8: one product is tried."""
+    try:
+        Float8Linear(nn.Linear(MULTIPLE, MULTIPLE, device=device, dtype=torch.bfloat16).requires_grad_(False))(
+            torch.ones(MULTIPLE, MULTIPLE, device=device, dtype=torch.bfloat16)
+        )
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        why = (str(error).strip().splitlines() or [""])[0][:200]
+        raise ModelError(f"float8: {device} does not compute in it ({why}); give float16", "dtype") from error
 
 
 def to_float8(denoiser: nn.Module) -> int:

@@ -20,9 +20,7 @@ import torch  # noqa: E402
 from filelock import FileLock  # noqa: E402
 
 torch.set_num_threads(1)
-gc.set_threshold(
-    100_000, 20, 100
-)  # libraries and tests stay: looking through them for garbage took a tenth of the time
+gc.set_threshold(100_000, 20, 100)  # libraries and tests stay: they are not looked through for garbage
 
 WORDS = ("red", "blue", "old", "tiny", "wooden", "quiet"), ("house", "dog", "street", "lamp", "boat")
 

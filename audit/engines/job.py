@@ -85,10 +85,7 @@ class JobSpec:
         return job
 
     def open_for_good(self) -> Job:
-        """`open`, in a process that does nothing else: what it imports and loads is not looked through for garbage.
-
-        That took a fifth of a worker's start.
-        """
+        """`open`, in a process that does nothing else: what it imports and loads is not looked through for garbage."""
         gc.disable()
         try:
             job = self.open()

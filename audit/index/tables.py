@@ -367,23 +367,40 @@ def _cell(path: str, group: int, row: int, column: str) -> Any:
     raise IndexError(row)
 
 
-_kept: dict[tuple[str, int, str], pa.ChunkedArray] = {}
-"""Row groups, the one looked at last at the end."""
-_keeping = Lock()
+class _Kept:
+    """Columns of row groups in memory: those looked at last, up to _KEPT_BYTES in all. Safe for threads."""
+
+    def __init__(self) -> None:
+        self.columns: dict[tuple[str, int, str], pa.ChunkedArray] = {}  # the one looked at last at the end
+        self.size = 0
+        self._lock = Lock()
+
+    def get(self, key: tuple[str, int, str]) -> pa.ChunkedArray | None:
+        with self._lock:
+            found = self.columns.pop(key, None)
+            if found is not None:
+                self.columns[key] = found
+            return found
+
+    def put(self, key: tuple[str, int, str], column: pa.ChunkedArray) -> None:
+        with self._lock:
+            if key in self.columns:  # another thread was first
+                return
+            self.columns[key] = column
+            self.size += column.nbytes
+            while self.size > _KEPT_BYTES and len(self.columns) > 1:
+                self.size -= self.columns.pop(next(iter(self.columns))).nbytes
+
+
+_kept = _Kept()
 
 
 def _column(path: str, group: int, column: str) -> pa.ChunkedArray:
-    """A row group's column; as many stay in memory as make up _KEPT_BYTES."""
+    """A row group's column, from memory where it is kept."""
     key = (path, group, column)
-    with _keeping:
-        found = _kept.pop(key, None)
-        if found is not None:
-            _kept[key] = found
-            return found
-    with fsspec.open(path, "rb") as opened:
-        found = pq.ParquetFile(opened).read_row_group(group, columns=[column]).column(0)
-    with _keeping:
-        _kept[key] = found
-        while sum(each.nbytes for each in _kept.values()) > _KEPT_BYTES and len(_kept) > 1:
-            del _kept[next(iter(_kept))]
+    found = _kept.get(key)
+    if found is None:
+        with fsspec.open(path, "rb") as opened:
+            found = pq.ParquetFile(opened).read_row_group(group, columns=[column]).column(0)
+        _kept.put(key, found)
     return found

@@ -304,7 +304,7 @@ def test_row_groups_are_kept_as_far_as_memory_goes(tmp_path: Path, monkeypatch: 
         return plain(file, number, columns=columns)
 
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
-    monkeypatch.setattr(tables, "_kept", {})
+    monkeypatch.setattr(tables, "_kept", tables._Kept())
     places = [row for turn in range(3) for row in range(turn, 40, 3)]
 
     def look() -> list[bytes]:
@@ -313,6 +313,7 @@ def test_row_groups_are_kept_as_far_as_memory_goes(tmp_path: Path, monkeypatch: 
     assert look() == [cells[n] for n in places]
     assert sorted(read) == list(range(10))
     monkeypatch.setattr(tables, "_KEPT_BYTES", 20_000)  # some groups of ten
-    monkeypatch.setattr(tables, "_kept", {})
+    monkeypatch.setattr(tables, "_kept", tables._Kept())
     assert look() == [cells[n] for n in places]
-    assert 0 < sum(column.nbytes for column in tables._kept.values()) <= 20_000
+    held = sum(column.nbytes for column in tables._kept.columns.values())
+    assert 0 < held == tables._kept.size <= 20_000
