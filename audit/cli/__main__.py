@@ -6,9 +6,12 @@ import os
 import sys
 from typing import NoReturn
 
+from audit.base.garbage import look_seldom
+
 
 def main() -> None:
     """Run the be-audit command and exit with its code."""
+    look_seldom()
     _open_standard_streams()
     try:
         from audit.cli.commands import cli

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import json
 import time
@@ -82,16 +81,6 @@ class JobSpec:
         """
         module, _, name = self.opener.partition(":")
         job: Job = getattr(importlib.import_module(module), name)(self)
-        return job
-
-    def open_for_good(self) -> Job:
-        """`open`, in a process that does nothing else: what it imports and loads is not looked through for garbage."""
-        gc.disable()
-        try:
-            job = self.open()
-            gc.freeze()
-        finally:
-            gc.enable()
         return job
 
     def to_json(self) -> str:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from audit.base.errors import AuditError, Drained, ends_the_job
+from audit.base.garbage import look_seldom
 from audit.base.progress import Progress
 from audit.base.stopping import Stop
 from audit.engines.job import Job, JobSpec, Task
@@ -27,6 +28,7 @@ class ShardActor:
     """
 
     def __init__(self, spec: JobSpec) -> None:
+        look_seldom()
         self.spec = spec
         self.job: Job | None = None
         self.reading, self.computing, self.writing = threading.Lock(), threading.Lock(), threading.Lock()
@@ -35,7 +37,7 @@ class ShardActor:
         """Compute and commit a shard; returns its rows."""
         with self.reading:
             if self.job is None:  # not in __init__: what a constructor raises reaches the driver without its type
-                self.job = self.spec.open_for_good()
+                self.job = self.spec.open()
             task = Task(self.job, shard)
             task.read()
         if task.made is None:

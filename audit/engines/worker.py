@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from audit.base.errors import AuditError, Damaged, Drained, ends_the_job
+from audit.base.garbage import look_seldom
 from audit.base.stopping import Stop, stop_on_signals
 from audit.engines.job import JobSpec
 from audit.engines.local import BEAT, die_with_parent
@@ -23,12 +24,13 @@ IDLE, SOON = 0.5, 0.02  # seconds to wait for a shard with none in hand; for one
 
 def main(spec: str) -> int:
     """Serve a JobSpec (JSON) until stdin ends. Exit codes: 0, 2 bad input, 3 a damaged run, 75 stopped."""
+    look_seldom()
     say = _take_stdout()
     die_with_parent()
     threading.Thread(target=_beat, args=(say,), daemon=True, name="heartbeat").start()
     with stop_on_signals() as stop:
         try:
-            job = JobSpec.from_json(spec).open_for_good()
+            job = JobSpec.from_json(spec).open()
         except AuditError as error:
             say({"error_line": str(error)})
             return 3 if isinstance(error, Damaged) else 2
