@@ -10,7 +10,7 @@ from audit.base.errors import AuditError
 from audit.base.progress import Progress
 from audit.base.stopping import Stop
 from audit.engines.job import JobSpec
-from audit.engines.local import run_here, run_processes, worker_argv
+from audit.engines.local import run_here, run_processes
 from audit.engines.ray import run_on_ray
 from audit.engines.retries import Outcome, Retries
 
@@ -56,7 +56,7 @@ def run_shards(
     if len(devices) == 1:
         return run_here(replace(spec, device=devices[0]).open(), retries, progress, stop)
     return run_processes(
-        lambda number: worker_argv(replace(spec, device=devices[number % len(devices)])),
+        lambda number: replace(spec, device=devices[number % len(devices)]),
         len(devices),
         retries,
         progress,

@@ -1,4 +1,4 @@
-"""A worker process: loads the job's model once, then computes the shards whose numbers it reads from stdin."""
+"""A worker process: opens the job it reads from stdin, computes the shards whose numbers follow, and so on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -16,24 +17,20 @@ from audit.base.errors import AuditError, Damaged, Drained, ends_the_job
 from audit.base.garbage import look_seldom
 from audit.base.stopping import Stop, stop_on_signals
 from audit.engines.job import JobSpec
-from audit.engines.local import BEAT, die_with_parent
+from audit.engines.keep import keeping
 from audit.engines.overlap import Overlap
+from audit.engines.processes import BEAT
 
 IDLE, SOON = 0.5, 0.02  # seconds to wait for a shard with none in hand; for one in hand before looking for more
 
 
-def main(spec: str) -> int:
-    """Serve a JobSpec (JSON) until stdin ends. Exit codes: 0, 2 bad input, 3 a damaged run, 75 stopped."""
+def main() -> int:
+    """Serve jobs until stdin ends. Exit codes: 0, 2 bad input, 3 a damaged run, 75 stopped."""
     look_seldom()
     say = _take_stdout()
-    die_with_parent()
+    _die_with_parent()
     threading.Thread(target=_beat, args=(say,), daemon=True, name="heartbeat").start()
-    with stop_on_signals() as stop:
-        try:
-            job = JobSpec.from_json(spec).open()
-        except AuditError as error:
-            say({"error_line": str(error)})
-            return 3 if isinstance(error, Damaged) else 2
+    with stop_on_signals() as stop, keeping():
 
         def on_rows(shard: int, rows: int) -> None:
             try:
@@ -42,10 +39,13 @@ def main(spec: str) -> int:
                 raise Drained from None  # the parent is gone: nobody waits for this shard
             stop.check()
 
+        given = _Given()
         try:
-            say({"ready": True})
-            with Overlap(job, on_rows) as overlap:
-                _serve(overlap, _Given(), stop, say)
+            while (spec := given.job(stop)) is not None:
+                job = JobSpec.from_json(spec).open()
+                say({"ready": True})
+                with Overlap(job, on_rows) as overlap:
+                    _serve(overlap, given, stop, say)
         except AuditError as error:
             say({"error_line": str(error)})
             return 3 if isinstance(error, Damaged) else 2
@@ -55,8 +55,8 @@ def main(spec: str) -> int:
 
 
 def _serve(overlap: Overlap, given: _Given, stop: Stop, say: Callable[[dict[str, Any]], None]) -> None:
-    """Do the shards that are given until no more will be. Raises what ends the job."""
-    while not given.over or overlap.hand:
+    """Do the shards that are given until another job is, or nothing more. Raises what ends the job."""
+    while given.more or overlap.hand:
         stop.check()
         for shard in given.take(wait=not overlap.hand):
             overlap.take(shard)
@@ -73,15 +73,16 @@ def _serve(overlap: Overlap, given: _Given, stop: Stop, say: Callable[[dict[str,
 
 
 class _Given:
-    """Shard numbers from stdin, read in a thread so that one that comes later can be read while another is computed.
+    """Lines from stdin, read in a thread so that a shard that comes later can be read while another is computed.
 
     Attributes:
-        over: stdin has ended, and everything from it was taken.
+        more: shards of this job may still come.
     """
 
     def __init__(self) -> None:
-        self.over = False
-        self._lines: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self.more = True
+        self._next: bytes | None = None  # a job that was read; None too once stdin has ended
+        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True, name="shards").start()
 
     def _listen(self) -> None:
@@ -89,20 +90,36 @@ class _Given:
         while data := os.read(0, 1 << 12):  # not sys.stdin: the interpreter waits for its lock when it ends
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
-                self._lines.put(int(line))
+                self._lines.put(line)
         self._lines.put(None)
+
+    def job(self, stop: Stop) -> str | None:
+        """The next job (JSON), waited for; None when none will come. Raises Drained when a stop was asked for."""
+        while self.more:
+            stop.check()
+            self.take(wait=True)
+        line, self._next, self.more = self._next, None, self._next is not None
+        return None if line is None else line.decode()
 
     def take(self, wait: bool) -> list[int]:
         """What has come since; where nothing has, wait for it for a moment."""
         found: list[int] = []
         with contextlib.suppress(queue.Empty):
-            while not self.over:
-                shard = self._lines.get(timeout=IDLE if wait and not found else 0)
-                if shard is None:
-                    self.over = True
+            while self.more:
+                line = self._lines.get(timeout=IDLE if wait and not found else 0)
+                if line is None or line.startswith(b"{"):
+                    self._next, self.more = line, False
                 else:
-                    found.append(shard)
+                    found.append(int(line))
         return found
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end this process when its parent is killed, so that a killed scan leaves no worker behind."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1 = PR_SET_PDEATHSIG; SIGTERM would not end one that is stopped
 
 
 def _take_stdout() -> Any:
@@ -130,4 +147,4 @@ def _beat(say: Callable[[dict[str, Any]], None]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main())

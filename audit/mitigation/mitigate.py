@@ -17,6 +17,7 @@ from audit.base.fingerprint import digest, file_sha256
 from audit.base.options import option
 from audit.base.stopping import Stop
 from audit.engines.config import EngineFlags
+from audit.engines.keep import keeping
 from audit.index import Index
 from audit.mitigation.config import MovingConfig, find_clip, trigger_column
 from audit.mitigation.target import clean_target
@@ -26,7 +27,6 @@ from audit.run.schema import COPIES, MITIGATED_COLUMNS, VERDICTS
 from audit.run.select import with_images
 from audit.run.stage import CONFIRM, MITIGATE, TRAJECTORIES, Stage, run_stage
 from audit.scores.calibrate import load_thresholds
-from audit.scores.model import one_model
 from audit.verdicts.candidates import ConfirmConfig, TrajectoriesFingerprint
 from audit.verdicts.confirm import ConfirmFingerprint, read_null
 
@@ -123,7 +123,7 @@ class MitigateSummary:
         return lines
 
 
-@one_model()
+@keeping()
 def mitigate(config: MitigateConfig, stop: Stop | None = None) -> MitigateSummary:
     """Mitigate a run's confirmed copies, or go on with a mitigation that was begun.
 

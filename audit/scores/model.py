@@ -6,22 +6,19 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from audit import testbed
 from audit.base.errors import AuditError
+from audit.engines.keep import kept
 from audit.run.run import ModelFacts, Run
 from pipelines.errors import ModelError
 
 if TYPE_CHECKING:
     from pipelines.folders import ModelFolder
     from pipelines.model import DiffusionModel
-
-
-_kept: ContextVar[dict[object, DiffusionModel] | None] = ContextVar("_kept", default=None)
 
 
 class ModelConfig(Protocol):
@@ -121,21 +118,8 @@ def load_model(folder: ModelFolder, device: str, dtype: str) -> DiffusionModel:
         return pipelines.loading.load(folder, device, dtype)
 
 
-@contextmanager
-def one_model() -> Iterator[None]:
-    """Decorates a command of several stages: the model that one of them loaded in this process serves the next ones."""
-    if _kept.get() is not None:  # a command within another
-        yield
-        return
-    token = _kept.set({})
-    try:
-        yield
-    finally:
-        _kept.reset(token)
-
-
 def load_run_model(run: Run, device: str) -> DiffusionModel:
-    """The model a run was begun with, loaded once in a command (`one_model`).
+    """The model a run was begun with, loaded once in a command that keeps it (`keeping`).
 
     Raises:
         AuditError: it has other weights by now, or cannot be loaded.
@@ -152,12 +136,13 @@ def load_run_model(run: Run, device: str) -> DiffusionModel:
         )
     if replace(now, revision=begun.revision) != begun:
         raise AuditError(f"--model {run.facts.model}: other weights than the run was begun with")
-    kept, key = _kept.get(), (run.digest, device)
-    if kept is None:
-        return load_model(folder, device, run.fingerprint.dtype)
-    if key not in kept:
-        kept[key] = load_model(folder, device, run.fingerprint.dtype)
-    return kept[key]
+    command, key = kept(), (run.digest, device)
+    if command is not None and key in command.models:
+        return cast("DiffusionModel", command.models[key])
+    model = load_model(folder, device, run.fingerprint.dtype)
+    if command is not None:
+        command.models[key] = model
+    return model
 
 
 def _find(

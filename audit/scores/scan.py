@@ -16,6 +16,7 @@ from audit.base.options import config_of, option
 from audit.base.stopping import Stop
 from audit.base.storage import Folder
 from audit.captions import AUTO, CaptionFile, CaptionPlan, describe_captions, plan_captions
+from audit.engines.keep import keeping
 from audit.engines.rank import find_rank
 from audit.engines.ray_cluster import one_connection
 from audit.run.claim import claimed
@@ -31,7 +32,6 @@ from audit.scores.model import (
     model_facts,
     naming_the_flag,
     no_mask_reason,
-    one_model,
 )
 from audit.scores.null_maps import few_lines, lost_lines, make_null_maps
 from audit.scores.refine import RefineFingerprint, begin_refine, run_refine
@@ -141,7 +141,7 @@ def _silent(line: str) -> None:
 
 
 @one_connection()
-@one_model()
+@keeping()
 def scan(config: ScanConfig, stop: Stop | None = None, say: Callable[[str], None] = _silent) -> ScanSummary:
     """Scan captions into a run folder, or go on with a scan that was begun there.
 

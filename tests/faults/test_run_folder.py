@@ -229,7 +229,7 @@ def scanned(tmp_path_factory: pytest.TempPathFactory, sd1: str) -> Path:
 def test_8_a_stopped_worker_is_killed_and_replaced(scanned: Path, tmp_path: Path, sd1: str) -> None:
     run, log = unscored(scanned / "run", tmp_path / "run"), tmp_path / "log"
     code = (
-        "import sys, audit.engines.local as local; local.SILENCE = 8.0; local.LOADING = 90.0\n"
+        "import sys, audit.engines.processes as workers; workers.SILENCE = 8.0; workers.LOADING = 90.0\n"
         "from audit.cli.commands import cli; cli(sys.argv[1:])"
     )
     words = [str(word) for word in scan(scanned / "x.parquet", run, sd1, "--workers", 2)]

@@ -17,11 +17,13 @@ from audit.base.errors import AuditError, Broken, Drained, StorageError
 from audit.base.progress import Progress
 from audit.base.stopping import Stop
 from audit.base.storage import Folder
-from audit.engines.job import Took
+from audit.engines.job import JobSpec, Took
+from audit.engines.keep import keeping, kept
 from audit.engines.local import run_here, run_processes
 from audit.engines.retries import RETIRE, Outcome, Retries
 
-READ = "import sys, os, json\n"
+READ = "import sys, os, json\njob = json.loads(sys.stdin.readline())\n"
+"""How a worker begins: with the job it is told."""
 SHARDS = list(range(6))
 
 
@@ -59,13 +61,18 @@ def here(job: Job, shards: Sequence[int], progress: Progress, stop: Stop | None 
     return run_here(job, Retries(job.ledger, shards, 3, progress), progress, stop or Stop())
 
 
+def job(number: int) -> JobSpec:
+    """What a worker is told; these scripts look at nothing but its device, which is the worker's number."""
+    return JobSpec("any:job", "run", str(number), 8, 0.05)
+
+
 def run_workers(
     ledger: Ledger, script: str, workers: int = 2, stop: Stop | None = None, retries: int = 3
 ) -> tuple[Outcome, Progress]:
     command = [sys.executable, "-c", READ + script]
     with Progress(len(SHARDS), "rows", "test") as progress:
         done = run_processes(
-            lambda _: command, workers, Retries(ledger, SHARDS, retries, progress), progress, stop or Stop()
+            job, workers, Retries(ledger, SHARDS, retries, progress), progress, stop or Stop(), argv=command
         )
     return done, progress
 
@@ -279,14 +286,10 @@ for line in sys.stdin:
 def test_a_worker_that_fails_everything_is_replaced_then_retired(tmp_path: Path, ledger: Ledger) -> None:
     """One of three devices is broken for good: the other two do all the work, and no shard is given up."""
     starts = tmp_path / "starts"
-
-    def command(number: int) -> list[str]:
-        with starts.open("a") as file:
-            file.write(f"{number}\n")
-        return [sys.executable, "-c", READ + BROKEN % (number == 0)]
-
+    script = f"open({str(starts)!r}, 'a').write(job['device'] + '\\n')\n" + BROKEN % "job['device'] == '0'"
+    command = [sys.executable, "-c", READ + script]
     with Progress(200, "rows", "test") as progress:
-        done = run_processes(command, 3, Retries(ledger, range(200), 3, progress), progress, Stop())
+        done = run_processes(job, 3, Retries(ledger, range(200), 3, progress), progress, Stop(), argv=command)
     assert sorted(done.committed) == list(range(200)) and done.quarantined == []
     assert progress.done == 200
     assert starts.read_text().split().count("0") > 1  # a fresh process may be a fresh device
@@ -296,7 +299,7 @@ def test_a_worker_that_fails_everything_is_replaced_then_retired(tmp_path: Path,
 def test_workers_that_all_fail_stop_the_job(ledger: Ledger) -> None:
     command = [sys.executable, "-c", READ + BROKEN % True]
     with Progress(100, "rows", "test") as progress, pytest.raises(Broken, match="stopped with 100 shards left"):
-        run_processes(lambda _: command, 2, Retries(ledger, range(100), 3, progress), progress, Stop())
+        run_processes(job, 2, Retries(ledger, range(100), 3, progress), progress, Stop(), argv=command)
     assert all(len(ledger.attempts(shard)) <= 1 for shard in range(100))
 
 
@@ -314,12 +317,48 @@ def test_workers_that_never_load_end_the_job(ledger: Ledger) -> None:
     assert all(ledger.attempts(shard) == [] for shard in SHARDS)
 
 
+SERVES = """
+print('{"ready": true}', flush=True)
+for line in sys.stdin:
+    if line.startswith("{"):
+        print('{"ready": true}', flush=True)
+    else:
+        print(json.dumps({"done": int(line), "rows": os.getpid()}), flush=True)
+"""
+
+
+@pytest.mark.timeout(60)
+def test_a_command_that_keeps_its_workers_gives_them_the_next_job(ledger: Ledger) -> None:
+    """They end with it; one that died between two jobs is replaced, and a job that fails keeps none."""
+    with keeping():
+        command = kept()
+        assert command is not None
+        done, _ = run_workers(ledger, SERVES)
+        first = {number: worker.process for number, worker in command.workers.items()}
+        assert set(first) == {0, 1} and all(process.poll() is None for process in first.values())
+        again, _ = run_workers(ledger, SERVES)
+        assert {number: worker.process for number, worker in command.workers.items()} == first
+        first[0].kill()
+        first[0].wait()
+        last, _ = run_workers(ledger, SERVES)
+        assert command.workers[0].process is not first[0] and command.workers[1].process is first[1]
+        processes = [worker.process for worker in command.workers.values()]
+        with pytest.raises(AuditError, match="no good"):
+            run_workers(ledger, """print('{"error_line": "no good"}', flush=True); sys.exit(2)""", workers=3)
+        assert command.workers == {} and all(process.poll() is not None for process in processes)
+    assert [sorted(each.committed) for each in (done, again, last)] == [SHARDS] * 3
+    with keeping():
+        run_workers(ledger, SERVES)
+        processes = [worker.process for worker in (kept() or pytest.fail()).workers.values()]
+    assert len(processes) == 2 and all(process.poll() is not None for process in processes)
+
+
 @pytest.mark.timeout(60)
 def test_a_worker_that_hangs_with_all_done_does_not_hold_the_job(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has said that all is done, and its input is closed: then it neither lives nor ends."""
-    monkeypatch.setattr("audit.engines.local.SILENCE", 1.0)
+    monkeypatch.setattr("audit.engines.processes.SILENCE", 1.0)
     script = """
 import time
 print('{"ready": true}', flush=True)
@@ -367,7 +406,7 @@ for line in sys.stdin:
 """,
     ]
     with Stopping(6, "rows", "test") as progress, pytest.raises(Drained):
-        run_processes(lambda _: command, 2, Retries(ledger, SHARDS, 3, progress), progress, stop)
+        run_processes(job, 2, Retries(ledger, SHARDS, 3, progress), progress, stop, argv=command)
 
 
 def test_progress_says_nothing_twice(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
