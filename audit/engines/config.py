@@ -22,6 +22,11 @@ class EngineFlags:
         0.05, "A shard with a larger share of failed rows (and more than one) is not committed.", min=0.0, max=1.0
     )
     max_shard_retries: int = option(3, "Tries of a shard before it is given up.", min=1)
+    compile: bool = option(
+        False,
+        "Compile the denoiser's parts with torch.compile: minutes at a worker's start, for a long job on a GPU. A part "
+        "that cannot be, or then computes something else, is named and stays as it is.",
+    )
     batch_timeout: float = option(
         3600.0,
         "Seconds without a finished batch after which a worker process is killed and replaced, not by Ray; 0 never.",

@@ -65,6 +65,7 @@ class JobSpec:
         run: path or URL of the run folder. device: torch device or `auto`.
         batch_size: latents at a time, or `auto`.
         max_error_rate: a shard with a larger share of failed rows is not committed.
+        compile: the denoiser is compiled.
     """
 
     opener: str
@@ -72,6 +73,7 @@ class JobSpec:
     device: str
     batch_size: int | Literal["auto"]
     max_error_rate: float
+    compile: bool = False
 
     def open(self) -> Job:
         """The job with its model loaded.

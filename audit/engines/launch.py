@@ -31,6 +31,8 @@ class EngineConfig(Protocol):
     @property
     def max_error_rate(self) -> float: ...
     @property
+    def compile(self) -> bool: ...
+    @property
     def batch_timeout(self) -> float: ...
     @property
     def max_shard_retries(self) -> int: ...
@@ -47,7 +49,7 @@ def run_shards(
     Raises:
         AuditError, Drained, Broken: as the engines do.
     """
-    spec = JobSpec(opener, run, config.device, config.batch_size, config.max_error_rate)
+    spec = JobSpec(opener, run, config.device, config.batch_size, config.max_error_rate, config.compile)
     if config.engine == "ray":
         return run_on_ray(spec, config.ray_address, config.workers, retries, progress, stop)
     if config.ray_address is not None:

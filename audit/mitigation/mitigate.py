@@ -211,7 +211,7 @@ def _begin(run: Run, config: MitigateConfig) -> tuple[Stage, int]:
     if target is None:
         target = begun_target(run, confirmed, config, mask)
     if target is None:
-        target = clean_target(run, trajectories, config, mask)
+        target = clean_target(run, trajectories, config, mask, config.compile)
     fingerprint = MitigateFingerprint(
         confirm=confirmed.facts.digest,
         captions=chosen.num_rows,

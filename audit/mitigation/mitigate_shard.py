@@ -48,7 +48,7 @@ def open_job(spec: JobSpec) -> MitigateJob:
     """The mitigation of a run, with its model, index, descriptor and CLIP loaded."""
     run = Run.open(spec.run)
     assert spec.batch_size != "auto"  # no flag of mitigate
-    return MitigateJob(run, load_run_model(run, spec.device), spec.batch_size, spec.max_error_rate)
+    return MitigateJob(run, load_run_model(run, spec.device, spec.compile), spec.batch_size, spec.max_error_rate)
 
 
 def move_and_sample(

@@ -17,7 +17,7 @@ from audit.scores.trajectories import open_sampler
 CLEAN_CAPTIONS = 16  # sampled where the run has no such loss of clean captions
 
 
-def clean_target(run: Run, trajectories: Stage, config: MovingConfig, mask: str) -> float:
+def clean_target(run: Run, trajectories: Stage, config: MovingConfig, mask: str, compile: bool = False) -> float:
     """Median of the loss over clean captions of a run: the same formula, under the same mask, at the same step.
 
     Of the clean captions confirm generated images of (`--clean`, `--null-captions`) where it did; else of the scan,
@@ -26,7 +26,7 @@ def clean_target(run: Run, trajectories: Stage, config: MovingConfig, mask: str)
     Args:
         run: the run.
         trajectories: of confirm, as it was begun.
-        config: loss and device.
+        config: loss and device. compile: as the stage that follows, which shares the model.
         mask: of the loss, as it is settled for the run's model.
     Raises:
         AuditError: every caption of the run is a candidate.
@@ -53,7 +53,7 @@ def clean_target(run: Run, trajectories: Stage, config: MovingConfig, mask: str)
     # 3. trajectories of some
     order = np.random.default_rng(run.fingerprint.seed).permutation(scores.num_rows)[:CLEAN_CAPTIONS]
     captions = read_rows(run, scores["row_id"].to_numpy()[np.sort(order)], ["caption"])["caption"].to_pylist()
-    sampler = open_sampler(run.fingerprint, load_run_model(run, config.device), 1, config.batch_size)
+    sampler = open_sampler(run.fingerprint, load_run_model(run, config.device, compile), 1, config.batch_size)
     found = sampler(captions, [0] * len(captions), decode=False)
     assert column in TRAJECTORY_COLUMNS
     first = {**found.first, **found.windows()}

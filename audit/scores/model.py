@@ -118,8 +118,8 @@ def load_model(folder: ModelFolder, device: str, dtype: str) -> DiffusionModel:
         return pipelines.loading.load(folder, device, dtype)
 
 
-def load_run_model(run: Run, device: str) -> DiffusionModel:
-    """The model a run was begun with, loaded once in a command that keeps it (`keeping`).
+def load_run_model(run: Run, device: str, compile: bool = False) -> DiffusionModel:
+    """The model a run was begun with, loaded once in a command that keeps it (`keeping`); compiled where asked to.
 
     Raises:
         AuditError: it has other weights by now, or cannot be loaded.
@@ -136,10 +136,14 @@ def load_run_model(run: Run, device: str) -> DiffusionModel:
         )
     if replace(now, revision=begun.revision) != begun:
         raise AuditError(f"--model {run.facts.model}: other weights than the run was begun with")
-    command, key = kept(), (run.digest, device)
+    command, key = kept(), (run.digest, device, compile)
     if command is not None and key in command.models:
         return cast("DiffusionModel", command.models[key])
     model = load_model(folder, device, run.fingerprint.dtype)
+    if compile:
+        from pipelines.compiled import compile_denoiser
+
+        compile_denoiser(model, lambda note: print(note, file=sys.stderr))
     if command is not None:
         command.models[key] = model
     return model

@@ -184,7 +184,7 @@ def open_second(spec: JobSpec) -> NullMapsJob:
 
 def _open(spec: JobSpec, kind: StageKind) -> NullMapsJob:
     run = Run.open(spec.run)
-    return NullMapsJob(Stage.open(run, kind), load_run_model(run, spec.device), spec.batch_size)
+    return NullMapsJob(Stage.open(run, kind), load_run_model(run, spec.device, spec.compile), spec.batch_size)
 
 
 Differences = list["np.ndarray | str"]  # [C, H, W] of each caption, or why it has none

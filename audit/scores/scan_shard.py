@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def open_job(spec: JobSpec) -> ScanJob:
     """The scan of a run, with its model loaded. Raises AuditError as `load_run_model`."""
     run = Run.open(spec.run)
-    return ScanJob(run, load_run_model(run, spec.device), spec.batch_size, spec.max_error_rate)
+    return ScanJob(run, load_run_model(run, spec.device, spec.compile), spec.batch_size, spec.max_error_rate)
 
 
 def open_checked_job(spec: JobSpec) -> ScanJob:

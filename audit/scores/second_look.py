@@ -97,7 +97,7 @@ def open_job(spec: JobSpec) -> SecondLookJob:
     """The second look of a run, with its model loaded. Raises AuditError as `load_run_model`."""
     run = Run.open(spec.run)
     stage = Stage.open(run, SECOND_LOOK)
-    return SecondLookJob(stage, load_run_model(run, spec.device), spec.batch_size, spec.max_error_rate)
+    return SecondLookJob(stage, load_run_model(run, spec.device, spec.compile), spec.batch_size, spec.max_error_rate)
 
 
 class SecondLookJob:

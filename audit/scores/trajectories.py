@@ -50,7 +50,7 @@ def open_trajectories(spec: JobSpec) -> TrajectoryJob:
 def _open(spec: JobSpec, kind: StageKind) -> TrajectoryJob:
     run = Run.open(spec.run)
     stage = Stage.open(run, kind)
-    return TrajectoryJob(stage, load_run_model(run, spec.device), spec.batch_size, spec.max_error_rate)
+    return TrajectoryJob(stage, load_run_model(run, spec.device, spec.compile), spec.batch_size, spec.max_error_rate)
 
 
 def open_sampler(

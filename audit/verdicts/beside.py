@@ -45,7 +45,8 @@ class Beside:
 
     def _work(self) -> None:
         config, kind = self.config, self.stage.kind
-        spec = JobSpec(kind.opener, self.stage.run.url, config.device, config.batch_size, config.max_error_rate)
+        limits = config.batch_size, config.max_error_rate
+        spec = JobSpec(kind.opener, self.stage.run.url, config.device, *limits, config.compile)
         job: Job | None = None
         left = set(self.stage.missing())
         while left and not self._over.wait(POLL):

@@ -17,6 +17,7 @@ import argparse
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -34,8 +35,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+import pipelines.compiled
 from audit import testbed
 from pipelines import DiffusionModel, FirstStepScorer, formulas
+from pipelines.compiled import CompiledPart, compile_denoiser
 from pipelines.families.stable_diffusion import StableDiffusion
 from pipelines.float8 import to_float8
 from pipelines.loading import DTYPES, find_device, resolve_dtype
@@ -129,20 +132,20 @@ def channels_last(model: DiffusionModel) -> Iterator[None]:
 
 @contextmanager
 def compiled(model: DiffusionModel) -> Iterator[None]:
-    """torch.compile of the parts attention is not read in: a hook set after compiling would not be called."""
-    torch._dynamo.config.recompile_limit = 64  # a resnet block has some twenty shapes
-    parts = [
-        module
-        for name, module in model.denoiser.named_modules()
-        if type(module).__name__ in ("ResnetBlock2D", "FeedForward") or name.endswith(".attn1")
-    ]
-    for part in parts:
-        part.compile(dynamic=False)
+    """As `--compile`, without waiting for a shape to come often; what is said of parts that fail goes to stderr."""
+    if not _compiled:
+        pipelines.compiled.AFTER = 1
+        _compiled.extend(compile_denoiser(model, lambda line: print(line, file=sys.stderr)))
+    for each in _compiled:
+        each.part.forward = each
     try:
         yield
     finally:
-        for part in parts:
-            part._compiled_call_impl = None
+        for each in _compiled:
+            del each.part.forward
+
+
+_compiled: list[CompiledPart] = []
 
 
 @contextmanager
