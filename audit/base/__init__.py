@@ -15,6 +15,7 @@ identity.py     which columns name a picture or a caption
 ours.py         which files a run, an index or a report wrote
 devices.py      which devices a command works on
 progress.py     a bar on a terminal, lines elsewhere
+garbage.py      how often a process of ours looks for garbage
 stopping.py     SIGTERM and Ctrl-C
 log.py          what every worker does, as JSON lines
 text.py         durations, sizes and tables for people

@@ -6,7 +6,9 @@ overlap.py      steps of several shards beside each other, so that the device do
 failures.py     rows that fail: all together, else one by one; how many a shard may have
 retries.py      shards that fail: the one policy of tries, replacement and retirement of workers
 local.py        this process, or one owned process a device
-worker.py       such a process
+processes.py    such a process as its parent sees it
+keep.py         what a command keeps between stages: models, processes
+worker.py       what such a process does
 ray.py          one actor a device of a Ray cluster
 ray_cluster.py  how the cluster is joined, and when it is gone
 rank.py         which machine of several this is
