@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
+import shutil
+from collections.abc import Callable
+from typing import TypeVar
 
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_name] = "1"
@@ -21,6 +25,8 @@ from filelock import FileLock  # noqa: E402
 
 torch.set_num_threads(1)
 gc.set_threshold(100_000, 20, 100)  # libraries and tests stay: they are not looked through for garbage
+
+Made = TypeVar("Made")
 
 WORDS = ("red", "blue", "old", "tiny", "wooden", "quiet"), ("house", "dog", "street", "lamp", "boat")
 
@@ -80,27 +86,42 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
+def once(folder: Path, make: Callable[[Path], Made]) -> Made:
+    """What `make` makes in a new folder, once a session, by the test process that is the first to ask. Read it only."""
+    made = folder.with_suffix(".made")
+    with FileLock(f"{folder}.lock"):
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            made.write_bytes(pickle.dumps(make(folder)))
+    found: Made = pickle.loads(made.read_bytes())
+    return found
+
+
 @pytest.fixture(scope="session")
 def testbed_index(shared: Path) -> str:
-    """The testbed's training pictures, indexed once a session. Read it only."""
+    """The testbed's training pictures, indexed. Read it only."""
     from audit import testbed
     from audit.index import IndexConfig, build_index
 
-    index = shared / "testbed-index"
-    with FileLock(f"{index}.lock"):  # a finished build is found and left as it is
-        build_index(IndexConfig(images=(str(testbed.PICTURES),), output=str(index), sscd="testbed", device="cpu"))
-    return str(index)
+    def make(folder: Path) -> str:
+        index = str(folder / "index")
+        build_index(IndexConfig(images=(str(testbed.PICTURES),), output=index, sscd="testbed", device="cpu"))
+        return index
+
+    return once(shared / "testbed-index", make)
 
 
 @pytest.fixture(scope="session")
-def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of random models of Stable Diffusion's three shapes, and of the testbed."""
+def model_folders(shared: Path) -> dict[str, Path]:
+    """Folders of random models of Stable Diffusion's three shapes, and of the testbed. Read them only."""
     from audit import testbed
     from tests.tiny import save_model
 
-    root = tmp_path_factory.mktemp("models")
-    tiny = {kind: save_model(kind, root / kind) for kind in ("sd1", "sd2", "sdxl")}
-    return {**tiny, "testbed": testbed.PIPELINE}
+    def make(folder: Path) -> dict[str, Path]:
+        return {kind: save_model(kind, folder / kind) for kind in ("sd1", "sd2", "sdxl")}
+
+    return {**once(shared / "models", make), "testbed": testbed.PIPELINE}
 
 
 @pytest.fixture(scope="session")
@@ -110,11 +131,14 @@ def sd1(model_folders: dict[str, Path]) -> str:
 
 
 @pytest.fixture(scope="session")
-def captions_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def captions_file(shared: Path) -> Path:
     """60 rows: 50 captions once, 4 of them again at the end, null and blank ones, one longer than the tokenizer's."""
     captions: list[str | None] = [*some_captions(49), "a long " * 60]
     captions += [captions[3], None, "   ", captions[0], captions[49], "", captions[20], None, captions[3], None]
-    path = tmp_path_factory.mktemp("captions") / "captions.parquet"
     table = {"URL": [f"https://example.org/{i}.jpg" for i in range(60)], "TEXT": captions, "width": list(range(60))}
-    pq.write_table(pa.table(table), path, row_group_size=25)
-    return path
+
+    def make(folder: Path) -> Path:
+        pq.write_table(pa.table(table), folder / "captions.parquet", row_group_size=25)
+        return folder / "captions.parquet"
+
+    return once(shared / "captions", make)

@@ -15,7 +15,7 @@ from PIL import Image
 from audit.run.read import read_scores, read_stage
 from audit.run.run import Run
 from tests.command import be_audit
-from tests.conftest import some_captions
+from tests.conftest import once, some_captions
 from tests.tiny import save_model
 
 pytestmark = pytest.mark.sampling
@@ -37,9 +37,12 @@ STEPS = ("--steps", 3, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def data(shared: Path) -> Path:
     """captions.parquet, and index: of 24 random pictures with captions, the first of which are those."""
-    folder = tmp_path_factory.mktemp("data")
+    return once(shared / "families", _indexed)
+
+
+def _indexed(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     rows = []
     for caption in some_captions(24):
@@ -54,10 +57,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def work(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def work(request: pytest.FixtureRequest, data: Path, shared: Path) -> Path:
     """NAME/model, NAME/captions.parquet, NAME/index, NAME/run: scanned."""
-    folder = tmp_path_factory.mktemp("whole") / request.param
-    save_model(request.param, folder / "model")
+    return once(shared / request.param, lambda folder: _scanned(folder, data))
+
+
+def _scanned(folder: Path, data: Path) -> Path:
+    save_model(folder.name, folder / "model")
     for name in ("captions.parquet", "index"):
         (folder / name).symlink_to(data / name)
     done = be_audit("scan", folder / "captions.parquet", "-o", folder / "run", "--model", folder / "model", *STEPS)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from tests.conftest import once
 from tests.faults.harness import World
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory, sd1: str) -> World:
+def world(shared: Path, sd1: str) -> World:
     """Read it only: `before` gives copies."""
-    return World(tmp_path_factory.mktemp("world"), sd1)
+    return once(shared / "world", lambda folder: World(folder, sd1))

@@ -25,7 +25,7 @@ from audit.run.run import Run
 from audit.run.stage import CONFIRM, MITIGATE, TRAJECTORIES, Stage
 from audit.verdicts.confirm import read_null
 from tests.command import be_audit, start, tree
-from tests.conftest import some_captions
+from tests.conftest import once, some_captions
 from tests.faults.harness import World, unscored
 
 pytestmark = pytest.mark.faults
@@ -219,11 +219,14 @@ def workers(process: BaseProcess) -> list[psutil.Process]:
 
 
 @pytest.fixture(scope="module")
-def scanned(tmp_path_factory: pytest.TempPathFactory, sd1: str) -> Path:
-    """A folder with x.parquet, 80 rows, and run/, its scan."""
-    folder = tmp_path_factory.mktemp("scanned")
-    assert be_audit(*scan(parquet(folder / "x.parquet", 80), folder / "run", sd1)).code == 0
-    return folder
+def scanned(shared: Path, sd1: str) -> Path:
+    """A folder with x.parquet, 80 rows, and run/, its scan. Read it only."""
+
+    def make(folder: Path) -> Path:
+        assert be_audit(*scan(parquet(folder / "x.parquet", 80), folder / "run", sd1)).code == 0
+        return folder
+
+    return once(shared / "scanned", make)
 
 
 def test_8_a_stopped_worker_is_killed_and_replaced(scanned: Path, tmp_path: Path, sd1: str) -> None:

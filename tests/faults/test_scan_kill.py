@@ -22,7 +22,7 @@ from audit.run.read import dataset, read_scores
 from audit.run.run import Run
 from audit.run.verify import verify_run
 from tests.command import be_audit, start, tree
-from tests.conftest import some_captions
+from tests.conftest import once, some_captions
 from tests.faults.harness import unscored
 
 SHARDS, ROWS = 25, 6
@@ -30,13 +30,16 @@ KILLS = 12
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def inputs(shared: Path) -> Path:
     """150 rows; every tenth caption repeats an earlier one."""
     captions = some_captions(SHARDS * ROWS)
     captions[10::10] = captions[: len(captions[10::10])]
-    path = tmp_path_factory.mktemp("kill") / "captions.parquet"
-    pq.write_table(pa.table({"TEXT": captions}), path)
-    return path
+
+    def make(folder: Path) -> Path:
+        pq.write_table(pa.table({"TEXT": captions}), folder / "captions.parquet")
+        return folder / "captions.parquet"
+
+    return once(shared / "kill", make)
 
 
 @pytest.fixture(scope="module")
@@ -45,19 +48,21 @@ def arguments(inputs: Path, sd1: str) -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(arguments: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(arguments: list[object], shared: Path) -> Path:
     """A scan that was left alone."""
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert be_audit(*arguments, run).code == 0
+    return once(shared / "undisturbed", lambda folder: scanned(arguments, folder / "run"))
+
+
+def scanned(arguments: list[object], run: Path, *flags: object) -> Path:
+    """The run of a scan."""
+    assert be_audit(*arguments, run, *flags).code == 0
     return run
 
 
 @pytest.fixture(scope="module")
-def looked_again(arguments: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def looked_again(arguments: list[object], shared: Path) -> Path:
     """The same with a second look at nearly all of it."""
-    run = tmp_path_factory.mktemp("looked_again") / "run"
-    assert be_audit(*arguments, run, "--second-look", 0.9).code == 0
-    return run
+    return once(shared / "looked-again", lambda folder: scanned(arguments, folder / "run", "--second-look", 0.9))
 
 
 def assert_whole(run: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,17 +32,21 @@ from audit.scores.trajectories import decode_png
 from audit.verdicts.confirm import ConfirmConfig, confirm
 from pipelines import Mitigator, TrajectorySampler, find_model, load
 from pipelines.alignment import load_clip
+from tests.conftest import once
 
 pytestmark = pytest.mark.sampling
-STEPS = 5  # enough for the strongest copies
+STEPS = 4  # enough for the strongest copies
 LS_THRESHOLD = 0.9  # between the correlation distances of these copies and of different pictures
 IMAGES = 11  # confirm's images a caption: two captions a shard
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def work(shared: Path) -> Path:
     """run: 12 captions, the four copies among them confirmed in two shards. index: the pictures of the copies."""
-    folder = tmp_path_factory.mktemp("mitigate")
+    return once(shared / "mitigate", _confirmed)
+
+
+def _confirmed(folder: Path) -> Path:
     table = pq.read_table(testbed.CAPTIONS).to_pandas().drop_duplicates("TEXT").sort_values("copy_error", kind="stable")
     parts = [table[table.label == "global"].head(2), table[table.label == "local"].drop_duplicates("cluster").head(2)]
     parts.append(table[table.cluster.str.startswith("unseen")].head(8))
@@ -56,7 +59,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     pq.write_table(pictures.filter(wanted), folder / "pictures.parquet")
     build_index(IndexConfig(images=(str(folder / "pictures.parquet"),), output=index, sscd="testbed"))
     confirm(ConfirmConfig(run=run, index=index, top_k=4, num_images=IMAGES, ls_threshold=LS_THRESHOLD))
-    yield folder
+    return folder
 
 
 @pytest.fixture()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from audit import testbed
@@ -23,28 +24,35 @@ from tests.audit.reports.test_sql import (  # noqa: F401
     test_throughput,
     test_verdicts,
 )
+from tests.conftest import once
 
 pytestmark = pytest.mark.sampling
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, testbed_index: str) -> Run:
-    folder = tmp_path_factory.mktemp("demo")
+def run(shared: Path, testbed_index: str) -> Run:
+    return Run.open(once(shared / "sql-demo", lambda folder: _confirmed(folder, testbed_index)))
+
+
+def _confirmed(folder: Path, testbed_index: str) -> str:
+    """Of the first captions and of some that are repeated."""
+    table = pq.read_table(testbed.CAPTIONS).to_pandas()
+    repeated = table.TEXT.value_counts().index[:8]
+    table[(table.index < 100) | table.TEXT.isin(repeated)].to_parquet(folder / "captions.parquet", index=False)
     scan(
         ScanConfig(
-            captions=(str(testbed.CAPTIONS),),
+            captions=(str(folder / "captions.parquet"),),
             output=str(folder / "run"),
             model="testbed",
             steps=4,
-            limit=250,
-            rows_per_shard=64,
+            rows_per_shard=32,
             refine=0.02,
             second_look_noises=2,
             device="cpu",
         )
     )
     confirm(ConfirmConfig(run=str(folder / "run"), index=testbed_index, top_k=8, device="cpu"))
-    return Run.open(str(folder / "run"))
+    return str(folder / "run")
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from audit.scores.refine import RefineFingerprint
 from audit.scores.second_look import SecondLookFingerprint, default_score
 from audit.verdicts.candidates import ConfirmConfig, choose
 from tests.command import be_audit
-from tests.conftest import some_captions
+from tests.conftest import once, some_captions
 from tests.fabricate import make_run
 
 pytestmark = pytest.mark.slow  # scans of some hundred captions
@@ -36,8 +36,9 @@ def scanned(folder: Path, count: int, sd1: str, *flags: object) -> Run:
 
 
 @pytest.fixture(scope="module")
-def large(sd1: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return scanned(tmp_path_factory.mktemp("large"), SAMPLE, sd1, "--second-look-noises", 2, "--refine", 0.01)
+def large(sd1: str, shared: Path) -> Run:
+    flags = ("--second-look-noises", 2, "--refine", 0.01)
+    return Run.open(once(shared / "large", lambda folder: scanned(folder, SAMPLE, sd1, *flags).url))
 
 
 def best(run: Run, by: str, count: int, first: bool = False) -> list[int]:

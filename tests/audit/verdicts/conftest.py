@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,14 +13,18 @@ import pytest
 from audit import testbed
 from audit.scores.scan import ScanConfig, scan
 from audit.verdicts.candidates import ConfirmConfig
+from tests.conftest import once
 
-STEPS = 5  # enough for the strongest copies
+STEPS = 4  # enough for the strongest copies
 
 
 @pytest.fixture(scope="session")
-def work(tmp_path_factory: pytest.TempPathFactory, testbed_index: str) -> Iterator[Path]:
-    """captions.parquet (24 captions), be-audit-run scanned, be-audit-index built."""
-    folder = tmp_path_factory.mktemp("confirm")
+def work(shared: Path, testbed_index: str) -> Path:
+    """captions.parquet (24 captions), be-audit-run scanned, be-audit-index built. Read it only."""
+    return once(shared / "confirm", lambda folder: _scanned(folder, testbed_index))
+
+
+def _scanned(folder: Path, testbed_index: str) -> Path:
     table = pq.read_table(testbed.CAPTIONS).to_pandas().drop_duplicates("TEXT")
     copied = table[table.copy_error < 0.15].sort_values("copy_error", kind="stable")
     chosen = [
@@ -33,7 +36,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, testbed_index: str) -> Iterat
     pq.write_table(pa.Table.from_pylist([*rows, rows[0]]), folder / "captions.parquet")
     scan(config_at(folder))
     (folder / "be-audit-index").symlink_to(testbed_index)
-    yield folder
+    return folder
 
 
 def config_at(folder: Path, **more: object) -> ScanConfig:

@@ -36,24 +36,33 @@ from audit.verdicts.candidates import ConfirmConfig
 from audit.verdicts.confirm import NULL_FILE, ConfirmSummary, _run_masks, confirm, read_null
 from audit.verdicts.match_shard import own_pictures
 from tests.audit.verdicts.conftest import config_at, confirm_at
+from tests.conftest import once
 
 pytestmark = pytest.mark.sampling
 
 
 @pytest.fixture(scope="module")
-def confirmed(work: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[ConfirmConfig, ConfirmSummary]:
+def confirmed(work: Path, shared: Path) -> tuple[ConfirmConfig, ConfirmSummary]:
     """All of it, done. Read it only."""
-    config = confirm_at(work, work / "be-audit-run", tmp_path_factory.mktemp("confirmed") / "run")
-    return config, confirm(config)
+
+    def make(folder: Path) -> tuple[ConfirmConfig, ConfirmSummary]:
+        config = confirm_at(work, work / "be-audit-run", folder / "run")
+        return config, confirm(config)
+
+    return once(shared / "confirmed", make)
 
 
 @pytest.fixture(scope="module")
-def twenty(work: Path, tmp_path_factory: pytest.TempPathFactory) -> ConfirmConfig:
-    """Two images of twenty captions, confirmed."""
-    config = confirm_at(work, work / "be-audit-run", tmp_path_factory.mktemp("twenty") / "run")
-    config = replace(config, num_images=2, top_fraction=None, top_k=20)
-    confirm(config)
-    return config
+def twenty(work: Path, shared: Path) -> ConfirmConfig:
+    """Two images of twenty captions, confirmed. Read it only."""
+
+    def make(folder: Path) -> ConfirmConfig:
+        config = confirm_at(work, work / "be-audit-run", folder / "run")
+        config = replace(config, num_images=2, top_fraction=None, top_k=20)
+        confirm(config)
+        return config
+
+    return once(shared / "twenty", make)
 
 
 @pytest.fixture

@@ -22,14 +22,18 @@ from audit.scores.scan import ScanConfig, scan
 from audit.verdicts.candidates import ConfirmConfig
 from audit.verdicts.confirm import confirm, read_null
 from tests.command import be_audit
+from tests.conftest import once
 
 pytestmark = pytest.mark.sampling
 
 
 @pytest.fixture(scope="module")
-def scanned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two captions whose pictures are copied and six others, and a folder of 68 pictures."""
-    folder = tmp_path_factory.mktemp("scanned")
+def scanned(shared: Path) -> Path:
+    """A run of two captions whose pictures are copied and six others, and a folder of 68 pictures. Read it only."""
+    return once(shared / "unreadable", _scanned)
+
+
+def _scanned(folder: Path) -> Path:
     table = pq.read_table(testbed.CAPTIONS).to_pandas().drop_duplicates("TEXT")
     copied = (
         table[(table.copy_error < 0.15) & (table.label == "global")].sort_values("copy_error", kind="stable").head(2)
