@@ -38,7 +38,8 @@ def be_audit(*arguments: object) -> Result:
 def start(*arguments: object, log: Path, environment: Mapping[str, str] | None = None) -> BaseProcess:
     """Start a command in a process of its own, whose imports are done already (it is forked from a server that did).
 
-    Signals reach it as they reach any process. `log` takes what it prints; `environment` is added to its own.
+    Signals reach it as they reach any process. `log` takes what it prints; `environment` is added to its own: FAULT and
+    LINKS are tests/faults/inject.py's, SILENCE the seconds after which a silent worker is killed.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.command_imports"])
@@ -72,6 +73,10 @@ def _run(arguments: list[str], log: str, environment: dict[str, str]) -> None:
         from tests.faults.inject import install
 
         install()
+    if "SILENCE" in environment:
+        from audit.engines import processes
+
+        processes.SILENCE = float(environment["SILENCE"])
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
     cli(arguments)

@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -231,26 +229,18 @@ def scanned(shared: Path, sd1: str) -> Path:
 
 def test_8_a_stopped_worker_is_killed_and_replaced(scanned: Path, tmp_path: Path, sd1: str) -> None:
     run, log = unscored(scanned / "run", tmp_path / "run"), tmp_path / "log"
-    code = (
-        "import sys, audit.engines.processes as workers; workers.SILENCE = 8.0; workers.LOADING = 90.0\n"
-        "from audit.cli.commands import cli; cli(sys.argv[1:])"
-    )
-    words = [str(word) for word in scan(scanned / "x.parquet", run, sd1, "--workers", 2)]
-    with log.open("w") as out:
-        process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=out, stderr=out)
-    deadline = time.monotonic() + 120
-    while len(list((run / "_commits/scan").glob("[!.]*"))) < 2:
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.01)
-    owned = [each for each in psutil.Process(process.pid).children() if "audit.engines.worker" in each.cmdline()]
-    worker, events = next((each, found) for each in owned for found in run.glob(f"logs/*-{each.pid}.jsonl"))
+    words = scan(scanned / "x.parquet", run, sd1, "--workers", 2)
+    process = start(*words, log=log, environment={"SILENCE": "8"})
+    wait_for(lambda: len(list((run / "_commits/scan").glob("[!.]*"))) > 1, process, log)
+    worker, events = next((each, found) for each in workers(process) for found in run.glob(f"logs/*-{each.pid}.jsonl"))
     worker.suspend()
     while json.loads(events.read_text().splitlines()[-1])["event"] not in ("begin", "batch"):  # between two shards
         worker.resume()
         time.sleep(0.01)
         worker.suspend()
     status = be_audit("status", run)
-    assert process.wait(120) == 0, log.read_text()
+    process.join(120)
+    assert process.exitcode == 0, log.read_text()
     assert "gave no sign of life for" in log.read_text(), log.read_text()
     assert f"worker {worker.pid} on" in status.out and "is stopped (SIGSTOP)" in status.out, status.out
     assert len(captions_of(run)) == 80 and be_audit("verify", run, "--deep").code == 0

@@ -26,7 +26,7 @@ import sys
 from tests.recipe import evaluate, pack, train
 
 folder, out = sys.argv[1:]
-world = ["--general", "240"]
+world = ["--general", "60"]
 seconds = ["--clip-seconds", "0.1", "--vae-seconds", "0.1", "--unet-seconds", "0.1"]
 tiny = [*world, *seconds, "--channels", "32", "32", "32", "--batch", "8"]
 train.main(["prepare", folder, *tiny])
@@ -87,7 +87,7 @@ def test_the_whole_recipe_runs(tmp_path: Path) -> None:
 
 
 def test_a_second_model_memorises_a_world_that_the_testbed_does_not_know(tmp_path: Path) -> None:
-    small = ("--general", "240", "--unet-steps", "2", "--images", "1", "--steps", "2")
+    small = ("--general", "60", "--unet-steps", "2", "--images", "1", "--steps", "2")
     done = _python("-m", "tests.recipe.second", str(tmp_path), *small)
     assert done.returncode == 0, done.stderr
     assert "unet: 2 steps" in done.stdout
