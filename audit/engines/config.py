@@ -24,8 +24,8 @@ class EngineFlags:
     max_shard_retries: int = option(3, "Tries of a shard before it is given up.", min=1)
     compile: bool = option(
         False,
-        "Compile the denoiser's parts with torch.compile: minutes at a worker's start, for a long job on a GPU. A part "
-        "that cannot be, or then computes something else, is named and stays as it is.",
+        "Compile the denoiser's parts with torch.compile, which takes a while: for a long job on a GPU. A part that "
+        "cannot be, or then computes something else, is named and stays as it is.",
     )
     batch_timeout: float = option(
         3600.0,
