@@ -24,6 +24,7 @@ LAZY = {
     "audit.mitigation.mitigate_shard": {"pipelines"},
     "audit.mitigation.prompt": {"pipelines"},
     "audit.scores.model": {
+        "pipelines.compiled",
         *("pipelines.configurations", "pipelines.families.defaults", "pipelines.folders", "pipelines.loading"),
     },
     "audit.scores.null_maps": {"pipelines", "pipelines.null_maps"},

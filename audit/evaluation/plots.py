@@ -13,6 +13,10 @@ Values = NDArray[np.float64]
 BINS = 40
 
 
+LEFT, RIGHT, BOTTOM, TOP = 0.75, 0.3, 0.6, 0.35
+"""Inches of a panel around its axes: matplotlib's own layouts draw a figure once more to find them."""
+
+
 def new_figure(rows: int, columns: int, width: float = 4.2, height: float = 3.4) -> tuple[Any, Any]:
     """A grid of panels, `width` x `height` inches each: (figure, axes [rows, columns])."""
     import matplotlib
@@ -20,8 +24,14 @@ def new_figure(rows: int, columns: int, width: float = 4.2, height: float = 3.4)
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
+    figure, axes = pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    figure.subplots_adjust(
+        left=LEFT / (width * columns),
+        right=1 - RIGHT / (width * columns),
+        bottom=BOTTOM / (height * rows),
+        top=1 - TOP / (height * rows),
+        wspace=(LEFT + RIGHT) / (width - LEFT - RIGHT),
+        hspace=(BOTTOM + TOP) / (height - BOTTOM - TOP),
     )
     return figure, axes
 
