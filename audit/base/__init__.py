@@ -5,6 +5,7 @@ options.py      command-line flags made from configuration classes
 facts.py        our own JSON files, read and checked as dataclasses
 fingerprint.py  digests, and the difference between two fingerprints in words
 storage.py      a folder anywhere fsspec reaches
+listings.py     S3's listings, read fast
 tree.py         what lies below a folder, every file once
 publish.py      a file of a local disk, whole under its name or not at all
 seal.py         size and hash of files that results rest on

@@ -10,15 +10,15 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from audit.base.errors import AuditError, StorageError
+from audit.base.listings import read_quickly
 from audit.base.publish import publish, sweep
 
 
@@ -194,7 +194,7 @@ class Folder:
             return [_entry_of(each) for each in found]
 
         self.fs.invalidate_cache()
-        _read_times_quickly(self.fs)
+        read_quickly(self.fs)
         if by_prefix:
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 for part in pool.map(ask, [f"{number:02d}" for number in range(100)]):
@@ -292,23 +292,6 @@ def _entry_of(info: dict[str, Any]) -> Entry:
 
 def _parameters_of(fs: Any, method: str) -> set[str]:
     return set(inspect.signature(getattr(fs, method)).parameters) if hasattr(fs, method) else set()
-
-
-def _read_times_quickly(fs: Any) -> None:
-    """Let botocore know the notation of S3's times: it guesses that of each, most of what a listing takes."""
-    get_component = getattr(getattr(fs, "session", None), "get_component", None)  # none before the first request
-    if get_component:
-        get_component("response_parser_factory").set_parser_defaults(timestamp_parser=time_of_listing)
-
-
-def time_of_listing(text: str) -> datetime:
-    """The time that botocore's own parser finds."""
-    if isinstance(text, str) and text.endswith("Z"):
-        with contextlib.suppress(ValueError):
-            return datetime.fromisoformat(text[:-1] + "+00:00")
-    from botocore.utils import parse_timestamp
-
-    return cast(datetime, parse_timestamp(text))
 
 
 def _is_refused_condition(error: BaseException) -> bool:

@@ -13,6 +13,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +24,9 @@ from botocore.utils import parse_timestamp
 
 from audit.base.commits import Ledger
 from audit.base.errors import AuditError, Damaged
+from audit.base.listings import EVENT, objects_of, time_of_listing
 from audit.base.publish import this_host
-from audit.base.storage import Folder, _entry_of, join, time_of_listing
+from audit.base.storage import Folder, _entry_of, join
 from audit.run.read import read_scores, read_stage
 from audit.run.run import Run
 from audit.run.stage import SCAN, Stage
@@ -287,6 +289,46 @@ def test_a_file_of_a_store_is_one_request_and_a_listing_tells_its_time(s3: dict[
 )
 def test_the_times_of_a_listing_are_botocore_s(text: str) -> None:
     assert str(time_of_listing(text)) == str(parse_timestamp(text))
+
+
+@pytest.mark.processes
+def test_a_listing_is_what_botocore_makes_of_it(s3: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names with all that XML and URLs escape, several pages, folders below, and none."""
+    folder = Folder("s3://bucket/listed")
+    names = ["a b.json", "c&d<e>.json", "\"f'.json", "g+h%20.json", "\u00fc\u4e16.json", "00.json", "01.json"]
+    for at, name in enumerate([*names, "below/i.json"]):
+        folder.write(name, b"x" * at)
+    calls = list[int]()
+    monkeypatch.setattr("audit.base.listings.objects_of", lambda body: (calls.append(1), objects_of(body))[1])
+    client = folder.fs.s3
+
+    async def small(params: dict[str, Any], **_: Any) -> None:
+        params["MaxKeys"] = 3
+
+    client.meta.events.register("before-parameter-build.s3.ListObjectsV2", small, unique_id="small")
+    try:
+        found = sorted(folder.entries(""))
+        assert len(calls) == 3 and [each.name for each in found] == sorted([*names, "below"])
+        assert [each.size for each in found if each.name == names[3]] == [3] and all(each.stamp for each in found[:3])
+        client.meta.events.unregister(EVENT, unique_id=EVENT)
+        monkeypatch.setattr("audit.base.storage.read_quickly", lambda fs: None)
+        assert sorted(folder.entries("")) == found and len(calls) == 3
+        assert list(folder.entries("nothing")) == []
+    finally:
+        client.meta.events.unregister("before-parameter-build.s3.ListObjectsV2", unique_id="small")
+
+
+def test_what_is_no_listing_is_left_to_botocore() -> None:
+    from audit.base.listings import _on_listing
+
+    none = "", "no XML", "<A><Contents><Key>k</Key></Contents></A>", "<A><Contents><Size>x</Size></Contents></A>"
+    for body in (text.encode() for text in none):
+        response, changed = {"status_code": 200, "body": body}, dict[str, Any]()
+        _on_listing(response_dict=response, customized_response_dict=changed)
+        assert response["body"] == body and not changed
+    response = {"status_code": 503, "body": b"<A><Contents><Key>k</Key><Size>1</Size></Contents></A>"}
+    _on_listing(response_dict=dict(response), customized_response_dict=changed)
+    assert not changed
 
 
 @pytest.mark.processes
