@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,9 +13,9 @@ from torch import Tensor, nn
 
 from pipelines.model import DiffusionModel
 
-AFTER = 16  # calls in a shape before it is compiled for: the last batch of a shard, and short runs, are not worth it
-SHAPES = 4  # that one part is compiled for
+AFTER, OF = 16, 64  # calls in a shape among the last ones for which it is compiled: the last batch of a shard has fewer
 BACKEND = "inductor"
+Shape = tuple[tuple[torch.Size, torch.dtype], ...]
 ENTRIES = 1024  # what torch keeps of one function; beyond its own 8 it computes plainly, without a word
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 """Largest relative difference of a part's output from the plain one: rounding in the dtype, in another order."""
@@ -50,49 +52,63 @@ def compile_denoiser(model: DiffusionModel, say: Callable[[str], None]) -> list[
     return [CompiledPart(name, part, forwards[type(part)], once) for name, part in parts.items()]
 
 
+@contextmanager
+def uncompiled(denoiser: nn.Module) -> Iterator[None]:
+    """Inside the block every part computes plainly: what compiled ones are compared with."""
+    parts = [part.forward for part in denoiser.modules() if isinstance(part.forward, CompiledPart)]
+    for part in parts:
+        part.off = True
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.off = False
+
+
 class CompiledPart:
     """Takes the place of a part's `forward`.
 
-    At the AFTER-th call with inputs of a shape it is compiled for that shape, and used from then on where it gave what
-    the plain part gives; a shape that failed is computed plainly for good, and so is what gradients are asked of.
+    Once AFTER of the last OF calls had inputs of one shape it is compiled for that shape, and used from then on where
+    it gave what the plain part gives; a shape that failed is computed plainly for good, and so is what gradients are
+    asked of. A shape is that of all its tensors, with their dtypes.
 
     Args:
         name, part: of the denoiser. compiled: its class's forward. say: told the name and why a shape failed.
 
     Attributes:
         part: whose forward it is. compiled: shapes it is compiled for. failed: shapes where that did not work.
+        off: it computes plainly, and counts nothing.
     """
 
     def __init__(
         self, name: str, part: nn.Module, compiled: Callable[..., Any], say: Callable[[str, str], None]
     ) -> None:
         self.name, self.say = name, say
-        self.compiled, self.failed = set[tuple[torch.Size, ...]](), set[tuple[torch.Size, ...]]()
-        self._calls: dict[tuple[torch.Size, ...], int] = {}
+        self.compiled, self.failed = set[Shape](), set[Shape]()
+        self.off = False
+        self._last: deque[Shape] = deque(maxlen=OF)
         self.part, self._plain, self._compiled = part, part.forward, compiled
         part.forward = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():  # checkpoints compute a part twice, and compare what it kept
+        if self.off or torch.is_grad_enabled():  # checkpoints compute a part twice, and compare what it kept
             return self._plain(*args, **kwargs)
-        shape = tuple(value.shape for value in _tensors((args, kwargs)))
+        shape = tuple((value.shape, value.dtype) for value in _tensors((args, kwargs)))
+        self._last.append(shape)
         if shape in self.compiled:
             return self._compiled(self.part, *args, **kwargs)
         found = self._plain(*args, **kwargs)
-        self._calls[shape] = self._calls.get(shape, 0) + 1
-        if self._calls[shape] >= AFTER and shape not in self.failed and len(self.compiled) < SHAPES:
+        if shape not in self.failed and self._last.count(shape) >= AFTER:
             self._compile(shape, found, args, kwargs)
         return found
 
-    def _compile(
-        self, shape: tuple[torch.Size, ...], plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _compile(self, shape: Shape, plain: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         plain_values = _tensors(plain)
         if not all(bool(value.isfinite().all()) for value in plain_values):
             return  # nothing to compare with: another batch will tell
         try:
             found = _tensors(self._compiled(self.part, *args, **kwargs))
-            why = "" if len(found) == len(plain_values) else "it gives something else than the plain part"
+            why = "" if 0 < len(found) == len(plain_values) else "it gives something else than the plain part"
             for one, other in zip(found, plain_values, strict=False):
                 off = float((one.float() - other.float()).norm() / other.float().norm().clamp(min=1e-6))
                 if not off <= TOLERANCE.get(other.dtype, TOLERANCE[torch.float32]):

@@ -33,7 +33,7 @@ LAZY = {
         *("pipelines.attention", "pipelines.families.defaults", "pipelines.formulas", "pipelines.loading"),
     },
     "audit.scores.scorer": {"pipelines", "pipelines.batching"},
-    "audit.scores.self_check": {"pipelines.float8"},
+    "audit.scores.self_check": {"pipelines.compiled", "pipelines.float8"},
     "audit.scores.trajectories": {"pipelines", "pipelines.batching"},
     "audit.verdicts.compare": {"pipelines.formulas"},
 }

@@ -93,7 +93,9 @@ def once(folder: Path, make: Callable[[Path], Made]) -> Made:
         if not made.exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            made.write_bytes(pickle.dumps(make(folder)))
+            whole = made.with_suffix(".part")
+            whole.write_bytes(pickle.dumps(make(folder)))
+            whole.replace(made)
     found: Made = pickle.loads(made.read_bytes())
     return found
 

@@ -41,8 +41,8 @@ class Stop:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[Stop]:
-    """Inside the block, the first SIGTERM or SIGINT sets the flag and the second raises KeyboardInterrupt.
+def stop_on_signals(aloud: bool = True) -> Iterator[Stop]:
+    """Inside the block, the first SIGTERM or SIGINT sets the flag and says so; the second raises KeyboardInterrupt.
 
     Signals can only be caught in the main thread; elsewhere the block changes nothing.
     """
@@ -56,6 +56,8 @@ def stop_on_signals() -> Iterator[Stop]:
             stop.insisted = True
             raise KeyboardInterrupt
         stop.requested = True
+        if not aloud:
+            return
         with contextlib.suppress(OSError, ValueError):  # a closed terminal is no reason not to stop
             print("Stopping after the batch in hand; once more stops at once.", file=sys.stderr)
 

@@ -112,13 +112,13 @@ def run_processes(
         if "alive" not in said:
             worker.moved = worker.heard
         if "ready" in said:
-            worker.ready, never_ready = True, 0
+            worker.ready, worker.loaded, never_ready = True, True, 0
         elif "done" in said:
             shard = int(said["done"])
             progress.add(int(said["rows"]) - worker.hand.pop(shard))
             retries.done(worker.number, shard)
         elif "failed" in said:
-            shard = int(said["failed"])
+            shard, worker.failed = int(said["failed"]), True
             progress.add(-worker.hand.pop(shard))
             retries.failed(worker.number, shard, str(said["error"]))
             if retries.replace(worker.number):  # it ends what it has in hand; another takes its place
@@ -174,7 +174,8 @@ def run_processes(
         over = True
     finally:
         selector.close()
-        stay = {number for number, worker in pool.items() if over and command is not None and not worker.ending}
+        sound = {number for number, worker in pool.items() if not (worker.failed or worker.ending)}
+        stay = sound if over and command is not None else set()
         idle.update({number: pool[number] for number in stay})
         end_all([worker for number, worker in pool.items() if number not in stay])
         stop.children.difference_update(worker.process for worker in pool.values())

@@ -81,7 +81,7 @@ class Overlap:
             try:
                 task.compute(lambda rows: self.on_rows(task.shard, rows))
             except Exception as failed:
-                error = failed
+                error = failed.with_traceback(None)  # whose frames hold this one, and a batch
             else:
                 self.writing.add(task.shard)
                 self._to_write.put(task)
@@ -100,7 +100,7 @@ class Overlap:
             try:
                 step(task)
             except BaseException as failed:  # the caller decides what it means
-                error = failed
+                error = failed.with_traceback(None)
             self._back.put((task, error))
 
 

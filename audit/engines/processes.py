@@ -18,10 +18,11 @@ PARTING = 10.0  # seconds that workers have to end when a job does
 
 
 def end_all(workers: Sequence[WorkerProcess]) -> None:
-    """Ask workers to end, and kill those that do not: nothing is lost with the shard one has in hand."""
+    """Ask workers to end, those with shards in hand to drop them, and kill those that do not: nothing is lost."""
     try:
         for worker in workers:
-            worker.process.terminate()
+            if worker.hand:
+                worker.process.terminate()
             worker.let_end()
         until = time.monotonic() + PARTING
         for worker in workers:
@@ -42,14 +43,15 @@ class WorkerProcess:
 
     Attributes:
         hand: shard -> rows of it that were finished, in the order the shards were given.
-        ready: its job is open. ending: it was told to end with what it has in hand. killed: why it was, if it was.
+        ready: its job is open. loaded: some job of it was. ending: it was told to end with what it has in hand.
+        failed: a shard failed in it, so that no other job is given to it. killed: why it was, if it was.
         heard, moved: when it gave the last sign of life; when it last got on.
     """
 
     def __init__(self, number: int, argv: Sequence[str]) -> None:
         self.number = number
         self.hand: dict[int, int] = {}
-        self.ready = self.ending = False
+        self.ready = self.loaded = self.ending = self.failed = False
         self.error, self.rest, self.killed = "", b"", ""
         self.heard = self.moved = time.monotonic()
         # a session of its own: Ctrl-C reaches the parent alone, which then ends its workers
@@ -94,7 +96,7 @@ class WorkerProcess:
 
     def kill_if_stuck(self, batch_timeout: float) -> None:
         """Kill a worker that gives no sign of life, or finishes no batch, for too long: listen() then says it ended."""
-        now, limit = time.monotonic(), SILENCE if self.ready else LOADING
+        now, limit = time.monotonic(), SILENCE if self.loaded else LOADING
         if self.killed:
             return
         if now - self.heard > limit:

@@ -30,7 +30,7 @@ def main() -> int:
     say = _take_stdout()
     _die_with_parent()
     threading.Thread(target=_beat, args=(say,), daemon=True, name="heartbeat").start()
-    with stop_on_signals() as stop, keeping():
+    with stop_on_signals(aloud=False) as stop, keeping():
 
         def on_rows(shard: int, rows: int) -> None:
             try:

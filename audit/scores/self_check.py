@@ -48,12 +48,13 @@ def plain_magnitudes(run: Run, model: DiffusionModel, captions: Sequence[str]) -
     """||eps(x_T, e_p) - eps(x_T, e_0)||_2 of each caption, mean over the noises of the run, float32 [n]."""
     import torch
 
+    from pipelines.compiled import uncompiled
     from pipelines.float8 import plain_products
 
     made = run.fingerprint
     level, unit = model.levels(made.steps)[0], model.unit(made.steps)
     found = np.zeros(len(captions), np.float32)
-    with torch.no_grad(), plain_products(model.denoiser):
+    with torch.no_grad(), plain_products(model.denoiser), uncompiled(model.denoiser):
         noises = model.noise_bank(made.num_noises, made.seed).to(model.device, model.dtype)
         empty = model.encode_empty()
         for at, caption in enumerate(captions):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from audit.run.read import read_scores
 from audit.run.run import Run
 from pipelines import DiffusionModel, FirstStepScorer, compiled, find_model, load
-from pipelines.compiled import AFTER, SHAPES, CompiledPart, compile_denoiser
+from pipelines.compiled import AFTER, OF, CompiledPart, compile_denoiser, uncompiled
 from tests.command import be_audit
 from tests.conftest import some_captions
 from tests.tiny import save_model
@@ -92,8 +92,12 @@ def test_the_compiler_itself_gives_what_the_part_gives(said: list[str]) -> None:
         expected = FeedForward.forward(part, rows)
         for _ in range(AFTER + 1):
             found = part(rows)
-    assert wrapped.compiled == {(rows.shape,)} and said == []
+    assert wrapped.compiled == {shape(3, 5, 8)} and said == []
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def shape(*sizes: int) -> tuple[tuple[torch.Size, torch.dtype]]:
+    return ((torch.Size(sizes), torch.float32),)
 
 
 def counted(change: Callable[[Tensor], Tensor] = lambda value: value) -> tuple[Part, list[int]]:
@@ -108,7 +112,7 @@ def counted(change: Callable[[Tensor], Tensor] = lambda value: value) -> tuple[P
 
 
 def test_a_shape_is_compiled_once_it_comes_often(said: list[str]) -> None:
-    """The last batch of a shard is not worth it, nor are more shapes than a few, nor what gradients are asked of."""
+    """The last batch of a shard is not worth it, however many shards there are, nor is what gradients are asked of."""
     forward, calls = counted()
     part, wrapped = one_part(forward, said)
     with torch.no_grad():
@@ -118,14 +122,25 @@ def test_a_shape_is_compiled_once_it_comes_often(said: list[str]) -> None:
         assert calls == [0]
         part(torch.ones(4, 8))
         part(torch.ones(4, 8))
-        assert calls == [2] and wrapped.compiled == {(torch.Size((4, 8)),)}
-        for size in range(5, 5 + SHAPES):
-            for _ in range(AFTER):
-                part(torch.ones(size, 8))
-        assert len(wrapped.compiled) == SHAPES
-    before = calls[0]
+        assert calls == [2] and wrapped.compiled == {shape(4, 8)}
+        for _ in range(3 * AFTER):  # shards of so many batches that a last one is rare
+            for _ in range(OF // AFTER):
+                part(torch.ones(4, 8))
+            part(torch.ones(3, 8))
+        assert wrapped.compiled == {shape(4, 8)}
+        for _ in range(AFTER):  # a later stage's
+            part(torch.ones(5, 8))
+        assert wrapped.compiled == {shape(4, 8), shape(5, 8)}
+        with uncompiled(nn.Sequential(part)):
+            before = calls[0]
+            for _ in range(2 * AFTER):
+                part(torch.ones(6, 8))
+                part(torch.ones(4, 8))
+            assert calls == [before] and len(wrapped.compiled) == 2
+        part(torch.ones(4, 8))
+        assert calls == [before + 1]
     part(torch.ones(4, 8))
-    assert calls == [before] and said == []
+    assert calls == [before + 1] and said == []
 
 
 def test_what_computes_something_else_is_never_used(said: list[str]) -> None:
@@ -135,7 +150,7 @@ def test_what_computes_something_else_is_never_used(said: list[str]) -> None:
         expected = FeedForward.forward(part, torch.ones(4, 8))
         for _ in range(2 * AFTER):
             assert torch.equal(part(torch.ones(4, 8)), expected)
-    assert calls == [1] and wrapped.failed == {(torch.Size((4, 8)),)}
+    assert calls == [1] and wrapped.failed == {shape(4, 8)}
     assert said == ["ff: its output is not the plain part's (off by 0.01)"]
 
 

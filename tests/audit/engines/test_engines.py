@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -351,6 +352,41 @@ def test_a_command_that_keeps_its_workers_gives_them_the_next_job(ledger: Ledger
         run_workers(ledger, SERVES)
         processes = [worker.process for worker in (kept() or pytest.fail()).workers.values()]
     assert len(processes) == 2 and all(process.poll() is not None for process in processes)
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_in_which_a_shard_failed_is_given_no_other_job(ledger: Ledger) -> None:
+    """Its device may be broken, and the next stage knows nothing of it."""
+    script = """
+print('{"ready": true}', flush=True)
+failed = False
+for line in sys.stdin:
+    if job["device"] == "0" and not failed:
+        failed = True
+        print(json.dumps({"failed": int(line), "error": "RuntimeError: CUDA error"}), flush=True)
+    else:
+        print(json.dumps({"done": int(line), "rows": 1}), flush=True)
+"""
+    with keeping():
+        command = kept()
+        assert command is not None
+        done, _ = run_workers(ledger, script)
+        assert sorted(done.committed) == SHARDS and set(command.workers) == {1}
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_stands_still_between_two_jobs_is_soon_replaced(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("audit.engines.processes.SILENCE", 1.0)
+    with keeping():
+        command = kept()
+        assert command is not None
+        run_workers(ledger, SERVES)
+        stopped = command.workers[0].process
+        stopped.send_signal(signal.SIGSTOP)
+        done, _ = run_workers(ledger, SERVES)
+        assert sorted(done.committed) == SHARDS and stopped.poll() == -signal.SIGKILL
 
 
 @pytest.mark.timeout(60)

@@ -19,7 +19,7 @@ from audit.engines.job import JobSpec
 from audit.run.read import dataset, read_scores, read_stage
 from audit.run.run import Run
 from audit.run.schema import SCORE_COLUMNS, tensor_values
-from audit.run.stage import SCAN, Stage
+from audit.run.stage import NULL_MAPS, SCAN, Stage
 from audit.scores.estimate import estimate
 from audit.scores.scan import ScanConfig, scan
 from pipelines import FirstStepScorer, find_model, load
@@ -106,14 +106,16 @@ def test_rows_per_shard_change_nothing_but_ids(config: ScanConfig, tmp_path: Pat
 
 
 @pytest.mark.processes
-def test_workers_change_nothing(config: ScanConfig, tmp_path: Path) -> None:
-    """Those of a second look: tests/faults/test_scan_kill.py."""
+def test_workers_change_nothing(config: ScanConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Those of a second look: tests/faults/test_scan_kill.py. One process makes the null maps and scans."""
     other = replace(config, output=str(tmp_path / "run"), rows_per_shard=7, workers=2, batch_size=5, second_look=0.0)
     done = scan(other)
     assert (done.complete, done.committed_now, done.exit_code) == (True, 9, 0)
     assert_same(table(other), table(config, first_look=True), ids=False)
     pids = {made.worker.pid for made in Stage.open(Run.open(other.output), SCAN).done().values()}
-    assert os.getpid() not in pids
+    assert os.getpid() not in pids and len(pids) == 2
+    assert {made.worker.pid for made in Stage.open(Run.open(other.output), NULL_MAPS).done().values()} < pids
+    assert "Stopping" not in capfd.readouterr().err
 
 
 @pytest.mark.processes
